@@ -1,0 +1,65 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="cpsmailaccess_delivery",
+    version="1.0.0.dev0",
+    description="An outbox for applications whose mail leaves through many SMTP accounts",
+    long_description="\n\n".join(
+        (HERE / name).read_text(encoding="utf-8") for name in ("README.rst", "CHANGES.rst")
+    ),
+    long_description_content_type="text/x-rst",
+    license="ZPL-2.1",
+    license_files=["LICENSE.txt"],
+    keywords="mail smtp queue outbox transaction maildir zope plone",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Framework :: Zope",
+        "Intended Audience :: Developers",
+        "Intended Audience :: System Administrators",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Communications :: Email :: Mail Transport Agents",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    include_package_data=True,
+    zip_safe=False,
+    install_requires=[
+        "click >= 8.1",
+        "cryptography >= 42",
+        "idna >= 3.4",
+        "inotify-simple >= 2.0; sys_platform == 'linux'",
+        "rich >= 13",
+        "transaction >= 4",
+        "zope.component >= 5",
+        "zope.configuration >= 5",
+        "zope.event >= 5",
+        "zope.interface >= 6",
+        "zope.schema >= 7",
+        "zope.security >= 6",
+        "zope.sendmail >= 6",
+    ],
+    extras_require={
+        # What `make run` and applications' own tests need: certificates made on the spot.
+        "demo": ["trustme >= 1.1"],
+        "test": [
+            "hypothesis >= 6.100",
+            "mypy >= 1.11",
+            "pytest >= 8",
+            "pytest-xdist >= 3.6",
+            "ruff >= 0.6",
+            "trustme >= 1.1",
+            "zope.testing >= 5",
+        ],
+    },
+    entry_points={"console_scripts": ["cpsmail = cpsmailaccess_delivery.cli:main"]},
+)

@@ -1,0 +1,232 @@
+"""The private block: how envelope and route stand in front of a message in the spool.
+
+::
+
+    X-Zope-Envelope: 1
+    X-Zope-From: alice@example.org
+    X-Zope-To: bob@example.net, carol@example.net
+    X-Zope-Hostname: smtp.example.org
+    X-Zope-Port: 587
+    X-Zope-Mailbox: alice@example.org
+    X-Zope-Message-Id: 17323692.4711@example.org
+    X-Zope-Token: 4f0c...
+
+    From: ... (the message, opaque from here)
+
+The block is framing, not mail headers: it ends at its first empty line, each field stands
+once, in this order, and a field that is not ours makes the file unreadable rather than
+sent.  A file that begins with ``X-Zope-From:`` was written by zope.sendmail, whose block
+is two lines and has no empty line after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from email.utils import getaddresses
+from typing import Final
+
+from .account import DEFAULT_MAILBOX
+from .address import check_address, check_recipients
+from .errors import InvalidAddress, InvalidEnvelope, NoRecipients
+from .message import find_message_id
+
+VERSION: Final = 1
+
+_FIRST: Final = b"X-Zope-Envelope: "
+_FIELDS: Final = (
+    "X-Zope-From",
+    "X-Zope-To",
+    "X-Zope-Hostname",
+    "X-Zope-Port",
+    "X-Zope-Mailbox",
+    "X-Zope-Message-Id",
+    "X-Zope-Token",
+)
+_FOREIGN: Final = b"X-Zope-From: "
+_MAX_BLOCK: Final = 4 * 1024 * 1024  # bytes: more recipients than any mail may have
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]")
+_QUOTED_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|(, )')
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What is stamped on a mail at `send`: a mailbox and its relay, or a relay alone.
+
+    ``mailbox`` is the key of the account; "" for a relay without login.  ``host`` and
+    ``port`` are then the relay; beside a mailbox they only say where its account
+    pointed at `send`: credentials go to the relay that the account names now.
+    """
+
+    mailbox: str = ""
+    host: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        return self.mailbox or f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Envelope of one mail (RFC 5321 section 2.3.1), its route and its options.
+
+    ``sender`` "" is the null reverse-path.  ``message_id`` has no angle brackets.
+    ``token`` names the transaction for a witness.
+    """
+
+    sender: str
+    recipients: tuple[str, ...]
+    route: Route = field(default_factory=Route)
+    message_id: str = ""
+    token: str = ""
+
+
+def lane_key(route: Route) -> str:
+    """Return the lane of a route as it stands in file names: 16 hexadecimal digits.
+
+    An index, not an identity: what is sent through an account is decided by the
+    envelope alone.
+    """
+    return digest(str(route))
+
+
+def digest(text: str) -> str:
+    """Return 16 hexadecimal digits that stand for a text in a file name."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def format_block(envelope: Envelope) -> bytes:
+    """Return the private block with its closing empty line, in UTF-8.
+
+    Raises `InvalidEnvelope` when a value would break the framing.
+    """
+    route = envelope.route
+    if not envelope.recipients:
+        raise InvalidEnvelope("X-Zope-To: is empty; a mail has at least one recipient")
+    if not route.mailbox and not (route.host and route.port):
+        raise InvalidEnvelope("the route names neither a mailbox nor a relay")
+    for recipient in envelope.recipients:
+        if not recipient or (_split(recipient) != (recipient,)):
+            raise InvalidEnvelope(f"X-Zope-To: {recipient!r} is not one address")
+    values = (
+        envelope.sender,
+        ", ".join(envelope.recipients),
+        route.host,
+        str(route.port) if route.port else "",
+        route.mailbox,
+        envelope.message_id,
+        envelope.token,
+    )
+    lines = [f"X-Zope-Envelope: {VERSION}"]
+    for name, value in zip(_FIELDS, values, strict=True):
+        if _FORBIDDEN.search(value) or value != value.strip():
+            raise InvalidEnvelope(f"{name}: {value!r} has a control character or outer space")
+        if value or name == "X-Zope-From":
+            lines.append(f"{name}: {value}")
+    try:
+        return ("\n".join(lines) + "\n\n").encode()
+    except UnicodeEncodeError:
+        raise InvalidEnvelope("the envelope has a lone surrogate; addresses are Unicode") from None
+
+
+def parse_block(data: bytes) -> tuple[Envelope, int]:
+    """Return the envelope in front of a message, and the offset where the message begins.
+
+    Also reads the files of zope.sendmail; they go through the default account.
+    Raises `InvalidEnvelope`.
+    """
+    if data.startswith(_FIRST):
+        return _parse_own(data)
+    if data.startswith(_FOREIGN):
+        return _parse_zope_sendmail(data)
+    raise InvalidEnvelope(
+        f"the file begins with {data[:24]!r}, not with X-Zope-Envelope or X-Zope-From:"
+        " it is no mail of this outbox or of zope.sendmail"
+    )
+
+
+def _parse_own(data: bytes) -> tuple[Envelope, int]:
+    end = data.find(b"\n\n", 0, _MAX_BLOCK)
+    if end < 0:
+        raise InvalidEnvelope("the private block has no end: the file was cut off")
+    try:
+        lines = data[:end].decode().split("\n")
+    except UnicodeDecodeError:
+        raise InvalidEnvelope("the private block is not UTF-8") from None
+    if lines[0] != f"X-Zope-Envelope: {VERSION}":
+        raise InvalidEnvelope(f"{lines[0][:60]!r}: this release reads version {VERSION}")
+    values = _fields(lines[1:])
+    port = values.get("X-Zope-Port", "0")
+    if not (port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 65536):
+        raise InvalidEnvelope(f"X-Zope-Port: {port[:20]!r} is no port")
+    if "X-Zope-From" not in values or not values.get("X-Zope-To"):
+        raise InvalidEnvelope("X-Zope-From or X-Zope-To is missing")
+    route = Route(
+        mailbox=values.get("X-Zope-Mailbox", ""),
+        host=values.get("X-Zope-Hostname", ""),
+        port=int(port),
+    )
+    if not route.mailbox and not (route.host and route.port):
+        raise InvalidEnvelope("the block names neither a mailbox nor a relay")
+    recipients = _split(values["X-Zope-To"])
+    if not all(recipients):
+        raise InvalidEnvelope("X-Zope-To has an empty address")
+    envelope = Envelope(
+        sender=values["X-Zope-From"],
+        recipients=recipients,
+        route=route,
+        message_id=values.get("X-Zope-Message-Id", ""),
+        token=values.get("X-Zope-Token", ""),
+    )
+    return envelope, end + 2
+
+
+def _fields(lines: list[str]) -> dict[str, str]:
+    """Read ``Name: value`` lines: known names, in their order, each at most once."""
+    values: dict[str, str] = {}
+    expected = iter(_FIELDS)
+    for line in lines:
+        name, colon, value = line.partition(": ")
+        if not colon or name not in expected:  # consumes: so order and number are checked
+            raise InvalidEnvelope(f"{line[:60]!r}: unknown, repeated or out of order")
+        if _FORBIDDEN.search(value):
+            raise InvalidEnvelope(f"{name}: has a control character")
+        values[name] = value
+    return values
+
+
+def _parse_zope_sendmail(data: bytes) -> tuple[Envelope, int]:
+    first = data.find(b"\n")
+    second = data.find(b"\n", first + 1, _MAX_BLOCK)
+    if first < 0 or second < 0 or not data.startswith(b"X-Zope-To: ", first + 1):
+        raise InvalidEnvelope("X-Zope-To is missing after X-Zope-From (a file of zope.sendmail)")
+    try:
+        sender = data[len(_FOREIGN) : first].decode()
+        to = data[first + len(b"\nX-Zope-To: ") : second].decode()
+        recipients = check_recipients(address for _, address in getaddresses([to]) if address)
+        if sender.strip():
+            sender = check_address(sender)
+    except (UnicodeDecodeError, InvalidAddress, NoRecipients) as error:
+        raise InvalidEnvelope(f"a file of zope.sendmail: {error}") from None
+    message = data[second + 1 :]
+    envelope = Envelope(
+        sender=sender.strip(),
+        recipients=recipients,
+        route=Route(mailbox=DEFAULT_MAILBOX),
+        message_id=find_message_id(message) or "",
+    )
+    return envelope, second + 1
+
+
+def _split(value: str) -> tuple[str, ...]:
+    """Split at ", ", but not inside a quoted local part (RFC 5321 section 4.1.2)."""
+    if '"' not in value:
+        return tuple(value.split(", "))
+    parts, start = [], 0
+    for match in _QUOTED_OR_COMMA.finditer(value):
+        if match.group(1):
+            parts.append(value[start : match.start()])
+            start = match.end()
+    parts.append(value[start:])
+    return tuple(parts)

@@ -1,0 +1,326 @@
+"""The contracts, said once.  Implementations say "See `ISpool`".
+
+Life of a mail in the spool::
+
+    stage -> prepare -> publish -> queued -> claim -> settle -> (gone: accepted)
+      |         |                    ^         |         |
+      +-discard-+                    |      release      +-> deferred -> (due) queued
+                                     |         |         +-> held, unclear, refused
+                                  requeue <----+---------------+
+
+`stage`, `prepare` and `publish` are the two phases of the transaction: what can fail
+has failed when `prepare` returns; `publish` is a rename.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from zope.interface import Attribute, Interface
+from zope.sendmail.interfaces import IMailDelivery, IQueuedMailDelivery
+
+if TYPE_CHECKING:
+    from .account import Account
+    from .envelope import Envelope
+
+__all__ = [
+    "Entry",
+    "IAccounts",
+    "IAccountStore",
+    "IJournal",
+    "ILease",
+    "IMailDelivery",
+    "IMailboxDelivery",
+    "IQueuedMailDelivery",
+    "ISpool",
+    "IWatch",
+    "Outcome",
+    "Record",
+    "Settlement",
+    "State",
+    "SweepReport",
+]
+
+
+class State(StrEnum):
+    """What may be said of a mail, or of one of its recipients.
+
+    In the spool a mail is ``queued``, ``deferred``, ``held``, ``unclear`` or ``refused``;
+    ``accepted`` and ``cancelled`` ones are gone from it and live on in the journal.
+    """
+
+    QUEUED = "queued"
+    DEFERRED = "deferred"
+    HELD = "held"
+    UNCLEAR = "unclear"
+    REFUSED = "refused"
+    ACCEPTED = "accepted"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one recipient in the last attempt that concerned it.
+
+    ``state``: queued (not tried yet), accepted, deferred, refused or unclear.
+    ``reply``: the relay's words, or ours when there was no reply; hostile text.
+    ``at``: seconds since the epoch.
+    """
+
+    state: State
+    reply: str = ""
+    at: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.reply}" if self.reply else str(self.state)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One mail in the spool, as a directory listing shows it: nothing was opened.
+
+    ``id``: names the mail for ever, whatever its state; ids sort by time of `stage`.
+    ``lane``: `envelope.lane_key` of its route; "" for a file we did not name.
+    ``due``: seconds since the epoch; 0: at once.  ``attempts``: how many were made.
+    """
+
+    id: str
+    lane: str
+    state: State = State.QUEUED
+    due: float = 0.0
+    attempts: int = 0
+
+    @property
+    def staged_at(self) -> float:
+        """Seconds since the epoch, read from the id; 0 when it does not begin with a time."""
+        seconds = self.id.partition(".")[0]
+        return float(seconds) if seconds.isdecimal() else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One mail in the spool, opened: for people and for `status`."""
+
+    entry: Entry
+    envelope: Envelope
+    outcomes: Mapping[str, Outcome]  # of those recipients that were tried
+    size: int  # bytes of the message
+    reason: str = ""  # why it is held
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What an attempt left: see `ILease.settle`."""
+
+    state: State  # of the mail: ACCEPTED (gone), DEFERRED, HELD, UNCLEAR or REFUSED
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)  # all that are known
+    due: float = 0.0  # seconds since the epoch, when DEFERRED
+    attempts: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What `ISpool.sweep` did: ids of entries."""
+
+    removed: tuple[str, ...] = ()  # staged by a dead process, not prepared: cannot be committed
+    held: tuple[str, ...] = ()  # prepared by a dead process: in doubt
+
+
+class ISpool(Interface):
+    """The durable store of mails.  Thread-safe.  Raises `SpoolError` and its children."""
+
+    location = Attribute("Where it is: a path or URL without secrets (str)")
+
+    def stage(envelope: Envelope, message: bytes) -> Entry:
+        """Write a mail that nobody sees yet.  Not durable.  Leaves nothing when it fails."""
+
+    def prepare(entries: Sequence[Entry]) -> None:
+        """Make staged mails durable: whatever crashes now, they are published or in doubt.
+
+        All the fsyncs of one transaction happen here.  When it raises, every one of
+        them can still be discarded.
+        """
+
+    def publish(entries: Sequence[Entry]) -> None:
+        """Make prepared mails visible to processors, durably.  Never raises: it logs."""
+
+    def discard(entries: Sequence[Entry]) -> None:
+        """Remove staged or prepared mails.  Never raises; unknown ones are ignored."""
+
+    def scan() -> Iterator[Entry]:
+        """Yield the visible entries, the oldest first, without opening one."""
+
+    def watch() -> IWatch:
+        """Return a watch that tells of entries that become visible or change state."""
+
+    def claim(entry: Entry) -> ILease | None:
+        """Take the exclusive lease of an entry, or None: gone, changed or leased elsewhere.
+
+        An entry whose private block cannot be read is set aside as held; None then too.
+        """
+
+    def leased(entry: Entry) -> bool:
+        """Tell whether a living processor holds the lease of this entry."""
+
+    def find(message_id: str) -> list[Record]:
+        """Return the mails with this Message-Id (no angle brackets): often one, or none."""
+
+    def load(entry_id: str) -> Record:
+        """Return one mail.  Raises `NoSuchEntry`, `InvalidEnvelope`."""
+
+    def read_message(entry_id: str) -> bytes:
+        """Return the message of one mail as it is stored.  Raises `NoSuchEntry`."""
+
+    def requeue(entry_id: str) -> Entry:
+        """Make one mail due now: retry a deferred one, release a held or unclear one.
+
+        Raises `NoSuchEntry`, `EntryBusy`.
+        """
+
+    def hold(entry_id: str, reason: str) -> Entry:
+        """Set one mail aside until it is requeued.  Raises `NoSuchEntry`, `EntryBusy`."""
+
+    def cancel(entry_id: str) -> Record:
+        """Remove one mail that is not being delivered.  Raises `NoSuchEntry`, `EntryBusy`."""
+
+    def sweep() -> SweepReport:
+        """Tidy what dead processes left: see `SweepReport`.  Safe beside living ones."""
+
+    def close() -> None:
+        """Give back what the spool holds in this process.  Twice is fine."""
+
+
+class ILease(Interface):
+    """The exclusive claim on one entry.  It dies with its process."""
+
+    entry = Attribute("Entry")
+    envelope = Attribute("Envelope")
+    message = Attribute("The message as it is stored, without the private block (bytes)")
+    outcomes = Attribute("Outcomes of earlier attempts: Mapping[str, Outcome]")
+
+    def settle(settlement: Settlement) -> Entry | None:
+        """Record what an attempt left, and end the lease.
+
+        ACCEPTED removes the mail.  Outcomes of recipients that must not be tried
+        again are durable when this returns.  Returns the entry as it is now, or None.
+        """
+
+    def release() -> None:
+        """End the lease without a trace: the mail is as it was.  Twice is fine."""
+
+
+class IWatch(Interface):
+    """Tells a processor what changed.  The rim adds `fileno` to its event loop."""
+
+    def fileno() -> int:
+        """File descriptor that is readable when `read` has something to tell."""
+
+    def read() -> Iterable[Entry] | None:
+        """Return the entries that changed since the last call; None: unknown, `scan` again."""
+
+    def close() -> None:
+        """Stop watching.  Twice is fine."""
+
+
+class IAccountStore(Interface):
+    """Where accounts are kept, secrets sealed (the vault).  Knows no transaction.
+
+    Changes come in the same two phases as mails.
+    """
+
+    location = Attribute("Where it is (str)")
+
+    def get(mailbox: str) -> Account:
+        """Return the account with its secret opened.
+
+        Raises `NoSuchAccount`, `WrongKey`, `BrokenSeal`.
+        """
+
+    def peek(mailbox: str) -> Account | None:
+        """Return the account without its secret, or None: for routes and lists."""
+
+    def mailboxes() -> Iterator[str]:
+        """Yield the mailboxes that have an account, in no order."""
+
+    def stage(mailbox: str, account: Account | None) -> str:
+        """Write a change (None: delete) that nobody sees yet; return its token."""
+
+    def prepare(tokens: Sequence[str]) -> None:
+        """Make staged changes durable."""
+
+    def publish(tokens: Sequence[str]) -> None:
+        """Make prepared changes visible, in this order.  Never raises: it logs."""
+
+    def discard(tokens: Sequence[str]) -> None:
+        """Forget staged changes.  Never raises."""
+
+    def watch() -> IWatch:
+        """Return a watch whose `read` gives nothing but None: something changed."""
+
+
+class IAccounts(Interface):
+    """The accounts as an application sees them: changes follow the transaction."""
+
+    def put(account: Account) -> None:
+        """Add or replace the account of ``account.mailbox``."""
+
+    def get(mailbox: str) -> Account:
+        """Return the account of exactly this mailbox.  Raises `NoSuchAccount`."""
+
+    def delete(mailbox: str) -> None:
+        """Remove the account of exactly this mailbox.  Raises `NoSuchAccount`."""
+
+    def list() -> list[Account]:
+        """Return all accounts by mailbox, without their secrets."""
+
+    def find(sender: str) -> Account:
+        """Return the account that serves a sender: exact, ``@domain``, ``*``.
+
+        Without its secret.  Raises `UnknownMailbox`, `InvalidAddress`.
+        """
+
+
+class IMailboxDelivery(IQueuedMailDelivery):
+    """The delivery utility."""
+
+    def send(
+        fromaddr, toaddrs, message, *, mailbox=None, hostname=None, port=None
+    ):
+        """Queue a mail that is delivered when the transaction commits.
+
+        `fromaddr`: address of the sender; "" or None with ``mailbox``: the null
+        reverse-path (RFC 5321 section 4.5.5).  `toaddrs`: sequence of addresses.
+        `message`: bytes, str or `email.message.Message`.
+        `mailbox`: route as this mailbox instead of by `fromaddr`.
+        `hostname`, `port`: a relay without login instead of an account.
+
+        Returns the Message-Id without angle brackets.  Raises `InvalidAddress`,
+        `NoRecipients`, `UnknownMailbox`, `InvalidMessage`, `MessageTooLarge`,
+        `SpoolError`; nothing is queued then.
+        """
+
+    def bind(mailbox):
+        """Return an `IMailDelivery` whose `send` routes as this mailbox.
+
+        Raises `UnknownMailbox`.
+        """
+
+
+class IJournal(Interface):
+    """The searchable log of what happened to each mail.  Deletable without harm."""
+
+    def record(event) -> None:
+        """Take a `journal.Event`; written soon, in a batch.  Never raises, never blocks."""
+
+    def events(*, message_id=None, address=None, limit=1000):
+        """Return events, the oldest first, of one Message-Id or of one address."""
+
+    def flush() -> None:
+        """Return when what was recorded is written."""
+
+    def close() -> None:
+        """Flush and close.  Twice is fine."""

@@ -1,0 +1,143 @@
+"""What `send` does to a message, and all it does: Bcc out, Message-Id and Date in.
+
+Every other byte stays as it was given, so that signatures (DKIM, S/MIME, OpenPGP) hold.
+"""
+
+from __future__ import annotations
+
+import re
+from email.message import Message
+from email.utils import formatdate, make_msgid
+from typing import Final
+
+from .errors import InvalidMessage, MessageTooLarge
+
+#: Bytes of a message that `send` takes unless the outbox says otherwise.
+DEFAULT_SIZE_LIMIT: Final = 50 * 1024 * 1024
+
+# One field of RFC 5322 section 2.2 with its continuation lines, whatever ends its lines.
+_EOL = rb"(?:\r\n|\r|\n)"
+_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:([^\r\n]*(?:" + _EOL + rb"[ \t][^\r\n]*)*)(" + _EOL + rb"|\Z)")
+_MESSAGE_ID = re.compile(r"<([^<>\s\x00-\x1f\x7f]{1,250})>\Z")
+_BCC: Final = (b"bcc", b"resent-bcc")
+
+
+def to_bytes(message: bytes | str | Message) -> bytes:
+    """Return the message as bytes.  Raises `InvalidMessage`.
+
+    ``bytes`` stay as they are; ``str`` is encoded as UTF-8, as zope.sendmail does; an
+    `email.message.Message` is flattened without re-folding its headers and without
+    mangling lines that begin with "From ".
+    """
+    if isinstance(message, bytes):
+        return message
+    if isinstance(message, bytearray | memoryview):
+        return bytes(message)
+    if isinstance(message, str):
+        try:
+            return message.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InvalidMessage(
+                "the message has lone surrogates; hand it over as bytes as it was read"
+            ) from None
+    if isinstance(message, Message):
+        flat = message.policy.clone(mangle_from_=False, max_line_length=None)
+        try:
+            return message.as_bytes(policy=flat)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InvalidMessage(f"the message cannot be written as bytes: {error}") from error
+    raise InvalidMessage(
+        f"the message is a {type(message).__name__}; give bytes, str or email.message.Message"
+    )
+
+
+def complete(
+    data: bytes, *, sender: str, now: float, size_limit: int = DEFAULT_SIZE_LIMIT
+) -> tuple[bytes, str]:
+    """Return the message as it is stored, and its Message-Id without angle brackets.
+
+    Removes Bcc and Resent-Bcc (RFC 5322 section 3.6.3); puts a missing Message-Id or Date
+    in front.  `now`: seconds since the epoch.  Raises `InvalidMessage`,
+    `MessageTooLarge`.
+    """
+    if len(data) > size_limit:
+        raise MessageTooLarge(
+            f"the message has {len(data):,} bytes; the outbox takes {size_limit:,}:"
+            " send less, or raise size_limit"
+        )
+    kept, seen, eol, start = _walk_header(data)
+    message_id = _own_message_id(seen.get(b"message-id"))
+    added = b""
+    if message_id is None:
+        message_id = _new_message_id(sender)
+        added += b"Message-Id: <" + message_id.encode() + b">" + eol
+    if b"date" not in seen:
+        added += b"Date: " + formatdate(now, localtime=True).encode() + eol
+    if not added and kept is None:
+        return data, message_id
+    header = data[:start] if kept is None else b"".join(kept)
+    return added + header + data[start:], message_id
+
+
+def find_message_id(data: bytes) -> str | None:
+    """Return the Message-Id of a message without angle brackets; None: none that is valid."""
+    try:
+        return _own_message_id(_walk_header(data)[1].get(b"message-id"))
+    except InvalidMessage:
+        return None
+
+
+def _walk_header(data: bytes) -> tuple[list[bytes] | None, dict[bytes, bytes], bytes, int]:
+    """Read the header once.
+
+    Returns the fields to keep (None: all, nothing was dropped), the first value of each
+    field by lower-case name, the line end in use, and where the header ends.
+    """
+    seen: dict[bytes, bytes] = {}
+    cuts: list[tuple[int, int]] = []
+    eol = b"\n"
+    position = 0
+    while match := _FIELD.match(data, position):
+        name = match[1].lower()
+        if not position and match[3]:
+            eol = match[3]
+        seen.setdefault(name, match[2])
+        if name in _BCC:
+            cuts.append(match.span())
+        position = match.end()
+    if position < len(data) and data[position] not in b"\r\n":
+        line = re.match(rb"[^\r\n]{0,60}", data[position:])
+        raise InvalidMessage(
+            f"{line[0] if line else b''!r} is not a header field (Name: value): a message"
+            " begins with its header, then an empty line, then the body"
+        )
+    if not position:
+        if not data:
+            raise InvalidMessage("the message is empty")
+        eol = b"\r\n" if data.startswith(b"\r\n") else b"\n"
+    if not cuts:
+        return None, seen, eol, position
+    kept, start = [], 0
+    for begin, end in cuts:
+        kept.append(data[start:begin])
+        start = end
+    kept.append(data[start:position])
+    return kept, seen, eol, position
+
+
+def _own_message_id(value: bytes | None) -> str | None:
+    if value is None or not value.strip():
+        return None
+    match = _MESSAGE_ID.match(value.decode("utf-8", "replace").strip())
+    if not match:
+        raise InvalidMessage(
+            f"Malformed Message-Id header {value.strip()[:80]!r}: it is one <id> in angle"
+            " brackets; leave it out and one is made"
+        )
+    return match[1]
+
+
+def _new_message_id(sender: str) -> str:
+    domain = sender.rpartition("@")[2]
+    usable = domain.isascii() and domain and not domain.startswith("[")
+    return make_msgid(domain=domain if usable else None)[1:-1]

@@ -1,0 +1,36 @@
+"""When to try again: a value.  The clock and the chance are passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Growing delays, in seconds, spread by chance so that lanes do not march in step.
+
+    ``first``: after the first attempt.  ``factor``: growth.  ``longest``: between two
+    attempts.  ``jitter``: at most this share is added to a delay.
+    ``give_up``: age of a mail after which it is not tried again (RFC 5321 section
+    4.5.4.1 asks for 4 to 5 days).
+    """
+
+    first: float = 60.0
+    factor: float = 2.0
+    longest: float = 4 * 3600.0
+    jitter: float = 0.25
+    give_up: float = 5 * 86400.0
+
+    def delay(self, attempts: int, chance: float) -> float:
+        """Return seconds to wait after this many attempts; `chance` is in [0, 1)."""
+        exponent = min(max(attempts - 1, 0), 64)
+        return min(self.first * self.factor**exponent, self.longest) * (1 + self.jitter * chance)
+
+    def next_try(self, attempts: int, age: float, now: float, chance: float) -> float | None:
+        """Return when to try again (seconds since the epoch); None: give up.
+
+        `age`: seconds since the mail was queued.
+        """
+        if age >= self.give_up:
+            return None
+        return now + self.delay(attempts, chance)
