@@ -150,9 +150,8 @@ class Account:
                 self._refuse(field, value, "is a whole number of at least 1")
 
     def _check_login(self) -> None:
-        if self.verify is not True and self.verify is not False:
-            if not isinstance(self.verify, str) or not self.verify:
-                self._refuse("verify", self.verify, "is True, False or the path of a CA file")
+        if not isinstance(self.verify, bool | str) or self.verify == "":
+            self._refuse("verify", self.verify, "is True, False or the path of a CA file")
         if self.password is not None and self.password_from is not None:
             self._refuse("password_from", self.password_from, "excludes password: give one of them")
         if self.password is not None and not isinstance(self.password, Secret):
@@ -164,7 +163,11 @@ class Account:
             self._refuse("username", self.username, "is needed with a password")
         if self.username is None:
             return
-        if not isinstance(self.username, str) or not self.username or _CONTROL.search(self.username):
+        if (
+            not isinstance(self.username, str)
+            or not self.username
+            or _CONTROL.search(self.username)
+        ):
             self._refuse("username", self.username, "is a line of text without control characters")
         if _CONTROL.search(self.password.reveal() if self.password else ""):
             raise InvalidAccount(f"account {self.mailbox}: the password has a control character")
@@ -189,9 +192,7 @@ def normalise_mailbox(mailbox: str) -> str:
             return "@" + ascii_host(mailbox[1:])
         return mailbox_key(check_address(mailbox))
     except InvalidAddress as error:
-        raise InvalidAccount(
-            f"mailbox {mailbox!r}: is an address, @domain or *: {error}"
-        ) from None
+        raise InvalidAccount(f"mailbox {mailbox!r}: is an address, @domain or *: {error}") from None
 
 
 def mailbox_key(address: str) -> str:

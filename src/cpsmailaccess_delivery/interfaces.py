@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Entry",
-    "IAccounts",
     "IAccountStore",
+    "IAccounts",
     "IJournal",
     "ILease",
     "IMailDelivery",
@@ -287,9 +287,7 @@ class IAccounts(Interface):
 class IMailboxDelivery(IQueuedMailDelivery):
     """The delivery utility."""
 
-    def send(
-        fromaddr, toaddrs, message, *, mailbox=None, hostname=None, port=None
-    ):
+    def send(fromaddr, toaddrs, message, *, mailbox=None, hostname=None, port=None):
         """Queue a mail that is delivered when the transaction commits.
 
         `fromaddr`: address of the sender; "" or None with ``mailbox``: the null

@@ -17,7 +17,9 @@ DEFAULT_SIZE_LIMIT: Final = 50 * 1024 * 1024
 
 # One field of RFC 5322 section 2.2 with its continuation lines, whatever ends its lines.
 _EOL = rb"(?:\r\n|\r|\n)"
-_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:([^\r\n]*(?:" + _EOL + rb"[ \t][^\r\n]*)*)(" + _EOL + rb"|\Z)")
+_FIELD = re.compile(
+    rb"([!-9;-~]+)[ \t]*:([^\r\n]*(?:" + _EOL + rb"[ \t][^\r\n]*)*)(" + _EOL + rb"|\Z)"
+)
 _MESSAGE_ID = re.compile(r"<([^<>\s\x00-\x1f\x7f]{1,250})>\Z")
 _BCC: Final = (b"bcc", b"resent-bcc")
 
