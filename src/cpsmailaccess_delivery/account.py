@@ -40,6 +40,11 @@ class Secret:
         """Return the secret itself; for the SMTP login and the vault only."""
         return self._value
 
+    @property
+    def hidden(self) -> bool:
+        """Whether this only says that there is a secret: see `HIDDEN`."""
+        return False
+
     def __repr__(self) -> str:
         return "***"
 
@@ -53,6 +58,20 @@ class Secret:
 
     def __reduce__(self) -> Any:
         raise TypeError("a Secret is not pickled: read the account from the outbox instead")
+
+
+class _HiddenSecret(Secret):
+    __slots__ = ()
+
+    hidden = True
+
+    def reveal(self) -> str:
+        raise TypeError("secrets are write-only: this account was read without its password")
+
+
+#: The password of an account that was read: it has one, but reading does not give it.
+#: An account put back with it keeps the password that is stored.
+HIDDEN: Final[Secret] = _HiddenSecret("")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +145,10 @@ class Account:
         """Return a copy with these fields changed, checked again."""
         return replace(self, **changes)
 
+    def without_secret(self) -> Account:
+        """Return a copy whose password, if it has one, is `HIDDEN`."""
+        return self.replace(password=HIDDEN) if self.password is not None else self
+
     def public(self) -> dict[str, Any]:
         """Return every field but the password, for display and storage."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "password"}
@@ -169,7 +192,7 @@ class Account:
             or _CONTROL.search(self.username)
         ):
             self._refuse("username", self.username, "is a line of text without control characters")
-        if _CONTROL.search(self.password.reveal() if self.password else ""):
+        if self.password and not self.password.hidden and _CONTROL.search(self.password.reveal()):
             raise InvalidAccount(f"account {self.mailbox}: the password has a control character")
         if self.security == "plain" and self.verify is not False and not is_loopback(self.host):
             self._refuse(

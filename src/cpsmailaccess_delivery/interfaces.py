@@ -37,6 +37,7 @@ __all__ = [
     "IQueuedMailDelivery",
     "ISpool",
     "IWatch",
+    "LaneNote",
     "Outcome",
     "Record",
     "Settlement",
@@ -123,6 +124,23 @@ class Settlement:
 
 
 @dataclass(frozen=True, slots=True)
+class LaneNote:
+    """Why a whole lane waits: its relay or its account is in trouble.
+
+    ``route``: mailbox or relay.  ``trouble``: account or relay.  ``until``: seconds since
+    the epoch of the next probe.  ``version``: `IAccountStore.version` when it was written.
+    """
+
+    route: str
+    trouble: str
+    reason: str
+    since: float
+    until: float
+    failures: int = 1
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SweepReport:
     """What `ISpool.sweep` did: ids of entries."""
 
@@ -162,6 +180,15 @@ class ISpool(Interface):
 
         An entry whose private block cannot be read is set aside as held; None then too.
         """
+
+    def note_lane(key: str, note: LaneNote | None) -> None:
+        """Keep, or forget, why a lane waits.  Durable enough to survive a restart."""
+
+    def lane_note(key: str) -> LaneNote | None:
+        """Return why this lane waits, or None."""
+
+    def lane_notes() -> dict[str, LaneNote]:
+        """Return why lanes wait, by lane key."""
 
     def leased(entry: Entry) -> bool:
         """Tell whether a living processor holds the lease of this entry."""
@@ -241,7 +268,10 @@ class IAccountStore(Interface):
         """
 
     def peek(mailbox: str) -> Account | None:
-        """Return the account without its secret, or None: for routes and lists."""
+        """Return the account, a password as `account.HIDDEN`, or None: for routes and lists."""
+
+    def version(mailbox: str) -> str:
+        """Return a text that differs after every change of this account; "" for none."""
 
     def mailboxes() -> Iterator[str]:
         """Yield the mailboxes that have an account, in no order."""
@@ -269,18 +299,21 @@ class IAccounts(Interface):
         """Add or replace the account of ``account.mailbox``."""
 
     def get(mailbox: str) -> Account:
-        """Return the account of exactly this mailbox.  Raises `NoSuchAccount`."""
+        """Return the account of exactly this mailbox, its password as `account.HIDDEN`.
+
+        Put back with it, it keeps the stored password.  Raises `NoSuchAccount`.
+        """
 
     def delete(mailbox: str) -> None:
         """Remove the account of exactly this mailbox.  Raises `NoSuchAccount`."""
 
     def list() -> list[Account]:
-        """Return all accounts by mailbox, without their secrets."""
+        """Return all accounts, sorted by mailbox, as `get` does."""
 
     def find(sender: str) -> Account:
-        """Return the account that serves a sender: exact, ``@domain``, ``*``.
+        """Return the account that serves a sender: exact, ``@domain``, ``*``; as `get` does.
 
-        Without its secret.  Raises `UnknownMailbox`, `InvalidAddress`.
+        Raises `UnknownMailbox`, `InvalidAddress`.
         """
 
 
@@ -304,7 +337,8 @@ class IMailboxDelivery(IQueuedMailDelivery):
     def bind(mailbox):
         """Return an `IMailDelivery` whose `send` routes as this mailbox.
 
-        Raises `UnknownMailbox`.
+        The account is looked up at each `send`, so it may be put later.  Raises
+        `UnknownMailbox` for what cannot be a mailbox.
         """
 
 

@@ -1,0 +1,110 @@
+"""The accounts as an application sees them: changes follow the transaction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transaction.interfaces import NoTransaction
+from zope.interface import implementer
+
+from .account import Account, candidates, normalise_mailbox
+from .address import check_address
+from .datamanager import join
+from .errors import NoSuchAccount, UnknownMailbox
+from .interfaces import IAccounts
+
+#: Accounts are published before the mails that need them.
+_RANK = 0
+
+
+@implementer(IAccounts)
+class Accounts:
+    """See `IAccounts`."""
+
+    def __init__(self, store: Any, manager: Any) -> None:
+        self._store = store
+        self._manager = manager
+
+    def put(self, account: Account) -> None:
+        if not isinstance(account, Account):
+            raise TypeError(f"put takes an Account, not {type(account).__name__}")
+        if account.secret is not None and account.secret.hidden:
+            account = account.replace(password=self._kept_secret(account.mailbox))
+        self._change(account.mailbox, account)
+
+    def delete(self, mailbox: str) -> None:
+        self._change(self.get(mailbox).mailbox, None)
+
+    def get(self, mailbox: str) -> Account:
+        account = self._look(normalise_mailbox(mailbox))
+        if account is None:
+            raise NoSuchAccount(
+                f"mailbox {mailbox!r}: has no account; `cpsmail accounts list` shows those that are"
+            )
+        return account
+
+    def list(self) -> list[Account]:
+        pending = self._pending()
+        mailboxes = {*self._store.mailboxes(), *(mailbox for mailbox, _ in pending)}
+        found = (self._look(mailbox) for mailbox in sorted(mailboxes))
+        return [account for account in found if account is not None]
+
+    def find(self, sender: str) -> Account:
+        if sender.startswith(("@", "*")):
+            tried = tuple(dict.fromkeys((normalise_mailbox(sender), "*")))
+        else:
+            tried = candidates(check_address(sender))
+        for mailbox in tried:
+            account = self._look(mailbox)
+            if account is not None:
+                return account
+        raise UnknownMailbox(
+            f"sender {sender!r}: no account for {', '.join(tried)}; add one with"
+            f" outbox.accounts.put(Account(mailbox={tried[0]!r}, ...)) or `cpsmail accounts set`"
+        )
+
+    def _look(self, mailbox: str) -> Account | None:
+        for changed, account in reversed(self._pending()):
+            if changed == mailbox:
+                return account.without_secret() if account is not None else None
+        found: Account | None = self._store.peek(mailbox)
+        return found
+
+    def _kept_secret(self, mailbox: str) -> Any:
+        for changed, account in reversed(self._pending()):
+            if changed == mailbox:
+                return account.password if account is not None else None
+        return self._store.get(mailbox).password
+
+    def _change(self, mailbox: str, account: Account | None) -> None:
+        pending = self._pending(create=True)
+        change = (mailbox, account)
+
+        def forget() -> None:
+            # by identity: the same account may be put twice
+            pending[:] = [other for other in pending if other is not change]
+
+        join(
+            self._manager,
+            self._store,
+            lambda token: self._store.stage(mailbox, account),
+            rank=_RANK,
+            on_abort=forget,
+        )
+        pending.append(change)
+
+    def _pending(self, create: bool = False) -> list[tuple[str, Account | None]]:
+        """Return the changes of the current transaction, in order."""
+        try:
+            transaction = self._manager.get()
+        except NoTransaction:  # explicit mode: reading needs none
+            if create:
+                raise
+            return []
+        try:
+            pending: list[tuple[str, Account | None]] = transaction.data(self)
+        except KeyError:
+            pending = []
+            if create:
+                transaction.set_data(self, pending)
+        return pending

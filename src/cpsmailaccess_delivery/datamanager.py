@@ -1,0 +1,162 @@
+"""How a change of the outbox takes part in a transaction: one data manager per change.
+
+::
+
+    send/put      commit            vote     finish            what a crash leaves
+    --------      ------            ----     ------            -------------------
+    store.stage   store.prepare     check    store.publish
+    |<-- gone: cannot be committed --><-- in doubt ---->|<-- there for ever -->
+
+One data manager per change makes savepoints right by construction: the transaction
+package aborts and unjoins what joined after the savepoint.  All changes of one transaction
+to one store share a `Batch`, so that their fsyncs happen together, in the `commit`
+of the last of them: before any participant votes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
+from zope.interface import implementer
+
+log = logging.getLogger(__name__)
+
+#: Under this name the token stands in the transaction's extended info, for a witness.
+TOKEN_NAME = "cpsmailaccess_delivery"  # noqa: S105 (a name, no password)
+
+_sequence = itertools.count()
+
+
+class TwoPhaseStore(Protocol):
+    """What spool and account store have in common."""
+
+    def prepare(self, items: Sequence[Any], /) -> None: ...
+    def publish(self, items: Sequence[Any], /) -> None: ...
+    def discard(self, items: Sequence[Any], /) -> None: ...
+
+
+class Batch:
+    """What one transaction changes in one store."""
+
+    def __init__(self, store: TwoPhaseStore) -> None:
+        self._store = store
+        self._begun = 0
+        self._ready: list[Any] = []
+        self.prepared = False
+        self.published = False
+
+    def begin(self) -> None:
+        self._begun += 1
+
+    def commit(self, item: Any) -> None:
+        """Prepare everything when the last change has come: one batch of fsyncs."""
+        self._ready.append(item)
+        if len(self._ready) == self._begun:
+            self._store.prepare(self._ready)
+            self.prepared = True
+
+    def finish(self) -> None:
+        """Publish everything with the first change that finishes."""
+        if not self.published:
+            self.published = True
+            self._store.publish(self._ready)
+
+    def discard(self, item: Any) -> None:
+        if not self.published:
+            self._store.discard([item])
+
+
+@implementer(IDataManagerSavepoint)
+class _Savepoint:
+    """A change that joined before the savepoint stays when it is rolled back."""
+
+    def rollback(self) -> None:
+        pass
+
+
+@implementer(ISavepointDataManager)
+class Change:
+    """The data manager of one staged change.  See `ISavepointDataManager`."""
+
+    def __init__(
+        self, manager: Any, batch: Batch, item: Any, rank: int, on_abort: Callable[[], None]
+    ) -> None:
+        self.transaction_manager = manager
+        self._batch = batch
+        self._item = item
+        self._on_abort = on_abort
+        # After ZODB, and after zope.sqlalchemy with its "~sqlalchemy": what the others may
+        # refuse is decided when our turn comes, and the window of doubt is one rename.
+        self._sort_key = f"~~~cpsmailaccess_delivery:{rank}:{next(_sequence):020d}"
+
+    def sortKey(self) -> str:  # noqa: N802 (the name is transaction's)
+        return self._sort_key
+
+    def savepoint(self) -> _Savepoint:
+        return _Savepoint()
+
+    def tpc_begin(self, transaction: Any) -> None:
+        self._batch.begin()
+
+    def commit(self, transaction: Any) -> None:
+        self._batch.commit(self._item)
+
+    def tpc_vote(self, transaction: Any) -> None:
+        if not self._batch.prepared:
+            raise RuntimeError("tpc_vote without commit: the transaction manager is broken")
+
+    def tpc_finish(self, transaction: Any) -> None:
+        """Publish.  This must never fail: other participants have committed already."""
+        try:
+            self._batch.finish()
+        except Exception:
+            log.critical(
+                "cannot publish %r; the next start finds it in doubt", self._item, exc_info=True
+            )
+
+    def abort(self, transaction: Any) -> None:
+        # Also called after a successful commit, when after-commit hooks ran.
+        self._on_abort()
+        self._batch.discard(self._item)
+
+    tpc_abort = abort
+
+
+def join(
+    manager: Any,
+    store: TwoPhaseStore,
+    stage: Callable[[str], Any],
+    *,
+    rank: int,
+    on_abort: Callable[[], None] = lambda: None,
+) -> None:
+    """Stage a change and let it follow the current transaction of a manager.
+
+    `stage`: called with the token of the transaction, returns the staged item.
+    `rank`: lower ones are published first.  Raises what `stage` raises, and
+    `transaction.interfaces.NoTransaction` in explicit mode; nothing is left then.
+    """
+    transaction = manager.get()
+    batch, token = _batch(transaction, store)
+    item = stage(token)
+    try:
+        transaction.join(Change(manager, batch, item, rank, on_abort))
+        transaction.setExtendedInfo(TOKEN_NAME, token)
+    except BaseException:
+        store.discard([item])
+        raise
+
+
+def _batch(transaction: Any, store: TwoPhaseStore) -> tuple[Batch, str]:
+    token: str = transaction.extension.get(TOKEN_NAME) or secrets.token_hex(16)
+    try:
+        batch: Batch = transaction.data(store)
+    except KeyError:
+        batch = Batch(store)
+        transaction.set_data(store, batch)
+    return batch, token
