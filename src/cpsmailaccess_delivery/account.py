@@ -145,6 +145,16 @@ class Account:
         """Return a copy with these fields changed, checked again."""
         return replace(self, **changes)
 
+    @classmethod
+    def without_login(cls, host: str, port: int) -> Account:
+        """Return how a relay is reached that a route names without a mailbox.
+
+        By its port: 465 is TLS, 587 is STARTTLS, any other plain, as the 2005 system had.
+        """
+        by_port: dict[int, Security] = {465: "tls", 587: "starttls"}
+        security = by_port.get(port, "plain")
+        return cls(mailbox=DEFAULT_MAILBOX, host=host, port=port, security=security)
+
     def without_secret(self) -> Account:
         """Return a copy whose password, if it has one, is `HIDDEN`."""
         return self.replace(password=HIDDEN) if self.password is not None else self

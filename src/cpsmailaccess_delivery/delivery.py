@@ -39,11 +39,11 @@ class MailboxDelivery:
         self._spool = spool
         self._accounts = accounts
         self._manager = manager
-        self._size_limit = size_limit
+        self.size_limit = size_limit
         self._clock = clock
 
     @property
-    def queuePath(self) -> str:  # noqa: N802 (the name is zope.sendmail's)
+    def queuePath(self) -> str:
         return str(self._spool.location)
 
     def send(
@@ -60,7 +60,7 @@ class MailboxDelivery:
         recipients = check_recipients(toaddrs)
         route = self._route(sender, mailbox, hostname, port)
         stored, message_id = complete(
-            to_bytes(message), sender=sender, now=self._clock(), size_limit=self._size_limit
+            to_bytes(message), sender=sender, now=self._clock(), size_limit=self.size_limit
         )
 
         def stage(token: str) -> Entry:

@@ -34,6 +34,8 @@ __all__ = [
     "ILease",
     "IMailDelivery",
     "IMailboxDelivery",
+    "IOutbox",
+    "IQueueProcessor",
     "IQueuedMailDelivery",
     "ISpool",
     "IWatch",
@@ -356,3 +358,34 @@ class IJournal(Interface):
 
     def close() -> None:
         """Flush and close.  Twice is fine."""
+
+
+class IQueueProcessor(Interface):
+    """Delivers what is in a spool: a `threading.Thread`."""
+
+    def start() -> None:
+        """Start the thread."""
+
+    def stop(timeout: float) -> bool:
+        """Stop within `timeout` seconds; return whether it has ended."""
+
+    def run(forever: bool) -> object:
+        """Deliver in the calling thread; ``forever=False``: once what is due."""
+
+
+class IOutbox(Interface):
+    """An outbox; see `outbox.Outbox`."""
+
+    location = Attribute("Where the spool is (str)")
+    accounts = Attribute("IAccounts")
+    delivery = Attribute("IMailboxDelivery")
+    queue = Attribute("`queue.Queue`")
+
+    def processor() -> IQueueProcessor:
+        """Return a processor, not started yet."""
+
+    def status(message_id: str) -> object:
+        """Return a `status.Status`.  Raises `NoSuchEntry`."""
+
+    def close() -> None:
+        """Stop its processors and give back what it holds."""

@@ -1,0 +1,122 @@
+"""One try to deliver an entry: what is sent, and what its results mean for the mail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .interfaces import Entry, Outcome, Settlement, State
+from .outcome import Trouble, classify
+from .retry import Schedule
+from .smtp.machine import Result
+
+#: Outcomes after which a recipient is not tried again.
+FINAL = frozenset({State.ACCEPTED, State.REFUSED})
+
+#: Of several outcomes, what is said of the mail: the first that occurs.
+_WORST_FIRST = (
+    State.QUEUED,
+    State.DEFERRED,
+    State.UNCLEAR,
+    State.REFUSED,
+    State.ACCEPTED,
+    State.CANCELLED,
+)
+
+
+class Attempt:
+    """The lease of an entry on its way through a session: a `smtp.session.Mail`."""
+
+    __slots__ = ("lease", "message", "recipients", "sender")
+
+    def __init__(self, lease: Any) -> None:
+        self.lease = lease
+        self.sender: str = lease.envelope.sender
+        self.message: bytes = lease.message
+        done = lease.outcomes
+        self.recipients: tuple[str, ...] = lease.envelope.recipients
+        if done:
+            self.recipients = tuple(
+                recipient
+                for recipient in self.recipients
+                if recipient not in done or done[recipient].state not in FINAL
+            )
+
+    @property
+    def entry(self) -> Entry:
+        entry: Entry = self.lease.entry
+        return entry
+
+
+def account_trouble(results: Mapping[str, Result]) -> Result | None:
+    """Return the result that shows that the account must be mended, not the mail."""
+    for result in results.values():
+        verdict = classify(result.phase, result.reply, result.error)
+        if verdict.trouble is Trouble.ACCOUNT:
+            return result
+    return None
+
+
+def outcomes_of(
+    attempt: Attempt, results: Mapping[str, Result], now: float
+) -> dict[str, Outcome]:
+    """Return the outcomes of this attempt, by recipient."""
+    outcomes = {}
+    for recipient in attempt.recipients:
+        result = results[recipient]
+        verdict = classify(result.phase, result.reply, result.error)
+        outcomes[recipient] = Outcome(verdict.state, result.text, now)
+    return outcomes
+
+
+def settlement_of(
+    attempt: Attempt,
+    outcomes: Mapping[str, Outcome],
+    *,
+    schedule: Schedule,
+    now: float,
+    chance: float,
+) -> Settlement:
+    """Return what is to be recorded: the state of the mail, and when it is tried again.
+
+    A recipient whose attempt ended unclear is tried once more (at least once is the
+    promise); unclear for the second time, the mail is held for a person.
+    """
+    earlier: Mapping[str, Outcome] = attempt.lease.outcomes
+    if not earlier and all(o.state is State.ACCEPTED for o in outcomes.values()):
+        return ACCEPTED
+    known = {**earlier, **outcomes}
+    attempts = attempt.entry.attempts + 1
+    if any(_unclear(outcomes, r) and _unclear(earlier, r) for r in outcomes):
+        reason = "unclear twice: nobody knows whether the relay took it"
+        return Settlement(State.UNCLEAR, known, attempts=attempts, reason=reason)
+    state = worst(known)
+    if state in FINAL:
+        return Settlement(state, known, attempts=attempts)
+    age = now - (attempt.entry.staged_at or now)
+    due = schedule.next_try(attempts, age, now, chance)
+    if due is not None:
+        return Settlement(state, known, due=due, attempts=attempts)
+    reason = f"given up after {attempts} attempts"
+    known = {recipient: _expired(outcome, reason) for recipient, outcome in known.items()}
+    return Settlement(worst(known), known, attempts=attempts, reason=reason)
+
+
+def worst(outcomes: Mapping[str, Outcome]) -> State:
+    """Return what is said of a mail whose recipients have these outcomes."""
+    states = {outcome.state for outcome in outcomes.values()}
+    return next(state for state in _WORST_FIRST if state in states)
+
+
+#: Every recipient was accepted: nothing to remember but the journal's line.
+ACCEPTED = Settlement(State.ACCEPTED)
+
+
+def _unclear(outcomes: Mapping[str, Outcome], recipient: str) -> bool:
+    return recipient in outcomes and outcomes[recipient].state is State.UNCLEAR
+
+
+def _expired(outcome: Outcome, reason: str) -> Outcome:
+    if outcome.state is not State.DEFERRED:
+        return outcome
+    return Outcome(State.REFUSED, f"{reason}; {outcome.reply}", outcome.at)

@@ -1,0 +1,314 @@
+"""A lane: the entries that share an account, and the sessions that carry them.
+
+A lane decides how many sessions are open, hands them mails, and records what became of
+each.  Whatever goes wrong with its relay or account makes this lane wait, and no other::
+
+    ready --next_mail--> in flight --mail_done--> settled
+      ^                     |
+      +----mail_unsent------+
+
+It runs in the processor's event loop; nothing here blocks but short file operations.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .account import Account
+from .attempt import Attempt, account_trouble, outcomes_of, settlement_of
+from .envelope import Route, lane_key
+from .errors import VaultError
+from .interfaces import Entry, LaneNote, Outcome
+from .journal import Event
+from .limits import TokenBucket, mails_per_minute
+from .outcome import Trouble, classify
+from .smtp.machine import Failure, Result
+from .smtp.session import Session
+from .vault import resolve_secret
+
+if TYPE_CHECKING:
+    from .scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+#: Entries that one session may have before it is worth opening another.
+_BACKLOG = 8
+
+#: Seconds that an unused session is kept, for the next mail of the same account.
+_IDLE = 10.0
+
+
+class Lane:
+    """See the module; a `smtp.session.Source`."""
+
+    def __init__(self, route: Route, scheduler: Scheduler) -> None:
+        self.route = route
+        self.key = lane_key(route)
+        self.ready: deque[Entry] = deque()
+        self.in_flight = 0
+        self.wait_until = 0.0  # seconds since the epoch
+        self._scheduler = scheduler
+        self._sessions: set[Session] = set()
+        self._account: Account | None = None
+        self._version = ""
+        self._bucket: TokenBucket | None = None
+        self._failures = 0
+        self._most_sessions: int | None = None  # learned: the relay refused one more
+        self._idle_timer: Any = None
+        self._stopping = False
+        self._recall_note()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Lane {self.route} ready={len(self.ready)} in_flight={self.in_flight}"
+            f" sessions={len(self._sessions)} failures={self._failures}>"
+        )
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is on its way, and nothing can be sent now."""
+        if self.in_flight or self._sessions:
+            return False
+        return not self.ready or self._stopping or self.waiting
+
+    @property
+    def idle(self) -> bool:
+        """Sessions are open, and there is nothing for them to do."""
+        return bool(self._sessions) and not self.in_flight and not self.ready
+
+    @property
+    def waiting(self) -> bool:
+        return self.wait_until > self._scheduler.now()
+
+    def push(self, entry: Entry) -> None:
+        """Add an entry; `work` follows."""
+        self.ready.append(entry)
+
+    def work(self) -> None:
+        """Put the ready entries to work: wake sessions, open what is missing."""
+        if self._stopping or self.waiting or not self.ready:
+            return
+        for session in list(self._sessions):
+            session.wake()
+        while self.ready and self._wants_session() and self._scheduler.may_connect(self):
+            if not self._open_session():
+                break
+
+    def stop(self) -> None:
+        """Take nothing more; finish what is past the end of data, give back the rest."""
+        self._stopping = True
+        self._cancel_idle_timer()
+        for session in list(self._sessions):
+            session.stop()
+
+    def abort(self) -> None:
+        """Drop every connection now."""
+        self._stopping = True
+        for session in list(self._sessions):
+            session.abort()
+
+    def quit_idle(self) -> None:
+        """Close the sessions politely; ready entries open new ones."""
+        for session in list(self._sessions):
+            session.quit()
+
+    def account_changed(self) -> None:
+        """Look whether the account is another now; if so, try at once with the new one."""
+        if not self.route.mailbox or self._version == self._current_version():
+            return
+        self._forget_trouble()
+        self.quit_idle()
+        self.work()
+
+    # What sessions call: `smtp.session.Source`
+
+    def next_mail(self) -> Attempt | None:
+        while self.ready and not self._stopping and self._may_send():
+            entry = self.ready.popleft()
+            attempt = self._scheduler.claim(entry, self)
+            if attempt is not None:
+                self.in_flight += 1
+                return attempt
+            if self._bucket is not None:
+                self._bucket.tokens += 1.0  # nothing was sent for it
+        if self.idle:
+            self._start_idle_timer()
+        return None
+
+    def mail_done(self, mail: Attempt, results: Mapping[str, Result]) -> None:
+        self.in_flight -= 1
+        scheduler = self._scheduler
+        trouble = account_trouble(results)
+        if trouble is not None:  # the mail was not really tried
+            mail.lease.release()
+            self.ready.appendleft(mail.entry)
+            self._wait(Trouble.ACCOUNT, trouble.text)
+            self.quit_idle()
+            return
+        now = scheduler.now()
+        outcomes = outcomes_of(mail, results, now)
+        settlement = settlement_of(
+            mail, outcomes, schedule=scheduler.schedule, now=now, chance=scheduler.chance()
+        )
+        self._record(mail, outcomes)
+        if self._failures and any(r.reply and r.reply.code != 421 for r in results.values()):
+            self._forget_trouble()  # the relay works: it has an opinion on this mail
+        scheduler.settle(mail, settlement)
+
+    def mail_unsent(self, mail: Attempt) -> None:
+        self.in_flight -= 1
+        mail.lease.release()
+        self.ready.appendleft(mail.entry)
+
+    def session_ready(self, session: Session) -> None:
+        pass  # it asks for mails by itself
+
+    def session_closed(self, session: Session, failure: Failure | None) -> None:
+        self._sessions.discard(session)
+        if failure is not None and not session.accepted and not self._stopping:
+            self._judge(failure)
+        self._scheduler.session_over(self)
+
+    # How many sessions
+
+    def _wants_session(self) -> bool:
+        count = len(self._sessions)
+        if not count:
+            return True
+        account = self._account
+        most = self._most_sessions or (account.connections if account else 1)
+        return count < most and len(self.ready) > _BACKLOG * count
+
+    def _open_session(self) -> bool:
+        try:
+            account = self._load_account()
+            secret = resolve_secret(account)
+        except VaultError as error:
+            self._wait(Trouble.ACCOUNT, str(error))
+            self._scheduler.session_over(self)
+            return False
+        self._cancel_idle_timer()
+        session = Session(
+            account, secret, self, helo_name=self._scheduler.helo_name, loop=self._scheduler.loop
+        )
+        self._sessions.add(session)
+        session.connect()
+        return True
+
+    def _load_account(self) -> Account:
+        route = self.route
+        if not route.mailbox:
+            account = Account.without_login(route.host, route.port)
+        else:
+            self._version = self._current_version()
+            account = self._scheduler.accounts.get(route.mailbox)
+        if account != self._account:
+            per_minute = mails_per_minute(account.host, account.mails_per_minute)
+            self._bucket = TokenBucket(per_minute, self._scheduler.now()) if per_minute else None
+            self._account = account
+            self._most_sessions = None
+        return account
+
+    def _current_version(self) -> str:
+        return str(self._scheduler.accounts.version(self.route.mailbox))
+
+    def _start_idle_timer(self) -> None:
+        if self._idle_timer is None:
+            if self._scheduler.draining:
+                self._scheduler.loop.call_soon(self.quit_idle)
+            else:
+                self._idle_timer = self._scheduler.loop.call_later(_IDLE, self._idle_over)
+
+    def _cancel_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+    def _idle_over(self) -> None:
+        self._idle_timer = None
+        if self.idle:
+            self.quit_idle()
+
+    # Limits and trouble
+
+    def _may_send(self) -> bool:
+        if self.wait_until and self.waiting:
+            return False
+        if self._bucket is None:
+            return True
+        wait = self._bucket.take(self._scheduler.now())
+        if wait:
+            self._scheduler.wake_at(self._scheduler.now() + wait, self)
+        return not wait
+
+    def _judge(self, failure: Failure) -> None:
+        """A session failed and had delivered nothing."""
+        if self._sessions:  # others of this lane work: the relay wants fewer of us
+            self._most_sessions = len(self._sessions)
+            return
+        verdict = classify(failure.phase, failure.reply, failure.error)
+        self._wait(verdict.trouble, failure.text)
+
+    def _wait(self, trouble: Trouble, reason: str) -> None:
+        scheduler = self._scheduler
+        self._failures += 1
+        now = scheduler.now()
+        self.wait_until = now + scheduler.schedule.delay(self._failures, scheduler.chance())
+        log.warning("%s: %s; next try in %.0f s", self.route, reason, self.wait_until - now)
+        note = scheduler.lane_note(self.key)
+        scheduler.note_lane(
+            self.key,
+            LaneNote(
+                route=str(self.route),
+                trouble=str(trouble),
+                reason=reason,
+                since=note.since if note else now,
+                until=self.wait_until,
+                failures=self._failures,
+                version=self._version,
+            ),
+        )
+        scheduler.wake_at(self.wait_until, self)
+
+    def _recall_note(self) -> None:
+        """Go on waiting where the last processor stopped, but not on a mended account.
+
+        Who drains by hand asks for a try now; only a bad login still waits, so that no
+        mailbox is locked out by our retries.
+        """
+        note = self._scheduler.lane_note(self.key)
+        if note is None:
+            return
+        mended = bool(self.route.mailbox) and note.version != self._current_version()
+        if mended or (self._scheduler.draining and note.trouble != Trouble.ACCOUNT):
+            self._failures = 0 if mended else note.failures
+            return
+        self._failures, self.wait_until, self._version = note.failures, note.until, note.version
+        self._scheduler.wake_at(note.until, self)
+
+    def _forget_trouble(self) -> None:
+        self._failures = 0
+        self.wait_until = 0.0
+        self._scheduler.note_lane(self.key, None)
+
+    def _record(self, mail: Attempt, outcomes: Mapping[str, Outcome]) -> None:
+        envelope, attempt = mail.lease.envelope, mail.entry.attempts + 1
+        relay = self._account.relay if self._account else ""
+        for recipient, outcome in outcomes.items():
+            self._scheduler.journal.record(
+                Event(
+                    at=outcome.at,
+                    kind=outcome.state,
+                    entry=mail.entry.id,
+                    message_id=envelope.message_id,
+                    mailbox=str(self.route),
+                    sender=mail.sender,
+                    recipient=recipient,
+                    attempt=attempt,
+                    reply=outcome.reply,
+                    relay=relay,
+                )
+            )

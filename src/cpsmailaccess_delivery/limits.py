@@ -1,0 +1,52 @@
+"""How fast an account may send: what providers publish, and a token bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+#: Mails per minute that providers publish for one mailbox, by the end of the host name.
+_PUBLISHED: Final = {
+    "smtp.office365.com": 30,
+    "smtp-mail.outlook.com": 30,
+    "mail.protection.outlook.com": 30,
+}
+
+
+def mails_per_minute(host: str, own: int | None) -> int | None:
+    """Return the limit of an account: its own, else the one its provider publishes."""
+    if own is not None:
+        return own
+    for suffix, limit in _PUBLISHED.items():
+        if host == suffix or host.endswith("." + suffix):
+            return limit
+    return None
+
+
+@dataclass(slots=True)
+class TokenBucket:
+    """Lets ``per_minute`` pass a minute, at most a sixth of them (ten seconds' worth) at once.
+
+    ``at``: seconds on the caller's clock of the last `take`.
+    """
+
+    per_minute: int
+    at: float
+    tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.tokens = self.burst
+
+    @property
+    def burst(self) -> float:
+        return max(1.0, self.per_minute / 6)
+
+    def take(self, now: float) -> float:
+        """Take one token: return 0.0, or the seconds until there is one."""
+        gained = max(0.0, now - self.at) * self.per_minute / 60
+        self.tokens = min(self.burst, self.tokens + gained)
+        self.at = now
+        if self.tokens >= 1.0:
+            self.tokens -= 1.0
+            return 0.0
+        return (1.0 - self.tokens) * 60 / self.per_minute

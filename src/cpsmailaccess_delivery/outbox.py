@@ -1,0 +1,142 @@
+"""`Outbox`: plain settings in, working parts out."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import transaction
+from zope.interface import implementer
+
+from .accounts import Accounts
+from .delivery import MailboxDelivery
+from .errors import InvalidSettings, NoSuchEntry, OutboxClosed
+from .interfaces import IOutbox
+from .journal import MAX_LAG, Journal
+from .key import KeySource
+from .message import DEFAULT_SIZE_LIMIT
+from .processor import MAX_SESSIONS, QueueProcessorThread
+from .queue import Queue
+from .retry import Schedule
+from .spool.maildir import Maildir
+from .spool.presence import Presence
+from .status import Status, status_of
+from .vault import Vault
+
+
+@implementer(IOutbox)
+class Outbox:
+    """An outbox: its spool, its accounts, the utility that sends, and the processor.
+
+    `path`: directory of the spool, made when it is missing.
+    `transaction_manager`: whose transactions changes follow; the thread's by default.
+    `size_limit`: bytes of the largest message that `send` takes.
+    `key`: 32 bytes that seal the secrets; by default from ``CPSMAIL_KEY``, the systemd
+    credential ``cpsmail.key``, or the file ``PATH.key`` (made on first use).
+    `schedule`, `helo_name`, `max_sessions`: see `processor`.
+
+    Raises `InvalidSettings`, `SpoolError`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        transaction_manager: Any = None,
+        size_limit: int = DEFAULT_SIZE_LIMIT,
+        key: bytes | None = None,
+        schedule: Schedule | None = None,
+        helo_name: str | None = None,
+        max_sessions: int = MAX_SESSIONS,
+    ) -> None:
+        if isinstance(path, str) and "://" in path:
+            raise InvalidSettings(f"outbox {path!r}: this release knows directories only")
+        directory = Path(path).absolute()
+        self._schedule = schedule
+        self._helo_name = helo_name
+        self._max_sessions = max_sessions
+        self._processors: list[QueueProcessorThread] = []
+        self._closed = False
+        self._presence = Presence(directory / "presence")
+        self.spool = Maildir(directory, self._presence)
+        self.vault = Vault(
+            directory / "accounts",
+            KeySource(key, file=directory.with_name(directory.name + ".key")),
+            self._presence,
+        )
+        self.journal = Journal(directory / "journal.sqlite")
+        manager = transaction.manager if transaction_manager is None else transaction_manager
+        self.accounts = Accounts(self.vault, manager)
+        self.delivery = MailboxDelivery(self.spool, self.accounts, manager, size_limit=size_limit)
+        self.queue = Queue(self.spool, self.journal)
+
+    def __repr__(self) -> str:
+        return f"<Outbox {self.location}{' closed' if self._closed else ''}>"
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def location(self) -> str:
+        """Where the spool is."""
+        return str(self.spool.location)
+
+    def processor(self) -> QueueProcessorThread:
+        """Return a processor of this outbox, not started yet."""
+        if self._closed:
+            raise OutboxClosed(f"outbox {self.location}: was closed; make a new Outbox")
+        processor = QueueProcessorThread(
+            self.spool,
+            self.vault,
+            self.journal,
+            schedule=self._schedule,
+            helo_name=self._helo_name,
+            max_sessions=self._max_sessions,
+        )
+        self._processors.append(processor)
+        return processor
+
+    def status(self, message_id: str) -> Status:
+        """Return what became of the mail with this Message-Id.
+
+        Raises `NoSuchEntry` when neither spool nor journal knows it: never committed, or
+        delivered longer ago than the journal goes back.
+        """
+        message_id = message_id.strip().removeprefix("<").removesuffix(">")
+        status = self._look(message_id)
+        if status is None:
+            # Another process has settled it, and its journal is a moment behind its spool.
+            time.sleep(MAX_LAG)
+            status = self._look(message_id)
+        if status is None:
+            raise NoSuchEntry(
+                f"Message-Id {message_id!r}: not in the spool {self.location} nor in its journal:"
+                " the transaction has not committed, or it was delivered too long ago"
+            )
+        return status
+
+    def close(self) -> None:
+        """Stop the processors of this outbox and give back what it holds.  Twice is fine."""
+        self._closed = True
+        for processor in self._processors:
+            processor.stop()
+        self._processors.clear()
+        self.journal.close()
+        self.spool.close()
+        self._presence.close()
+
+    def _look(self, message_id: str) -> Status | None:
+        self.journal.flush()
+        records = self.spool.find(message_id)
+        outcomes = self.journal.last_outcomes(message_id)
+        notes = {
+            record.entry.lane: note
+            for record in records
+            if (note := self.spool.lane_note(record.entry.lane)) is not None
+        }
+        return status_of(message_id, records, notes, outcomes)

@@ -1,0 +1,147 @@
+"""The thread that delivers what is in the spool."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from typing import Any
+
+from zope.interface import implementer
+
+from .address import ascii_host
+from .errors import InvalidAddress, OutboxError
+from .interfaces import IQueueProcessor
+from .retry import Schedule
+from .scheduler import Scheduler, Summary
+
+log = logging.getLogger(__name__)
+
+#: Connections that one processor has at most, over all accounts.
+MAX_SESSIONS = 200
+
+#: Seconds between being told to stop and dropping the connections, when nobody says.
+STOP_TIMEOUT = 30.0
+
+
+@implementer(IQueueProcessor)
+class QueueProcessorThread(threading.Thread):
+    """Delivers the mails of a spool, through a session of each mail's own account.
+
+    ``start()`` runs it as a thread until ``stop()``.  ``run(forever=False)`` delivers in
+    the calling thread what is due, once, and returns a `Summary`.  Several processors,
+    threads or processes, on one spool are safe: an entry is sent by whoever has its lease.
+
+    `helo_name`: how it introduces itself to relays (RFC 5321 section 4.1.1.1); the name
+    of this host by default.  `max_sessions`: connections at most, over all accounts.
+    """
+
+    def __init__(
+        self,
+        spool: Any,
+        accounts: Any,
+        journal: Any,
+        *,
+        schedule: Schedule | None = None,
+        helo_name: str | None = None,
+        max_sessions: int = MAX_SESSIONS,
+    ) -> None:
+        super().__init__(name="cpsmailaccess_delivery.QueueProcessorThread", daemon=True)
+        self._spool = spool
+        self._accounts = accounts
+        self._journal = journal
+        self._schedule = schedule or Schedule()
+        self._helo_name = helo_name
+        self._max_sessions = max_sessions
+        self._lock = threading.Lock()  # guards the two below
+        self._scheduler: Scheduler | None = None
+        self._stopped = False
+        self.summary = Summary()
+
+    def run(self, forever: bool = True) -> Summary:  # type: ignore[override]
+        """Deliver until `stop` is called, or once what is due; return what was done.
+
+        Mails that are in the queue when it starts or come in meanwhile are tried once.
+        """
+        with asyncio.Runner() as runner:
+            return runner.run(self._deliver(draining=not forever))
+
+    def stop(self, timeout: float = STOP_TIMEOUT) -> bool:
+        """Stop: finish what is past the end of data, give back the rest.
+
+        `timeout`: seconds after which connections are dropped; a mail whose end of data
+        was sent by then and not answered is unclear.  Returns whether the thread has ended.
+        Callable from any thread, and more than once.
+        """
+        with self._lock:
+            self._stopped = True
+            scheduler = self._scheduler
+            if scheduler is not None:
+                scheduler.loop.call_soon_threadsafe(scheduler.stop)
+        if not self.is_alive() or self is threading.current_thread():
+            return not self.is_alive()
+        self.join(timeout)
+        if self.is_alive():
+            with self._lock:
+                if self._scheduler is not None:
+                    scheduler = self._scheduler
+                    scheduler.loop.call_soon_threadsafe(scheduler.abort)
+            self.join(5.0)
+        return not self.is_alive()
+
+    async def _deliver(self, *, draining: bool) -> Summary:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_log_loop_error)
+        scheduler = Scheduler(
+            self._spool,
+            self._accounts,
+            self._journal,
+            loop=loop,
+            helo_name=self._helo_name or own_host_name(),
+            schedule=self._schedule,
+            max_sessions=self._max_sessions,
+            draining=draining,
+        )
+        with self._lock:
+            if self._stopped and not draining:
+                return scheduler.summary
+            self._scheduler = scheduler
+        self.summary = scheduler.summary
+        try:
+            self._sweep()
+            scheduler.start()
+            await scheduler.finished
+        finally:
+            with self._lock:
+                self._scheduler = None
+            scheduler.abort()  # nothing to do but after an interrupt: gives back the leases
+            scheduler.close()
+            self._journal.flush()
+        return scheduler.summary
+
+    def _sweep(self) -> None:
+        try:
+            report = self._spool.sweep()
+        except OutboxError:
+            log.exception("cannot sweep %s", self._spool.location)
+            return
+        if report.removed or report.held:
+            log.warning(
+                "a process died here: %d uncommitted mails removed, %d in doubt and held",
+                len(report.removed),
+                len(report.held),
+            )
+
+
+def own_host_name() -> str:
+    """Return the name of this host for EHLO, or an address literal when it has none."""
+    name = socket.getfqdn()
+    try:
+        return ascii_host(name) if "." in name else "[127.0.0.1]"
+    except InvalidAddress:
+        return "[127.0.0.1]"
+
+
+def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    log.error("in the delivery loop: %s", context["message"], exc_info=context.get("exception"))

@@ -1,0 +1,357 @@
+"""Which entry goes to which lane, and when: the heart of the processor.
+
+It learns of entries from a scan and then from the spool's watch, keeps those that are
+not due yet, and hands the others to their lanes.  It runs in one event loop; the
+clock and chance are passed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .attempt import Attempt
+from .envelope import Route
+from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
+from .interfaces import Entry, LaneNote, Settlement, State
+from .lanes import Lane
+from .retry import Schedule
+
+log = logging.getLogger(__name__)
+
+#: Entries taken from a scan before the loop may do something else.
+_SCAN_STEP = 5_000
+
+#: Seconds after which an entry that another processor has leased is looked at again.
+_BUSY = 1.0
+
+#: Seconds after which a settlement that could not be written is tried again.
+_UNSETTLED = 5.0
+
+#: Longest sleep, in seconds: after it the wall clock is asked again, which may have jumped.
+_LONGEST_SLEEP = 30.0
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a processor did: numbers of mails, by the state that they were left in."""
+
+    accepted: int = 0
+    deferred: int = 0
+    refused: int = 0
+    unclear: int = 0
+    held: int = 0
+    waiting: int = 0  # not tried: their relay or account is in trouble, or they are not due
+    reasons: dict[str, str] = field(default_factory=dict)  # why lanes wait, by route
+
+    def count(self, state: State) -> None:
+        setattr(self, state.value, getattr(self, state.value) + 1)
+
+
+class Scheduler:
+    """See the module.  All methods are called in the loop's thread."""
+
+    def __init__(
+        self,
+        spool: Any,
+        accounts: Any,
+        journal: Any,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        helo_name: str,
+        schedule: Schedule,
+        max_sessions: int,
+        draining: bool,
+        clock: Callable[[], float] = time.time,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.spool = spool
+        self.accounts = accounts
+        self.journal = journal
+        self.loop = loop
+        self.helo_name = helo_name
+        self.schedule = schedule
+        self.draining = draining
+        self.now = clock
+        self.chance = chance
+        self.summary = Summary()
+        self.finished: asyncio.Future[None] = loop.create_future()
+        self._lanes: dict[str, Lane] = {}  # by route
+        self._by_key: dict[str, Lane] = {}  # by the key in file names
+        self._later: list[tuple[float, int, Entry | Lane]] = []
+        self._order = itertools.count()
+        self._timer: asyncio.TimerHandle | None = None
+        self._max_sessions = max_sessions
+        self._sessions = 0
+        self._waiting_lanes: deque[Lane] = deque()
+        self._unsettled: list[tuple[Attempt, Settlement]] = []
+        self._scan: Iterator[Entry] | None = None
+        self._watches: list[Any] = []
+        self._stopping = False
+        self._checking = False
+
+    # Life
+
+    def start(self) -> None:
+        self._watch(self.spool.watch(), self._spool_changed)
+        self._watch(self.accounts.watch(), self._accounts_changed)
+        self._rescan()
+
+    def stop(self) -> None:
+        """Let every lane stop; `finished` is done when their sessions are closed."""
+        self._stopping = True
+        self._scan = None
+        for lane in self._lanes.values():
+            lane.stop()
+        self.check_quiet()
+
+    def abort(self) -> None:
+        """Drop every session; `finished` follows."""
+        for lane in self._lanes.values():
+            lane.abort()
+        self.check_quiet()
+
+    def close(self) -> None:
+        """Give back what `start` took.  Settlements are tried a last time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for watch in self._watches:
+            self.loop.remove_reader(watch.fileno())
+            watch.close()
+        self._watches.clear()
+        self._retry_unsettled()
+        for attempt, settlement in self._unsettled:
+            log.critical("%s is %s, but cannot be recorded", attempt.entry.id, settlement.state)
+            attempt.lease.release()
+
+    def check_quiet(self) -> None:
+        """Finish once nothing is left to do: when stopping, or when draining."""
+        if not self._checking:
+            self._checking = True
+            self.loop.call_soon(self._check_quiet)
+
+    def _check_quiet(self) -> None:
+        self._checking = False
+        if self.finished.done() or not (self._stopping or self.draining):
+            return
+        if self._sessions or self._scan is not None or self._unsettled_matter():
+            return
+        if not all(lane.quiet for lane in self._lanes.values()):
+            return
+        if not self._stopping and self._read_spool():
+            self.check_quiet()  # something came in meanwhile
+            return
+        self._count_waiting()
+        self.finished.set_result(None)
+
+    def _unsettled_matter(self) -> bool:
+        return bool(self._unsettled) and not self._stopping
+
+    def _count_waiting(self) -> None:
+        for route, lane in self._lanes.items():
+            note = self.spool.lane_note(lane.key) if lane.waiting else None
+            if note is not None:
+                self.summary.reasons[route] = note.reason
+            self.summary.waiting += len(lane.ready)
+        self.summary.waiting += sum(isinstance(item, Entry) for _, _, item in self._later)
+
+    # Where entries come from
+
+    def offer(self, entry: Entry, dirty: set[Lane]) -> None:
+        """Take notice of an entry; its lane is added to `dirty` when it is due."""
+        if entry.state in (State.DEFERRED, State.UNCLEAR) and entry.due:
+            if entry.due > self.now():
+                self._at(entry.due, entry)
+                return
+        elif entry.state is not State.QUEUED:
+            return  # held, refused, unclear: for a person
+        lane = self._by_key.get(entry.lane) or self._find_lane(entry)
+        if lane is not None:
+            lane.push(entry)
+            dirty.add(lane)
+
+    def lane(self, route: Route) -> Lane:
+        """Return the lane of a route."""
+        lane = self._lanes.get(str(route))
+        if lane is None:
+            lane = self._lanes[str(route)] = Lane(route, self)
+            self._by_key.setdefault(lane.key, lane)
+        return lane
+
+    def _find_lane(self, entry: Entry) -> Lane | None:
+        """Open one entry to learn its route: the first of its lane, or one we did not name."""
+        try:
+            return self.lane(self.spool.load(entry.id).envelope.route)
+        except InvalidEnvelope:
+            self.spool.claim(entry)  # sets it aside
+            self.summary.held += 1
+        except NoSuchEntry:
+            pass  # delivered or cancelled meanwhile
+        except SpoolError:
+            log.exception("cannot read %s; trying again later", entry.id)
+            self._at(self.now() + _LONGEST_SLEEP, entry)
+        return None
+
+    def _rescan(self) -> None:
+        for lane in self._lanes.values():
+            lane.ready.clear()
+        self._later = [item for item in self._later if not isinstance(item[2], Entry)]
+        heapq.heapify(self._later)
+        self._scan = self.spool.scan()
+        self._scan_step()
+
+    def _scan_step(self) -> None:
+        if self._scan is None:
+            return
+        step = list(itertools.islice(self._scan, _SCAN_STEP))
+        self._offer_all(step)
+        if len(step) < _SCAN_STEP:
+            self._scan = None
+            self.check_quiet()
+        else:
+            self.loop.call_soon(self._scan_step)
+
+    def _offer_all(self, entries: Any) -> None:
+        dirty: set[Lane] = set()
+        for entry in entries:
+            self.offer(entry, dirty)
+        for lane in dirty:
+            lane.work()
+
+    def _watch(self, watch: Any, changed: Callable[[], object]) -> None:
+        self._watches.append(watch)
+        self.loop.add_reader(watch.fileno(), changed)
+
+    def _spool_changed(self) -> None:
+        self._read_spool()
+
+    def _read_spool(self) -> bool:
+        entries = self._watches[0].read()
+        if entries is None:
+            log.info("the spool's watch lost count; scanning again")
+            self._rescan()
+            return True
+        entries = list(entries)
+        self._offer_all(entries)
+        return bool(entries)
+
+    def _accounts_changed(self) -> None:
+        self._watches[1].read()
+        for lane in list(self._lanes.values()):
+            lane.account_changed()
+
+    # Time
+
+    def wake_at(self, when: float, lane: Lane) -> None:
+        """Let a lane work at a time (seconds since the epoch)."""
+        self._at(when, lane)
+
+    def _at(self, when: float, item: Entry | Lane) -> None:
+        heapq.heappush(self._later, (when, next(self._order), item))
+        if self._later[0][2] is item:
+            self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._later:
+            sleep = min(max(self._later[0][0] - self.now(), 0.0), _LONGEST_SLEEP)
+            self._timer = self.loop.call_later(sleep, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = self.now()
+        due = []
+        while self._later and self._later[0][0] <= now:
+            due.append(heapq.heappop(self._later)[2])
+        self._offer_all(item for item in due if isinstance(item, Entry))
+        for item in due:
+            if isinstance(item, Lane):
+                item.work()
+        self._arm()
+        self.check_quiet()
+
+    # What lanes ask for
+
+    def claim(self, entry: Entry, lane: Lane) -> Attempt | None:
+        """Lease an entry for a lane, or None: it is gone, leased, or belongs elsewhere."""
+        try:
+            lease = self.spool.claim(entry)
+        except SpoolError:
+            log.exception("cannot read %s; trying again later", entry.id)
+            self._at(self.now() + _LONGEST_SLEEP, entry)
+            return None
+        if lease is None:
+            if self.spool.leased(entry):
+                self._at(self.now() + _BUSY, entry)
+            return None
+        attempt = Attempt(lease)
+        if lease.envelope.route != lane.route and str(lease.envelope.route) != str(lane.route):
+            lease.release()
+            other = self.lane(lease.envelope.route)
+            other.push(entry)
+            other.work()
+            return None
+        return attempt
+
+    def settle(self, attempt: Attempt, settlement: Settlement) -> None:
+        """Record a settlement; what cannot be written keeps its lease and is tried again."""
+        self.summary.count(settlement.state)
+        try:
+            attempt.lease.settle(settlement)
+        except SpoolError as error:
+            log.error("cannot record that %s is %s: %s", attempt.entry.id, settlement.state, error)
+            if not self._unsettled:
+                self.loop.call_later(_UNSETTLED, self._retry_unsettled)
+            self._unsettled.append((attempt, settlement))
+
+    def _retry_unsettled(self) -> None:
+        unsettled, self._unsettled = self._unsettled, []
+        for attempt, settlement in unsettled:
+            try:
+                attempt.lease.settle(settlement)
+            except SpoolError:
+                self._unsettled.append((attempt, settlement))
+        if self._unsettled:
+            self.loop.call_later(_UNSETTLED, self._retry_unsettled)
+        self.check_quiet()
+
+    def lane_note(self, key: str) -> LaneNote | None:
+        note: LaneNote | None = self.spool.lane_note(key)
+        return note
+
+    def note_lane(self, key: str, note: LaneNote | None) -> None:
+        try:
+            self.spool.note_lane(key, note)
+        except SpoolError as error:
+            log.warning("cannot note why lane %s waits: %s", key, error)
+
+    def may_connect(self, lane: Lane) -> bool:
+        """Whether one session more is within the limit; if not, the lane waits its turn."""
+        if self._sessions < self._max_sessions:
+            self._sessions += 1
+            return True
+        if lane not in self._waiting_lanes:
+            self._waiting_lanes.append(lane)
+        idle = next((other for other in self._lanes.values() if other.idle), None)
+        if idle is not None:
+            idle.quit_idle()
+        return False
+
+    def session_over(self, lane: Lane) -> None:
+        """One session less: the lanes that wait longest may open one."""
+        self._sessions -= 1
+        if lane.ready:
+            self._waiting_lanes.append(lane)
+        while self._waiting_lanes and self._sessions < self._max_sessions:
+            self._waiting_lanes.popleft().work()
+        self.check_quiet()

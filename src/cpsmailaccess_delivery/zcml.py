@@ -1,0 +1,194 @@
+"""The ZCML directives: ``mail:mailboxDelivery``, ``mail:smtpAccount``, ``mail:queueProcessor``.
+
+They stand beside zope.sendmail's own in the ``mail`` namespace.  All directives with the
+same ``queuePath`` share one `Outbox`, the utility `IOutbox` of that name.  Reading the
+configuration starts no thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import transaction
+from zope.component import getGlobalSiteManager
+from zope.component.security import proxify
+from zope.configuration.exceptions import ConfigurationError
+from zope.configuration.fields import Path
+from zope.interface import Interface
+from zope.schema import Bool, Choice, Float, Int, TextLine
+from zope.security.interfaces import IPermission
+from zope.security.permission import Permission as PermissionUtility
+from zope.security.zcml import Permission
+
+from .account import Account
+from .accounts import Accounts
+from .errors import OutboxError
+from .interfaces import IMailboxDelivery, IMailDelivery, IOutbox, IQueueProcessor
+from .outbox import Outbox
+
+#: zope.sendmail's own permission; defined here too, because its configuration may be absent.
+SEND_MAIL = "zope.SendMail"
+
+
+class IQueuePath(Interface):
+    """Every directive names the spool that it belongs to."""
+
+    queuePath = Path(
+        title="Queue path", description="Directory of the spool; made when missing.", required=True
+    )
+
+
+class IMailboxDeliveryDirective(IQueuePath):
+    """Register a delivery utility whose mails leave through the account of their sender."""
+
+    name = TextLine(
+        title="Name",
+        description="Name of the IMailDelivery utility.",
+        default="Mail",
+        required=False,
+    )
+    permission = Permission(
+        title="Permission", description="Needed to use the utility.", required=False
+    )
+    sizeLimit = Int(
+        title="Size limit", description="Bytes of the largest mail.", min=1, required=False
+    )
+
+
+class ISMTPAccountDirective(IQueuePath):
+    """Keep an account in the outbox, as it stands here; written only when it differs."""
+
+    mailbox = TextLine(title="Mailbox", description="An address, @domain or *.")
+    hostname = TextLine(title="Host name of the relay")
+    port = Int(title="Port of the relay", required=False)
+    security = Choice(
+        title="Security", values=("tls", "starttls", "plain"), default="starttls", required=False
+    )
+    username = TextLine(title="User name of the login", required=False)
+    passwordFrom = TextLine(
+        title="Where the password comes from", description="env:NAME or file:PATH", required=False
+    )
+    verify = Bool(title="Verify the certificate", default=True, required=False)
+    caFile = Path(title="CA file to verify with, instead of the system's", required=False)
+    connections = Int(title="Connections at most", min=1, required=False)
+    mailsPerSession = Int(title="Mails per session at most", min=1, required=False)
+    mailsPerMinute = Int(title="Mails per minute at most", min=1, required=False)
+    connectTimeout = Float(title="Seconds to connect", required=False)
+    commandTimeout = Float(title="Seconds for each reply", required=False)
+    dataTimeout = Float(title="Seconds for the reply to the end of data", required=False)
+
+
+class IQueueProcessorDirective(IQueuePath):
+    """Register a processor of the outbox as the utility IQueueProcessor."""
+
+    name = TextLine(title="Name of the utility", default="Mail", required=False)
+    start = Choice(
+        title="When it starts",
+        description="IProcessStarting: with the application server.  hand: by its start().",
+        values=("IProcessStarting", "hand"),
+        default="hand",
+        required=False,
+    )
+
+
+def mailbox_delivery(
+    _context: Any,
+    queuePath: str,
+    name: str = "Mail",
+    permission: str | None = None,
+    sizeLimit: int | None = None,
+) -> None:
+    """Handle ``mail:mailboxDelivery``."""
+
+    def register() -> None:
+        outbox = outbox_for(queuePath)
+        delivery: Any = outbox.delivery
+        if sizeLimit is not None:
+            delivery.size_limit = sizeLimit
+        if permission is not None:
+            delivery = proxify(delivery, provides=IMailboxDelivery, permission=permission)
+        getGlobalSiteManager().registerUtility(delivery, IMailDelivery, name)
+
+    if permission == SEND_MAIL:
+        _context.action(discriminator=None, callable=_define_send_mail)
+    _context.action(discriminator=("utility", IMailDelivery, name), callable=register)
+
+
+def smtp_account(
+    _context: Any,
+    queuePath: str,
+    mailbox: str,
+    hostname: str,
+    verify: bool = True,
+    caFile: str | None = None,
+    **settings: Any,
+) -> None:
+    """Handle ``mail:smtpAccount``."""
+    if caFile is not None and not verify:
+        raise ConfigurationError("smtpAccount: caFile contradicts verify=no; give one of them")
+    values = {_ACCOUNT_FIELDS.get(name, name): value for name, value in settings.items()}
+    try:
+        account = Account(mailbox=mailbox, host=hostname, verify=caFile or verify, **values)
+    except OutboxError as error:
+        raise ConfigurationError(f"smtpAccount: {error}") from None
+
+    def keep() -> None:
+        outbox = outbox_for(queuePath)
+        manager = transaction.TransactionManager()
+        accounts = Accounts(outbox.vault, manager)
+        if outbox.vault.peek(account.mailbox) != account:
+            with manager:
+                accounts.put(account)
+
+    _context.action(discriminator=("mail:smtpAccount", queuePath, account.mailbox), callable=keep)
+
+
+def queue_processor(_context: Any, queuePath: str, name: str = "Mail", start: str = "hand") -> None:
+    """Handle ``mail:queueProcessor``."""
+    event: Any = None
+    if start == "IProcessStarting":
+        try:
+            event = importlib.import_module("zope.processlifetime").IProcessStarting
+        except ImportError:
+            raise ConfigurationError(
+                "queueProcessor: start=IProcessStarting needs zope.processlifetime"
+                " (in the extra [zope]); without it, start the processor by hand"
+            ) from None
+
+    def register() -> None:
+        processor = outbox_for(queuePath).processor()
+        manager = getGlobalSiteManager()
+        manager.registerUtility(processor, IQueueProcessor, name)
+        if event is not None:
+            manager.registerHandler(lambda starting: processor.start(), (event,))
+
+    _context.action(discriminator=("utility", IQueueProcessor, name), callable=register)
+
+
+def outbox_for(queue_path: str) -> Outbox:
+    """Return the outbox of a queue path: one per registry, made on first use."""
+    manager = getGlobalSiteManager()
+    path = os.path.realpath(queue_path)
+    outbox: Outbox | None = manager.queryUtility(IOutbox, path)
+    if outbox is None:
+        outbox = Outbox(path)
+        manager.registerUtility(outbox, IOutbox, path)
+    return outbox
+
+
+_ACCOUNT_FIELDS = {
+    "passwordFrom": "password_from",
+    "mailsPerSession": "mails_per_session",
+    "mailsPerMinute": "mails_per_minute",
+    "connectTimeout": "connect_timeout",
+    "commandTimeout": "command_timeout",
+    "dataTimeout": "data_timeout",
+}
+
+
+def _define_send_mail() -> None:
+    manager = getGlobalSiteManager()
+    if manager.queryUtility(IPermission, SEND_MAIL) is None:
+        manager.registerUtility(PermissionUtility(SEND_MAIL, "Send mail"), IPermission, SEND_MAIL)
