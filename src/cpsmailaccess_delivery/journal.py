@@ -1,0 +1,248 @@
+"""The journal: what happened to each mail, for people to look up.  Deletable without harm.
+
+::
+
+    record --> deque --> writer thread, every 50 ms --> SQLite (`journal_file`)
+
+Whatever is wrong with the file, mail is not affected: events wait for a while, then are
+dropped with a line in the log.  Nothing is on disk, and no thread runs, before the first
+event.  A forked child starts afresh; what its parent recorded, its parent writes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from zope.interface import implementer
+
+from . import journal_file
+from .interfaces import IJournal, Outcome, State
+from .journal_file import Event, JournalFile
+
+__all__ = ["MAX_LAG", "Event", "Journal"]
+
+log = logging.getLogger(__name__)
+
+#: Seconds after which an event can be read by other processes, when nothing is wrong.
+MAX_LAG: Final = 0.1
+
+_DELAY: Final = MAX_LAG / 2  # seconds in which events gather to a batch
+_RETRY: Final = 1.0  # seconds between two tries when the file cannot be written
+_GIVE_UP: Final = 30.0  # seconds of tries after which events are dropped
+_LIMIT: Final = 20_000  # events in memory
+_PATIENCE: Final = 10.0  # seconds that `flush` and `close` wait at most
+_PRUNE_EVERY: Final = 3600.0  # seconds
+_PRUNE_SLICE: Final = 2000  # events: other writers wait meanwhile
+_DAY: Final = 86400.0  # seconds
+
+_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+_abandoned: list[JournalFile] = []  # of the parent: SQLite forbids to use or close them here
+
+
+@implementer(IJournal)
+class Journal:
+    """See `IJournal`.  Thread-safe; several processes may write and read one file.
+
+    ``keep_days``: what is older is removed about once an hour.  ``clock``: seconds since
+    the epoch.  ``trouble``: why the file could not be written last time, or "".
+    """
+
+    _thread: threading.Thread | None
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        keep_days: float = 30,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = os.path.abspath(path)
+        self._keep = keep_days * _DAY
+        self._clock = clock
+        self._closed = False
+        self._begin()
+        _journals.add(self)
+
+    def __repr__(self) -> str:
+        return f"<Journal {self.path}>"
+
+    def record(self, event: Event) -> None:
+        """See `IJournal`."""
+        if len(self._pending) < _LIMIT:
+            self._pending.append(event)
+        else:
+            self._dropped += 1
+        if not self._signalled:
+            self._signal()
+
+    def events(
+        self, *, message_id: str | None = None, address: str | None = None, limit: int = 1000
+    ) -> list[Event]:
+        """See `IJournal`.  ``limit``: only the newest so many.
+
+        ``address``: of sender or recipient, in any case.  A file that cannot be read is
+        logged, and as good as empty.
+        """
+        self.flush()
+        try:
+            return journal_file.find(self.path, message_id=message_id, address=address, limit=limit)
+        except (sqlite3.Error, OSError) as error:
+            log.error("the journal %s cannot be read: %s", self.path, error)
+            return []
+
+    def last_outcomes(self, message_id: str) -> dict[str, Outcome]:
+        """Return what the journal knows last of each recipient of a mail."""
+        outcomes: dict[str, Outcome] = {}
+        for event in self.events(message_id=message_id, limit=100_000):
+            if not event.recipient or event.kind not in _STATES:
+                continue
+            if event.kind == State.QUEUED and event.recipient in outcomes:
+                continue  # written by another process, whose clock or batch was behind
+            outcomes[event.recipient] = Outcome(State(event.kind), event.reply, event.at)
+        return outcomes
+
+    def counts(self, since: float) -> dict[str, int]:
+        """Return how many events of each kind there were since a time."""
+        self.flush()
+        try:
+            return journal_file.count(self.path, since)
+        except (sqlite3.Error, OSError) as error:
+            log.error("the journal %s cannot be read: %s", self.path, error)
+            return {}
+
+    def flush(self) -> None:
+        """See `IJournal`.  Returns, too, when that cannot be done now: see `trouble`."""
+        done = threading.Event()
+        with self._lock:
+            if self._thread is None or self._closed:
+                return
+            self._waiting.append(done)
+        self._hurry.set()
+        self._wake.set()
+        done.wait(_PATIENCE)
+
+    def close(self) -> None:
+        """See `IJournal`."""
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+            self._thread = None
+        if thread is not None:
+            atexit.unregister(self.close)
+            self._hurry.set()
+            self._wake.set()
+            thread.join(_PATIENCE)
+
+    def _begin(self) -> None:
+        self.trouble = ""
+        self._pending = deque[Event]()
+        self._waiting = deque[threading.Event]()
+        self._dropped = 0
+        self._signalled = False  # the writer will look at what is pending
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._hurry = threading.Event()
+        self._thread = None
+        # The writer's own
+        self._file = JournalFile(self.path)
+        self._batch: list[Event] = []
+        self._failing_since: float | None = None
+        self._prune_at = 0.0
+
+    def _after_fork(self) -> None:
+        _abandoned.append(self._file)
+        self._begin()
+
+    def _signal(self) -> None:
+        with self._lock:
+            if self._closed:
+                self._pending.clear()
+                return
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="cpsmail-journal", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no more threads, or the process ends
+                    log.error("the journal %s cannot be written: %s", self.path, error)
+                    self._pending.clear()
+                    return
+                self._thread = thread
+                atexit.register(self.close)
+            self._signalled = True
+        self._wake.set()
+
+    def _run(self) -> None:
+        last = False
+        while not last:
+            self._wake.wait()
+            self._hurry.wait(_RETRY if self._batch else _DELAY)
+            self._hurry.clear()
+            self._wake.clear()
+            self._signalled = False  # from here on, who records wakes us again
+            last, waiting = self._closed, list(self._waiting)
+            for _ in waiting:
+                self._waiting.popleft()
+            self._batch += [self._pending.popleft() for _ in range(len(self._pending))]
+            if self._batch:
+                self._write(last)
+            for done in waiting:
+                done.set()
+        self._file.close()
+
+    def _write(self, last: bool) -> None:
+        try:
+            self._file.write(self._batch)
+            self._batch.clear()
+            self._prune()
+        except (sqlite3.Error, OSError) as error:
+            self._put_off(error, last)
+            return
+        self._failing_since = None
+        self.trouble = ""
+        if self._dropped:
+            log.error(
+                "the journal %s lacks %d events: it could not be written, or they were too many"
+                " at once; no mail is affected",
+                self.path,
+                self._dropped,
+            )
+            self._dropped = 0
+
+    def _put_off(self, error: Exception, last: bool) -> None:
+        now = time.monotonic()
+        self._file.close()
+        self.trouble = str(error)
+        if self._failing_since is None:
+            self._failing_since = now
+            log.error("the journal %s cannot be written: %s: trying again", self.path, error)
+        if last or now - self._failing_since > _GIVE_UP or len(self._batch) >= _LIMIT:
+            self._dropped += len(self._batch)
+            self._batch.clear()
+        else:
+            self._wake.set()
+
+    def _prune(self) -> None:
+        now = self._clock()
+        if self._prune_at - _PRUNE_EVERY <= now < self._prune_at:
+            return  # before that: the clock was put back
+        removed = self._file.prune(now - self._keep, _PRUNE_SLICE)
+        self._prune_at = now + (_PRUNE_EVERY if removed < _PRUNE_SLICE else 0)
+
+
+_STATES: Final = frozenset(State)
+
+
+def _after_fork_in_child() -> None:
+    for journal in list(_journals):
+        journal._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
