@@ -1,0 +1,359 @@
+"""One connection for one account: the transport that drives `machine.Machine`.
+
+It pulls: whenever the machine has room, it asks its source for a mail.  Only connecting
+and TLS handshakes are a task; everything else is a callback of the event loop, one turn
+per arrival of bytes: replies in, results to the source, more mails from it, one write.
+All calls in the thread of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import ssl
+import threading
+from collections import deque
+from collections.abc import Coroutine, Iterable, Mapping
+from typing import Final, Protocol, cast
+
+from ..account import Account, Secret
+from ..outcome import Phase
+from .events import Closed, Event, Failure, Mail, MailDone, MailUnsent, Ready, Result, StartTls
+from .hello import Capabilities
+from .machine import Machine, State
+from .tls import client_context
+
+__all__ = ["Failure", "Mail", "Result", "Session", "Source"]
+
+#: Seconds for the reply to QUIT: nothing depends on it.
+QUIT_TIMEOUT: Final = 5.0
+
+_HAPPY_EYEBALLS: Final = 0.25  # seconds, RFC 8305 section 5
+_BUFFER_SIZE: Final = 64 * 1024
+
+_local = threading.local()
+
+
+class Source(Protocol):
+    """Where a session gets its mails, and tells what became of them: a lane."""
+
+    def next_mail(self) -> Mail | None:
+        """Return a mail to be sent now.  None: nothing; `Session.wake` asks again."""
+
+    def mail_done(self, mail: Mail, results: Mapping[str, Result]) -> None:
+        """Take the results of all recipients."""
+
+    def mail_unsent(self, mail: Mail) -> None:
+        """Take a mail back that was not tried."""
+
+    def session_ready(self, session: Session) -> None:
+        """Greeted, encrypted, logged in."""
+
+    def session_closed(self, session: Session, failure: Failure | None) -> None:
+        """The session is over and has let go of everything.  Once, last."""
+
+
+class Session(asyncio.BufferedProtocol):
+    """See the module.
+
+    `secret`: the password, opened; it is read at the login.  `helo_name`: what EHLO
+    says of us (RFC 5321 section 4.1.1.1).
+    """
+
+    def __init__(
+        self,
+        account: Account,
+        secret: Secret | None,
+        source: Source,
+        *,
+        helo_name: str,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.account = account
+        self._source = source
+        self._loop = loop
+        self._machine = Machine(account, secret, helo_name=helo_name)
+        self._transport: asyncio.Transport | None = None
+        self._view = memoryview(b"")
+        self._task: asyncio.Task[None] | None = None
+        self._phase: Phase | None = None  # of the task
+        self._events: deque[Event] = deque()
+        self._turning = False
+        self._paused = False  # the relay does not read
+        self._over = False  # the machine is done
+        self._closed = False  # and the source knows
+        self._failure: Failure | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = math.inf
+        self._heard = -1  # `Machine.replies` when the deadline was set
+        self._waited = False  # for a reply, then
+
+    def __repr__(self) -> str:
+        return f"<Session {self._machine!r}>"
+
+    # What the source may call
+
+    def connect(self) -> None:
+        """Begin; `Source.session_closed` comes whatever happens."""
+        self._run(self._connect(), Phase.CONNECT)
+
+    def wake(self) -> None:
+        """Ask the source for mails again."""
+        self._turn(())
+
+    def quit(self) -> None:
+        """Take no more mails, finish those in flight, QUIT."""
+        self._turn(self._machine.quit())
+
+    def stop(self) -> None:
+        """Finish what is past its end of data, hand back the rest, QUIT."""
+        self._turn(self._machine.stop())
+
+    def abort(self) -> None:
+        """Drop the connection now."""
+        self._turn(self._machine.abort())
+
+    @property
+    def accepted(self) -> int:
+        """Mails that the relay took in this session."""
+        return self._machine.accepted
+
+    @property
+    def in_flight(self) -> int:
+        """Mails that the source gave and has not got back."""
+        return self._machine.in_flight
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is ready and has nothing to do."""
+        return self._machine.state is State.READY and not self._machine.in_flight
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the relay offers, as of its last EHLO reply."""
+        return self._machine.capabilities
+
+    @property
+    def login(self) -> str:
+        """The mechanism that logged us in, or ""."""
+        return self._machine.login
+
+    @property
+    def peer(self) -> str:
+        """The relay's address, once connected, or ""."""
+        name = self._transport.get_extra_info("peername") if self._transport else None
+        return str(name[0]) if name else ""
+
+    @property
+    def cipher(self) -> tuple[str, str] | None:
+        """TLS version and cipher, or None: not encrypted."""
+        tls = self._transport.get_extra_info("ssl_object") if self._transport else None
+        cipher = tls.cipher() if tls else None
+        return (tls.version(), cipher[0]) if tls and cipher else None
+
+    # Connecting
+
+    async def _connect(self) -> None:
+        """TCP, and TLS from the first byte when the account says so."""
+        account = self.account
+        async with asyncio.timeout(account.connect_timeout):
+            transport, _ = await self._loop.create_connection(
+                lambda: self,
+                account.host,
+                account.port,
+                happy_eyeballs_delay=_HAPPY_EYEBALLS,
+            )
+            if account.security == "tls":
+                self._phase = Phase.TLS
+                await self._shake_hands(transport)
+        self._phase = None
+
+    async def _start_tls(self) -> None:
+        assert self._transport is not None  # noqa: S101 - for the type checker
+        async with asyncio.timeout(self.account.connect_timeout):
+            await self._shake_hands(self._transport)
+        self._phase = None
+        self._events += self._machine.tls_started()
+
+    async def _shake_hands(self, transport: asyncio.Transport) -> None:
+        account = self.account
+        encrypted = await self._loop.start_tls(
+            transport,
+            self,
+            client_context(account.verify),
+            server_hostname=account.host,
+            ssl_handshake_timeout=account.connect_timeout,
+            ssl_shutdown_timeout=QUIT_TIMEOUT,
+        )
+        if encrypted is None:  # the connection went away during the handshake
+            raise ConnectionResetError("the relay closed the connection")
+        self._transport = encrypted
+
+    def _run(self, work: Coroutine[None, None, None], phase: Phase) -> None:
+        self._phase = phase
+        self._task = self._loop.create_task(work)
+        self._task.add_done_callback(self._after_task)
+
+    def _after_task(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, TimeoutError) and not str(error):
+            error = TimeoutError(f"no connection within {self.account.connect_timeout:g} seconds")
+        if error is not None:
+            self._turn(self._machine.fail(error, self._phase))
+        if not self._over:
+            self._turn(())
+            return
+        # after a handshake that failed, nobody calls `connection_lost`
+        if self._transport is not None:
+            self._transport.abort()
+        self._loop.call_soon(self._end)
+
+    # asyncio.BufferedProtocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # TCP_NODELAY is set by asyncio
+        self._transport = cast(asyncio.Transport, transport)
+        self._view = _receive_buffer()
+        if self.account.security == "tls":
+            self._transport.pause_reading()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._turn(self._machine.receive(bytes(self._view[:nbytes])))
+
+    def eof_received(self) -> None:
+        self._turn(self._machine.eof())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._turn(self._machine.fail(exc) if exc else self._machine.eof())
+        self._end()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._heard = -1  # it reads: that is progress
+        self._turn(())
+
+    # One turn
+
+    def _turn(self, events: Iterable[Event]) -> None:
+        """Tell the source what happened, take what it has, write: until nothing moves.
+
+        The source may call us from within: that only adds to the turn.
+        """
+        self._events += events
+        if self._turning:
+            return
+        self._turning = True
+        try:
+            self._give_and_take()
+            self._write()
+        finally:
+            self._turning = False
+        self._watch_clock()
+
+    def _give_and_take(self) -> None:
+        machine, source, events = self._machine, self._source, self._events
+        while True:
+            while events:
+                self._dispatch(events.popleft())
+            if self._paused or not machine.wants_mail:
+                return
+            mail = source.next_mail()
+            if mail is None:
+                if not events:
+                    return
+            elif machine.wants_mail:
+                events += machine.send(mail)
+            else:  # the source has said quit in the meantime
+                source.mail_unsent(mail)
+
+    def _dispatch(self, event: Event) -> None:
+        match event:
+            case MailDone(mail, results):
+                self._source.mail_done(mail, results)
+            case MailUnsent(mail):
+                self._source.mail_unsent(mail)
+            case Ready():
+                self._source.session_ready(self)
+            case StartTls():
+                if self._transport is not None:
+                    self._transport.pause_reading()  # what comes now belongs to the handshake
+                self._run(self._start_tls(), Phase.TLS)
+            case Closed(failure):
+                self._over = True
+                self._failure = failure
+
+    def _write(self) -> None:
+        transport = self._transport
+        if transport is not None:
+            while not self._paused and (data := self._machine.data_to_send()):
+                transport.write(data)
+        if self._over:
+            if self._task is not None:
+                self._task.cancel()
+            elif transport is not None:
+                transport.abort()  # what was written is in the kernel, or not worth a wait
+            else:
+                self._loop.call_soon(self._end)
+
+    def _end(self) -> None:
+        if not self._closed:
+            self._closed = True
+            if self._timer is not None:
+                self._timer.cancel()
+            self._source.session_closed(self, self._failure)
+
+    # One timer, which is late rather than re-armed for every reply
+
+    def _watch_clock(self) -> None:
+        """Set the deadline for the reply that is awaited: absolute, however bytes drip."""
+        machine = self._machine
+        awaiting = machine.awaiting if self._task is None else None
+        if machine.replies == self._heard and (awaiting is not None) is self._waited:
+            return
+        self._heard = machine.replies
+        self._waited = awaiting is not None
+        if awaiting is None:
+            self._deadline = math.inf
+            return
+        self._deadline = when = self._loop.time() + self._patience(awaiting)
+        if self._timer is None:
+            self._timer = self._loop.call_at(when, self._on_timer)
+        elif when < self._timer.when():
+            self._timer.cancel()
+            self._timer = self._loop.call_at(when, self._on_timer)
+
+    def _patience(self, awaiting: Phase) -> float:
+        if self._machine.state is State.QUIT:
+            return QUIT_TIMEOUT
+        account = self.account
+        return account.data_timeout if awaiting is Phase.BODY else account.command_timeout
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._deadline > self._loop.time():
+            if self._deadline < math.inf:
+                self._timer = self._loop.call_at(self._deadline, self._on_timer)
+            return
+        awaiting = self._machine.awaiting
+        if awaiting is not None:
+            seconds = self._patience(awaiting)
+            self._turn(self._machine.fail(TimeoutError(f"no reply within {seconds:g} seconds")))
+
+
+def _receive_buffer() -> memoryview:
+    """Return the one buffer that all sessions of this thread receive into, each at once."""
+    view: memoryview | None = getattr(_local, "view", None)
+    if view is None:
+        view = _local.view = memoryview(bytearray(_BUFFER_SIZE))
+    return view
