@@ -40,16 +40,17 @@ def _from_file(path: str) -> tuple[str, str]:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         return "", f"cannot open the file: {error.strerror}: put the password there"
-    with open(handle, "rb") as stream:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             return "", "is no regular file: put the password into a file"
         if status.st_mode & 0o006:
             return "", "every user may read or write the file: chmod o-rw it"
-        try:
-            data = stream.read(_MAX_SIZE + 1)
-        except OSError as error:
-            return "", f"cannot read the file: {error.strerror}"
+        data = os.read(handle, _MAX_SIZE + 1)
+    except OSError as error:
+        return "", f"cannot read the file: {error.strerror}"
+    finally:
+        os.close(handle)
     if len(data) > _MAX_SIZE:
         return "", f"the file has more than {_MAX_SIZE} bytes: it holds the password alone"
     try:

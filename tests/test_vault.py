@@ -1,0 +1,540 @@
+"""The vault, with real files: what is edited, swapped, half-written or lost is told."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import select
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from zope.interface.verify import verifyObject
+
+from cpsmailaccess_delivery import vault as vault_module
+from cpsmailaccess_delivery import vault_watch
+from cpsmailaccess_delivery.account import HIDDEN, Account
+from cpsmailaccess_delivery.envelope import digest
+from cpsmailaccess_delivery.errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
+from cpsmailaccess_delivery.interfaces import IAccountStore, IWatch
+from cpsmailaccess_delivery.key import KeySource
+from cpsmailaccess_delivery.vault import Vault
+
+PASSWORD = "hunter2-is-the-password"
+DEADLINE = 30.0
+
+
+class Presence:
+    """Stand-in: tokens are alive unless said otherwise."""
+
+    def __init__(self, token: str = "host.4711.9") -> None:
+        self.token = token
+        self.dead: set[str] = set()
+
+    def is_alive(self, token: str) -> bool:
+        return token not in self.dead
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    monkeypatch.delenv("CPSMAIL_KEY", raising=False)
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+
+
+@pytest.fixture
+def open_umask():
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def make(tmp_path: Path, presence: Presence | None = None, **key) -> Vault:
+    source = KeySource(**(key or {"file": tmp_path / "outbox.key"}))
+    return Vault(tmp_path / "outbox" / "accounts", source, presence or Presence())
+
+
+@pytest.fixture
+def vault(tmp_path) -> Vault:
+    return make(tmp_path)
+
+
+def account(mailbox="alice@example.org", **settings) -> Account:
+    settings = {"username": "alice", "password": PASSWORD} | settings
+    return Account(mailbox=mailbox, host="smtp.example.org", **settings)
+
+
+def put(vault: Vault, *accounts: Account) -> None:
+    tokens = [vault.stage(each.mailbox, each) for each in accounts]
+    vault.prepare(tokens)
+    vault.publish(tokens)
+
+
+def file_of(vault: Vault, mailbox="alice@example.org") -> Path:
+    return Path(vault.location, digest(mailbox) + ".account")
+
+
+def edit(path: Path, **settings) -> None:
+    document = json.loads(path.read_bytes())
+    document["account"].update(settings)
+    path.write_text(json.dumps(document))
+
+
+def names(vault: Vault) -> list[str]:
+    return sorted(os.listdir(vault.location))
+
+
+def test_contract(vault):
+    assert verifyObject(IAccountStore, vault)
+    watch = vault.watch()
+    assert verifyObject(IWatch, watch)
+    watch.close()
+
+
+def test_nothing_on_disk_until_something_is_put(tmp_path, vault):
+    assert vault.peek("alice@example.org") is None
+    assert list(vault.mailboxes()) == []
+    assert vault.version("alice@example.org") == ""
+    assert vault.sweep() == ()
+    with pytest.raises(NoSuchAccount, match=r"alice@example\.org"):
+        vault.get("alice@example.org")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        account(),
+        account("*"),
+        account("@example.org", password=""),
+        account(password="päss\udc80 ="),
+        account(username=None, password=None, security="plain"),
+        account(password=None, password_from="env:X"),
+        account(verify="/etc/ca.pem", mails_per_minute=30, connect_timeout=1.5, port=2525),
+    ],
+)
+def test_round_trip(tmp_path, vault, given):
+    put(vault, given)
+    again = make(tmp_path)
+    assert again.get(given.mailbox) == given
+    assert again.peek(given.mailbox) == given.without_secret()
+    assert list(again.mailboxes()) == [given.mailbox]
+    assert list(again.problems()) == []
+
+
+def test_peek_needs_no_key_and_no_cryptography(tmp_path, vault):
+    put(vault, account())
+    (tmp_path / "outbox.key").unlink()
+    assert make(tmp_path).peek("alice@example.org").password is HIDDEN
+    code = (
+        "import sys; from cpsmailaccess_delivery.vault import Vault;"
+        "from cpsmailaccess_delivery.key import KeySource;"
+        f"vault = Vault({vault.location!r}, KeySource(), None);"
+        "assert vault.peek('alice@example.org').username == 'alice';"
+        "assert list(vault.mailboxes());"
+        "assert not [name for name in sys.modules if name.startswith('cryptography')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_two_phases(vault):
+    put(vault, account())
+    seen = vault.version("alice@example.org")
+    token = vault.stage("alice@example.org", account())
+    vault.prepare([token])
+    assert vault.version("alice@example.org") == seen
+    vault.discard([token])
+    vault.discard([token])
+    assert names(vault) == [file_of(vault).name]
+    assert vault.version("alice@example.org") == seen
+    put(vault, account())
+    assert vault.version("alice@example.org") != seen
+
+
+def test_changes_are_published_in_order(vault):
+    mailbox = "alice@example.org"
+    tokens = [
+        vault.stage(mailbox, account(username="one")),
+        vault.stage(mailbox, None),
+        vault.stage(mailbox, account(username="two")),
+    ]
+    assert vault.peek(mailbox) is None
+    vault.prepare(tokens)
+    vault.publish(tokens)
+    assert vault.get(mailbox).username == "two"
+    tokens = [vault.stage(mailbox, account(username="three")), vault.stage(mailbox, None)]
+    vault.prepare(tokens)
+    vault.publish(tokens)
+    assert names(vault) == []
+    assert vault.version(mailbox) == ""
+
+
+def test_mailbox_and_account_agree(vault):
+    with pytest.raises(ValueError, match="cannot be put"):
+        vault.stage("mallory@example.org", account())
+
+
+def test_modes_whatever_the_umask(tmp_path, vault, open_umask):
+    put(vault, account())
+    vault.stage("bob@example.org", account("bob@example.org"))
+    for path in tmp_path.rglob("*"):
+        expected = 0o700 if path.is_dir() else 0o600
+        assert stat.S_IMODE(path.stat().st_mode) == expected, path
+
+
+def test_prepare_syncs_files_then_directory(vault, monkeypatch):
+    synced = []
+    monkeypatch.setattr(vault_module, "_sync", lambda path: synced.append(Path(path)))
+    token = vault.stage("alice@example.org", account())
+    synced.clear()
+    vault.prepare([token])
+    directory = Path(vault.location)
+    assert synced == [directory / token, directory]
+    synced.clear()
+    vault.publish([token])
+    assert synced == [directory]
+
+
+def test_prepare_fails_and_can_be_discarded(vault):
+    token = vault.stage("alice@example.org", account())
+    os.unlink(Path(vault.location, token))
+    with pytest.raises(VaultError, match="No such file"):
+        vault.prepare([token])
+    vault.discard([token])
+
+
+def test_publish_never_raises(vault, caplog):
+    tokens = [vault.stage("alice@example.org", account()), vault.stage("*", account("*"))]
+    os.unlink(Path(vault.location, tokens[0]))
+    vault.publish(tokens)
+    assert list(vault.mailboxes()) == ["*"], "one that fails does not stop the next"
+    assert "put it again" in caplog.text
+
+
+def test_cannot_write(tmp_path):
+    (tmp_path / "outbox").write_text("")
+    with pytest.raises(VaultError, match="outbox/accounts"):
+        make(tmp_path).stage("alice@example.org", account())
+
+
+# What was tampered with
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"host": "evil.example.net"},
+        {"port": 25},
+        {"security": "tls"},
+        {"verify": False},
+        {"username": "bob"},
+        {"password_from": None},
+        {"connections": 4},
+        {"data_timeout": 600},
+    ],
+)
+@pytest.mark.parametrize("login", [{}, {"username": None, "password": None}])
+def test_edited_settings_do_not_open(vault, edited, login):
+    put(vault, account(**login))
+    before = json.loads(file_of(vault).read_bytes())["account"]
+    edit(file_of(vault), **edited)
+    after = json.loads(file_of(vault).read_bytes())["account"]
+    if json.dumps(before) == json.dumps(after):
+        assert vault.get("alice@example.org")
+        return
+    with pytest.raises(BrokenSeal) as caught:
+        vault.get("alice@example.org")
+    assert "alice@example.org" in str(caught.value)
+    assert str(file_of(vault)) in str(caught.value)
+    assert [type(problem) for problem in vault.problems()] == [BrokenSeal]
+
+
+def test_setting_taken_out_does_not_open(vault):
+    put(vault, account(verify="/etc/ca.pem"))
+    document = json.loads(file_of(vault).read_bytes())
+    del document["account"]["verify"]
+    file_of(vault).write_text(json.dumps(document))
+    with pytest.raises(BrokenSeal):
+        vault.get("alice@example.org")
+
+
+def test_seal_of_another_account_does_not_open(vault):
+    put(vault, account(), account("bob@example.org", password="other"))
+    alice, bob = file_of(vault), file_of(vault, "bob@example.org")
+    document = json.loads(bob.read_bytes())
+    document["sealed"] = json.loads(alice.read_bytes())["sealed"]
+    bob.write_text(json.dumps(document))
+    with pytest.raises(BrokenSeal, match=r"bob@example\.org"):
+        vault.get("bob@example.org")
+
+
+def test_swapped_files(vault, caplog):
+    put(vault, account(), account("bob@example.org"), account("*"))
+    file_of(vault).rename(vault.location + "/x")
+    file_of(vault, "bob@example.org").rename(file_of(vault))
+    Path(vault.location, "x").rename(file_of(vault, "bob@example.org"))
+    for look in (vault.peek, vault.get):
+        with pytest.raises(BrokenSeal, match=r"account alice@.*is the account of bob@"):
+            look("alice@example.org")
+    assert list(vault.mailboxes()) == ["*"]
+    assert "another's name" in caplog.text
+    assert len(list(vault.problems())) == 2
+
+
+GARBAGE = [
+    b"",
+    b"{",
+    b"\x00" * 500,
+    b"[" * 100_000,
+    b"[" * 10_000,
+    b"[]",
+    b"null",
+    b'{"version": 1}',
+    b'{"version": 2, "account": {}}',
+    b'{"version": 1, "account": [], "key": "", "sealed": ""}',
+    b'{"version": 1, "account": {"password": "x"}, "key": "", "sealed": ""}',
+    b'{"version": 1, "account": {"mailbox": 7, "host": {}}, "key": "", "sealed": ""}',
+    b'{"version": 1, "account": {"mailbox": "*", "host": "h"}, "key": 1, "sealed": ""}',
+    b'{"version": 1, "account": {"mailbox": "*", "host": "h"}, "key": "", "sealed": 5}',
+    b'{"version": 1, "account": {"mailbox": "*", "host": "h"}, "key": "", "sealed": "*"}',
+    b'{"version": 1, "account": {"mailbox": "*", "host": "h", "security": []},'
+    b' "key": "", "sealed": ""}',
+    b'{"version": 1, "account": {"mailbox": "*", "host": "h", "verify": NaN},'
+    b' "key": "", "sealed": ""}',
+    b'{"version": 1, "account": {"mailbox": "*", "host": "h", "port": ' + b"9" * 9000 + b"}}",
+]
+
+
+@pytest.mark.parametrize("content", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_is_told_and_harms_no_other(vault, caplog, content):
+    put(vault, account(), account("*"))
+    broken = file_of(vault)
+    broken.write_bytes(content)
+    for look in (vault.peek, vault.get):
+        with pytest.raises(BrokenSeal) as caught:
+            look("alice@example.org")
+        assert str(broken) in str(caught.value)
+    assert list(vault.mailboxes()) == ["*"]
+    assert str(broken) in caplog.text
+    assert [str(broken) in str(problem) for problem in vault.problems()] == [True]
+    assert vault.get("*").secret.reveal() == PASSWORD
+    put(vault, account())
+    assert list(vault.problems()) == []
+
+
+def test_every_cut_is_told(vault):
+    put(vault, account())
+    whole = file_of(vault).read_bytes().rstrip()
+    for length in range(len(whole)):
+        file_of(vault).write_bytes(whole[:length])
+        with pytest.raises(BrokenSeal):
+            vault.get("alice@example.org")
+
+
+def test_every_flipped_bit_of_the_seal_is_told(vault):
+    put(vault, account())
+    document = json.loads(file_of(vault).read_bytes())
+    sealed = base64.b64decode(document["sealed"])
+    for place in range(8 * len(sealed)):
+        flipped = bytearray(sealed)
+        flipped[place // 8] ^= 1 << place % 8
+        document["sealed"] = base64.b64encode(flipped).decode()
+        file_of(vault).write_text(json.dumps(document))
+        with pytest.raises(BrokenSeal):
+            vault.get("alice@example.org")
+
+
+def test_no_regular_file(vault, tmp_path):
+    put(vault, account())
+    elsewhere = file_of(vault).rename(tmp_path / "elsewhere")
+    file_of(vault).symlink_to(elsewhere)
+    with pytest.raises(BrokenSeal, match="no regular file"):
+        vault.peek("alice@example.org")
+    file_of(vault).unlink()
+    file_of(vault).mkdir()
+    with pytest.raises(BrokenSeal, match="no regular file"):
+        vault.get("alice@example.org")
+    assert list(vault.mailboxes()) == []
+    file_of(vault).rmdir()
+    os.mkfifo(file_of(vault))
+    with pytest.raises(BrokenSeal):
+        vault.get("alice@example.org")
+
+
+# Keys
+
+
+def test_wrong_key(tmp_path):
+    put(make(tmp_path, given=b"\x01" * 32), account())
+    other = make(tmp_path, given=b"\x02" * 32)
+    with pytest.raises(WrongKey, match="give the former key back") as caught:
+        other.get("alice@example.org")
+    assert "alice@example.org" in str(caught.value)
+    assert other.peek("alice@example.org").username == "alice"
+    put(other, account())  # as the text says
+    assert other.get("alice@example.org").secret.reveal() == PASSWORD
+
+
+def test_lost_key_is_never_made_anew(tmp_path, vault):
+    put(vault, account())
+    (tmp_path / "outbox.key").unlink()
+    lost = make(tmp_path)
+    for act in (lambda: lost.get("alice@example.org"), lambda: lost.stage("*", account("*"))):
+        with pytest.raises(WrongKey, match=r"lost.*restore it"):
+            act()
+    assert not (tmp_path / "outbox.key").exists()
+    token = lost.stage("alice@example.org", None)  # the way out that the text names
+    lost.prepare([token])
+    lost.publish([token])
+    put(lost, account())
+    assert lost.get("alice@example.org").secret.reveal() == PASSWORD
+
+
+def test_key_changed_while_running(tmp_path, vault):
+    put(vault, account())
+    (tmp_path / "outbox.key").write_bytes(b"\x07" * 32)
+    put(make(tmp_path), account(username="new"))
+    assert vault.get("alice@example.org").username == "new"
+
+
+# Processes
+
+
+def test_sweep_takes_what_dead_processes_left(tmp_path, vault):
+    presence = Presence("gone-with.1-2")
+    dead = make(tmp_path, presence)
+    put(vault, account())
+    dead.stage("bob@example.org", account("bob@example.org"))
+    dead.stage("alice@example.org", None)
+    torn = dead.stage("carol@example.org", account("carol@example.org"))
+    os.truncate(Path(vault.location, torn), 20)
+    living = vault.stage("dave@example.org", account("dave@example.org"))
+    assert vault.sweep() == ()
+    sweeper = make(tmp_path, after := Presence("later"))
+    after.dead.add(presence.token)
+    assert sorted(sweeper.sweep()) == [
+        f"(unreadable: {torn})",
+        "alice@example.org",
+        "bob@example.org",
+    ]
+    assert sweeper.sweep() == ()
+    assert names(vault) == sorted([file_of(vault).name, living])
+
+
+def test_concurrent_changes(tmp_path):
+    """Readers see whole accounts only, whoever writes."""
+    vaults = [make(tmp_path, given=b"\x01" * 32) for _ in range(4)]
+    put(vaults[0], account(username="0", password="0"))
+    failed, done = [], threading.Event()
+
+    def write(vault: Vault, name: str) -> None:
+        try:
+            for n in range(50):
+                put(vault, account(username=f"{name}.{n}", password=f"{name}.{n}"))
+        except Exception as error:
+            failed.append(error)
+
+    def read() -> None:
+        try:
+            while not done.is_set():
+                seen = vaults[3].get("alice@example.org")
+                assert seen.username == seen.secret.reveal()
+                assert list(vaults[3].mailboxes()) == ["alice@example.org"]
+        except Exception as error:
+            failed.append(error)
+
+    writers = [
+        threading.Thread(target=write, args=(vaults[n % 2], str(n)), daemon=True) for n in range(3)
+    ]
+    reader = threading.Thread(target=read, daemon=True)
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join(DEADLINE)
+    done.set()
+    reader.join(DEADLINE)
+    assert not failed
+    assert names(vaults[0]) == [file_of(vaults[0]).name]
+
+
+def test_thousands(vault):
+    mailboxes = [f"user{n}@example.org" for n in range(5000)]
+    tokens = [vault.stage(each, account(each, password=f"pw-{each}")) for each in mailboxes]
+    vault.publish(tokens)  # without 5,000 fsyncs
+    assert sorted(vault.mailboxes()) == sorted(mailboxes)
+    assert all(vault.peek(each).mailbox == each for each in mailboxes)
+    assert vault.get("user4711@example.org").secret.reveal() == "pw-user4711@example.org"
+
+
+def test_files_that_vanish_while_listing(vault):
+    put(vault, *(account(f"user{n}@example.org") for n in range(5)))
+    found = vault.mailboxes()
+    first = next(found)
+    for path in Path(vault.location).iterdir():
+        path.unlink()
+    assert list(found) == []
+    assert first.startswith("user")
+
+
+def test_secret_is_nowhere(tmp_path, vault, caplog):
+    caplog.set_level(logging.DEBUG)
+    put(vault, account(), account("*"))
+    staged = vault.stage("bob@example.org", account("bob@example.org"))
+    texts = [repr(vault), staged, repr(vault.get("*")), repr(vault.peek("*")), str(vault._keys)]
+    edit(file_of(vault), host="evil.example.net")
+    for mailbox in ("alice@example.org", "nobody@example.org"):
+        try:
+            vault.get(mailbox)
+        except VaultError as error:
+            texts += [repr(error), str(error)]
+    texts += [str(problem) for problem in vault.problems()]
+    key = KeySource(file=tmp_path / "outbox.key").load().reveal()
+    for text in (*texts, caplog.text):
+        assert PASSWORD not in text
+        assert key.hex() not in text
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 4
+    for path in files:
+        assert PASSWORD.encode() not in path.read_bytes()
+        if path.name != "outbox.key":
+            assert key not in path.read_bytes()
+
+
+# The watch
+
+
+def wait(watch: IWatch) -> None:
+    assert select.select([watch.fileno()], [], [], DEADLINE)[0], "nothing was told"
+    assert watch.read() is None
+
+
+@pytest.mark.parametrize("polling", [False, True])
+def test_watch(vault, polling):
+    put(vault, account("*"))
+    if polling:
+        watch = vault_watch.PollingWatch(vault.location, interval=0.01)
+        assert verifyObject(IWatch, watch)
+    else:
+        watch = vault.watch()
+    try:
+        assert not select.select([watch.fileno()], [], [], 0)[0]
+        put(vault, account())
+        wait(watch)
+        token = vault.stage("alice@example.org", None)
+        vault.publish([token])
+        wait(watch)
+    finally:
+        watch.close()
+        watch.close()
+
+
+def test_watch_falls_back(vault, monkeypatch):
+    put(vault, account())
+    monkeypatch.setitem(sys.modules, "inotify_simple", None)
+    watch = vault.watch()
+    assert isinstance(watch, vault_watch.PollingWatch)
+    watch.close()
