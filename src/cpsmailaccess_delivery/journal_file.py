@@ -14,6 +14,7 @@ import os
 import sqlite3
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Final, NamedTuple
@@ -51,7 +52,7 @@ _PRUNE: Final = "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE at 
 
 #: Rows in one statement: the interpreter's lock is free while SQLite works on them.
 _CHUNK: Final = 50
-_BUSY: Final = 1.0  # seconds to wait for another process that writes
+_BUSY: Final = 2.0  # seconds to wait for another process that writes
 
 # SQLITE_ERROR (here: no such table or column), SQLITE_CORRUPT, SQLITE_NOTADB
 _DAMAGED: Final = (1, 11, 26)
@@ -195,10 +196,23 @@ class JournalFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         handle = os.open(self._path + ".lock", flags, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # busy: an OSError, tried again
+            _lock(handle)
             yield
         finally:
             os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Take a lock that others hold for milliseconds, waiting as SQLite itself does."""
+    deadline = time.monotonic() + _BUSY
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.002)
 
 
 def find(path: str, *, message_id: str | None, address: str | None, limit: int) -> list[Event]:
