@@ -15,10 +15,14 @@ from .errors import InvalidAddress, NoRecipients
 #: Octets in a path, RFC 5321 section 4.5.3.1.3, less its angle brackets.
 MAX_ADDRESS: Final = 254
 
+#: Characters that are looked at: an address, its display name and some comments.
+_MAX_TEXT: Final = 2000
+
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u00a0-\U0010ffff]+"
 _DOT_STRING = re.compile(rf"{_ATOM}(?:\.{_ATOM})*\Z")
 _QUOTED_STRING = re.compile(r'"(?:[ !#-\[\]-~\u00a0-\U0010ffff]|\\[ -~])*"\Z')
+_ZONE = re.compile(r"[A-Za-z0-9._-]+\Z")  # of an IPv6 address (RFC 4007 section 11)
 _LABELS = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(?:\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\Z")
 
 
@@ -35,6 +39,8 @@ def check_address(address: object) -> str:
         except UnicodeDecodeError:
             raise InvalidAddress(f"address {address!r}: is not UTF-8") from None
     text = str(address) if address is not None else ""
+    if len(text) > _MAX_TEXT:
+        raise InvalidAddress(f"address {text[:40]!r}...: is longer than {MAX_ADDRESS} octets")
     if _CONTROL.search(text):
         raise InvalidAddress(
             f"address {text!r}: CR, LF, NUL and control characters are not allowed in an"
@@ -49,7 +55,7 @@ def check_address(address: object) -> str:
     local, at, domain = bare.rpartition("@")
     if not at or not local or not domain:
         raise InvalidAddress(f"address {text!r}: has no domain; write local@domain")
-    if not _DOT_STRING.match(local) and not _QUOTED_STRING.match(local):
+    if (not _DOT_STRING.match(local) or _has_space(local)) and not _QUOTED_STRING.match(local):
         raise InvalidAddress(
             f"address {text!r}: the part before the @ is not allowed (RFC 5321 section 4.1.2)"
         )
@@ -80,12 +86,14 @@ def ascii_host(host: object) -> str:
 
     Raises `InvalidAddress`.
     """
-    text = host.strip().rstrip(".") if isinstance(host, str) else ""
+    text = host.strip().removesuffix(".") if isinstance(host, str) else ""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    try:
-        return str(ipaddress.ip_address(bare))
-    except ValueError:
-        pass
+    _, percent, zone = bare.partition("%")
+    if not percent or _ZONE.match(zone):  # ipaddress takes anything for a zone
+        try:
+            return str(ipaddress.ip_address(bare))
+        except ValueError:
+            pass
     if not text.isascii():
         try:
             text = idna.encode(text, uts46=True).decode("ascii")
@@ -108,8 +116,16 @@ def _is_bare(text: str) -> bool:
     return not any(mark in text for mark in '<>(),:;" ') and text.count("@") == 1
 
 
+def _has_space(text: str) -> bool:
+    """Tell whether there is white space of any script: \u00a0, \u3000 and their like."""
+    return any(character.isspace() for character in text)
+
+
 def _one_address(text: str) -> str:
-    found = [address for _, address in getaddresses([text]) if address]
+    try:
+        found = [address for _, address in getaddresses([text]) if address]
+    except RecursionError:  # comments in comments in comments
+        return ""
     return found[0] if len(found) == 1 else ""
 
 
@@ -117,10 +133,14 @@ def _check_domain(text: str, domain: str) -> None:
     if domain.startswith("[") and domain.endswith("]"):
         literal = domain[1:-1]
         try:
+            if "%" in literal:  # a zone, which may be any text: "1%> NOTIFY=NEVER"
+                raise ValueError
             ipaddress.ip_address(literal[5:] if literal[:5].lower() == "ipv6:" else literal)
         except ValueError:
             raise InvalidAddress(f"address {text!r}: [{literal}] is no IP address") from None
         return
+    if domain.endswith(".") or _has_space(domain):  # `ascii_host` forgives both
+        raise InvalidAddress(f"address {text!r}: the domain has white space or a dot at its end")
     try:
         ascii_host(domain)
     except InvalidAddress as error:
