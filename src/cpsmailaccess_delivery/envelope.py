@@ -47,7 +47,7 @@ _FIELDS: Final = (
 _FOREIGN: Final = b"X-Zope-From: "
 _MAX_BLOCK: Final = 4 * 1024 * 1024  # bytes: more recipients than any mail may have
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]")
-_QUOTED_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|(, )')
+_QUOTED_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|(, )')  # \Z: linear in any text
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,14 @@ def format_block(envelope: Envelope) -> bytes:
         raise InvalidEnvelope("X-Zope-To: is empty; a mail has at least one recipient")
     if not route.mailbox and not (route.host and route.port):
         raise InvalidEnvelope("the route names neither a mailbox nor a relay")
-    for recipient in envelope.recipients:
-        if not recipient or (_split(recipient) != (recipient,)):
-            raise InvalidEnvelope(f"X-Zope-To: {recipient!r} is not one address")
+    if not 0 <= route.port < 65536:
+        raise InvalidEnvelope(f"X-Zope-Port: {route.port} is no port")
+    recipients = ", ".join(envelope.recipients)
+    if not all(envelope.recipients) or _split(recipients) != tuple(envelope.recipients):
+        raise InvalidEnvelope(f"X-Zope-To: {recipients[:200]!r} does not read back as it is meant")
     values = (
         envelope.sender,
-        ", ".join(envelope.recipients),
+        recipients,
         route.host,
         str(route.port) if route.port else "",
         route.mailbox,
@@ -125,9 +127,15 @@ def format_block(envelope: Envelope) -> bytes:
         if value or name == "X-Zope-From":
             lines.append(f"{name}: {value}")
     try:
-        return ("\n".join(lines) + "\n\n").encode()
+        block = ("\n".join(lines) + "\n\n").encode()
     except UnicodeEncodeError:
         raise InvalidEnvelope("the envelope has a lone surrogate; addresses are Unicode") from None
+    if len(block) > _MAX_BLOCK:
+        raise InvalidEnvelope(
+            f"the envelope has {len(block):,} bytes, at most {_MAX_BLOCK:,} are read: send the"
+            " mail to fewer recipients at once"
+        )
+    return block
 
 
 def parse_block(data: bytes) -> tuple[Envelope, int]:
@@ -190,8 +198,8 @@ def _fields(lines: list[str]) -> dict[str, str]:
         name, colon, value = line.partition(": ")
         if not colon or name not in expected:  # consumes: so order and number are checked
             raise InvalidEnvelope(f"{line[:60]!r}: unknown, repeated or out of order")
-        if _FORBIDDEN.search(value):
-            raise InvalidEnvelope(f"{name}: has a control character")
+        if _FORBIDDEN.search(value) or value != value.strip():
+            raise InvalidEnvelope(f"{name}: has a control character or outer space")
         values[name] = value
     return values
 
@@ -207,7 +215,7 @@ def _parse_zope_sendmail(data: bytes) -> tuple[Envelope, int]:
         recipients = check_recipients(address for _, address in getaddresses([to]) if address)
         if sender.strip():
             sender = check_address(sender)
-    except (UnicodeDecodeError, InvalidAddress, NoRecipients) as error:
+    except (UnicodeDecodeError, InvalidAddress, NoRecipients, RecursionError) as error:
         raise InvalidEnvelope(f"a file of zope.sendmail: {error}") from None
     message = data[second + 1 :]
     envelope = Envelope(
