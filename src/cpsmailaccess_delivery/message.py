@@ -6,7 +6,9 @@ Every other byte stays as it was given, so that signatures (DKIM, S/MIME, OpenPG
 from __future__ import annotations
 
 import re
+from email.errors import MessageError
 from email.message import Message
+from email.policy import EmailPolicy
 from email.utils import formatdate, make_msgid
 from typing import Final
 
@@ -18,18 +20,22 @@ DEFAULT_SIZE_LIMIT: Final = 50 * 1024 * 1024
 # One field of RFC 5322 section 2.2 with its continuation lines, whatever ends its lines.
 _EOL = rb"(?:\r\n|\r|\n)"
 _FIELD = re.compile(
-    rb"([!-9;-~]+)[ \t]*:([^\r\n]*(?:" + _EOL + rb"[ \t][^\r\n]*)*)(" + _EOL + rb"|\Z)"
-)
+    rb"([!-9;-~]+)[ \t]*:([^\r\n]*(?:" + _EOL + rb"[ \t][^\r\n]*)*+)(" + _EOL + rb"|\Z)"
+)  # *+: nothing is kept for going back, which is 240 bytes a line
 _MESSAGE_ID = re.compile(r"<([^<>\s\x00-\x1f\x7f]{1,250})>\Z")
 _BCC: Final = (b"bcc", b"resent-bcc")
+
+# What relays refuse or readers cannot decode: RFC 5322 section 2.1.1, RFC 2047 section 2.
+_LONG_LINE = re.compile(rb"[^\r\n]{999}")
+_LONG_WORD = re.compile(rb"=\?[^?\s]{1,70}\?[BbQq]\?[^?\s]{72}")
 
 
 def to_bytes(message: bytes | str | Message) -> bytes:
     """Return the message as bytes.  Raises `InvalidMessage`.
 
     ``bytes`` stay as they are; ``str`` is encoded as UTF-8, as zope.sendmail does; an
-    `email.message.Message` is flattened without re-folding its headers and without
-    mangling lines that begin with "From ".
+    `email.message.Message` is flattened without mangling lines that begin with "From ",
+    and without folding its headers unless one of them could not travel otherwise.
     """
     if isinstance(message, bytes):
         return message
@@ -43,14 +49,37 @@ def to_bytes(message: bytes | str | Message) -> bytes:
                 "the message has lone surrogates; hand it over as bytes as it was read"
             ) from None
     if isinstance(message, Message):
-        flat = message.policy.clone(mangle_from_=False, max_line_length=None)
         try:
-            return message.as_bytes(policy=flat)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            return _flatten(message)
+        except _UNWRITABLE as error:
             raise InvalidMessage(f"the message cannot be written as bytes: {error}") from error
     raise InvalidMessage(
         f"the message is a {type(message).__name__}; give bytes, str or email.message.Message"
     )
+
+
+#: What the email package raises on messages that contradict themselves.
+_UNWRITABLE: Final = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MessageError,
+    RecursionError,
+)
+
+
+def _flatten(message: Message) -> bytes:
+    policy = message.policy.clone(mangle_from_=False)
+    if isinstance(policy, EmailPolicy):
+        policy = policy.clone(refold_source="none")  # what was parsed stays as it was
+    flat = message.as_bytes(policy=policy.clone(max_line_length=None))
+    header = flat.partition((policy.linesep * 2).encode())[0]
+    made = any(type(value) is not str for _, value in message.raw_items())  # not parsed
+    if _LONG_LINE.search(header) or (made and _LONG_WORD.search(header)):
+        return message.as_bytes(policy=policy)
+    return flat
 
 
 def complete(
@@ -108,10 +137,11 @@ def _walk_header(data: bytes) -> tuple[list[bytes] | None, dict[bytes, bytes], b
             cuts.append(match.span())
         position = match.end()
     if position < len(data) and data[position] not in b"\r\n":
-        line = re.match(rb"[^\r\n]{0,60}", data[position:])
+        # Not the line itself: it may be of the body, which is nobody's business.
+        line = len(re.findall(_EOL, data[:position])) + 1
         raise InvalidMessage(
-            f"{line[0] if line else b''!r} is not a header field (Name: value): a message"
-            " begins with its header, then an empty line, then the body"
+            f"line {line} is not a header field (Name: value): a message begins with its"
+            " header, then an empty line, then the body"
         )
     if not position:
         if not data:
