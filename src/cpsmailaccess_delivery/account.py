@@ -186,11 +186,15 @@ class Account:
         if not isinstance(self.verify, bool | str) or self.verify == "":
             self._refuse("verify", self.verify, "is True, False or the path of a CA file")
         if self.password is not None and self.password_from is not None:
-            self._refuse("password_from", self.password_from, "excludes password: give one of them")
+            raise InvalidAccount(
+                f"account {self.mailbox}: password_from excludes password: give one of them"
+            )
         if self.password is not None and not isinstance(self.password, Secret):
             raise InvalidAccount(f"account {self.mailbox}: password is a string")
-        if self.password_from is not None and not _PASSWORD_FROM.match(self.password_from):
-            self._refuse("password_from", self.password_from, "is env:NAME or file:PATH")
+        source = self.password_from
+        if source is not None and not (isinstance(source, str) and _PASSWORD_FROM.match(source)):
+            # without the value: whoever mistakes the field has put the password there
+            raise InvalidAccount(f"account {self.mailbox}: password_from is env:NAME or file:PATH")
         has_password = self.password is not None or self.password_from is not None
         if has_password and not self.username:
             self._refuse("username", self.username, "is needed with a password")
@@ -222,7 +226,7 @@ def normalise_mailbox(mailbox: str) -> str:
         return mailbox
     try:
         if isinstance(mailbox, str) and mailbox.startswith("@"):
-            return "@" + ascii_host(mailbox[1:])
+            return "@" + _domain_key(mailbox[1:])
         return mailbox_key(check_address(mailbox))
     except InvalidAddress as error:
         raise InvalidAccount(f"mailbox {mailbox!r}: is an address, @domain or *: {error}") from None
@@ -235,7 +239,14 @@ def mailbox_key(address: str) -> str:
     a sender who writes ``Alice@`` must not leave through another account than ``alice@``.
     """
     local, _, domain = address.rpartition("@")
-    return f"{local.lower()}@{domain if domain.startswith('[') else ascii_host(domain)}"
+    return f"{local.lower()}@{_domain_key(domain)}"
+
+
+def _domain_key(domain: str) -> str:
+    if domain.startswith("["):  # an address literal
+        check_address(f"postmaster@{domain}")
+        return domain.lower()
+    return ascii_host(domain)
 
 
 def candidates(address: str) -> tuple[str, str, str]:

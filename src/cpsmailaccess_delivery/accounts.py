@@ -16,6 +16,8 @@ from .interfaces import IAccounts
 #: Accounts are published before the mails that need them.
 _RANK = 0
 
+_Changes = list[tuple[str, Account | None]]  # a method of `Accounts` is called list, too
+
 
 @implementer(IAccounts)
 class Accounts:
@@ -50,7 +52,7 @@ class Accounts:
         return [account for account in found if account is not None]
 
     def find(self, sender: str) -> Account:
-        if sender.startswith(("@", "*")):
+        if isinstance(sender, str) and (sender == "*" or sender.startswith("@")):
             tried = tuple(dict.fromkeys((normalise_mailbox(sender), "*")))
         else:
             tried = candidates(check_address(sender))
@@ -93,7 +95,7 @@ class Accounts:
         )
         pending.append(change)
 
-    def _pending(self, create: bool = False) -> list[tuple[str, Account | None]]:
+    def _pending(self, create: bool = False) -> _Changes:
         """Return the changes of the current transaction, in order."""
         try:
             transaction = self._manager.get()
@@ -102,7 +104,7 @@ class Accounts:
                 raise
             return []
         try:
-            pending: list[tuple[str, Account | None]] = transaction.data(self)
+            pending: _Changes = transaction.data(self)
         except KeyError:
             pending = []
             if create:
