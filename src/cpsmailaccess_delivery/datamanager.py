@@ -94,7 +94,7 @@ class Change:
         # refuse is decided when our turn comes, and the window of doubt is one rename.
         self._sort_key = f"~~~cpsmailaccess_delivery:{rank}:{next(_sequence):020d}"
 
-    def sortKey(self) -> str:  # noqa: N802 (the name is transaction's)
+    def sortKey(self) -> str:
         return self._sort_key
 
     def savepoint(self) -> _Savepoint:
@@ -145,8 +145,8 @@ def join(
     batch, token = _batch(transaction, store)
     item = stage(token)
     try:
-        transaction.join(Change(manager, batch, item, rank, on_abort))
         transaction.setExtendedInfo(TOKEN_NAME, token)
+        transaction.join(Change(manager, batch, item, rank, on_abort))
     except BaseException:
         store.discard([item])
         raise
