@@ -8,7 +8,7 @@ from typing import Any
 from .interfaces import Entry, Outcome, Settlement, State
 from .outcome import Trouble, classify
 from .retry import Schedule
-from .smtp.machine import Result
+from .smtp.events import Result
 
 #: Outcomes after which a recipient is not tried again.
 FINAL = frozenset({State.ACCEPTED, State.REFUSED})
@@ -17,6 +17,7 @@ FINAL = frozenset({State.ACCEPTED, State.REFUSED})
 _WORST_FIRST = (
     State.QUEUED,
     State.DEFERRED,
+    State.HELD,
     State.UNCLEAR,
     State.REFUSED,
     State.ACCEPTED,
@@ -57,15 +58,13 @@ def account_trouble(results: Mapping[str, Result]) -> Result | None:
     return None
 
 
-def outcomes_of(
-    attempt: Attempt, results: Mapping[str, Result], now: float
-) -> dict[str, Outcome]:
+def outcomes_of(attempt: Attempt, results: Mapping[str, Result], now: float) -> dict[str, Outcome]:
     """Return the outcomes of this attempt, by recipient."""
     outcomes = {}
     for recipient in attempt.recipients:
         result = results[recipient]
         verdict = classify(result.phase, result.reply, result.error)
-        outcomes[recipient] = Outcome(verdict.state, result.text, now)
+        outcomes[recipient] = Outcome(verdict.state, str(result), now)
     return outcomes
 
 

@@ -58,6 +58,8 @@ def status_of(
         attempts = max(attempts, entry.attempts)
         if entry.state is State.HELD:
             state, reason = State.HELD, record.reason
+        elif state is State.HELD:
+            continue  # one of several mails is held: that is what must be said
         elif note is not None and entry.state is State.QUEUED:
             state, reason, next_try = State.DEFERRED, note.reason, note.until
         else:
