@@ -7,6 +7,7 @@ configuration starts no thread.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 from typing import Any
@@ -106,10 +107,13 @@ def mailbox_delivery(
         outbox = outbox_for(queuePath)
         delivery: Any = outbox.delivery
         if sizeLimit is not None:
+            delivery = copy.copy(delivery)  # other directives share the outbox, not this limit
             delivery.size_limit = sizeLimit
         if permission is not None:
             delivery = proxify(delivery, provides=IMailboxDelivery, permission=permission)
-        getGlobalSiteManager().registerUtility(delivery, IMailDelivery, name)
+        manager = getGlobalSiteManager()
+        for provided in (IMailDelivery, IMailboxDelivery):  # by whichever it is looked up
+            manager.registerUtility(delivery, provided, name)
 
     if permission == SEND_MAIL:
         _context.action(discriminator=None, callable=_define_send_mail)
@@ -142,7 +146,8 @@ def smtp_account(
             with manager:
                 accounts.put(account)
 
-    _context.action(discriminator=("mail:smtpAccount", queuePath, account.mailbox), callable=keep)
+    path = os.path.realpath(queuePath)
+    _context.action(discriminator=("mail:smtpAccount", path, account.mailbox), callable=keep)
 
 
 def queue_processor(_context: Any, queuePath: str, name: str = "Mail", start: str = "hand") -> None:
@@ -162,7 +167,13 @@ def queue_processor(_context: Any, queuePath: str, name: str = "Mail", start: st
         manager = getGlobalSiteManager()
         manager.registerUtility(processor, IQueueProcessor, name)
         if event is not None:
-            manager.registerHandler(lambda starting: processor.start(), (event,))
+            manager.registerHandler(start_it, (event,))
+
+    def start_it(starting: Any) -> None:
+        # Looked up now: configuration that was read twice starts one thread.
+        processor = getGlobalSiteManager().queryUtility(IQueueProcessor, name)
+        if processor is not None and processor.ident is None:
+            processor.start()
 
     _context.action(discriminator=("utility", IQueueProcessor, name), callable=register)
 
