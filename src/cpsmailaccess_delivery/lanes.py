@@ -25,9 +25,9 @@ from .interfaces import Entry, LaneNote, Outcome
 from .journal import Event
 from .limits import TokenBucket, mails_per_minute
 from .outcome import Trouble, classify
-from .smtp.machine import Failure, Result
+from .password import resolve_secret
+from .smtp.events import Failure, Result
 from .smtp.session import Session
-from .vault import resolve_secret
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
@@ -145,7 +145,7 @@ class Lane:
         if trouble is not None:  # the mail was not really tried
             mail.lease.release()
             self.ready.appendleft(mail.entry)
-            self._wait(Trouble.ACCOUNT, trouble.text)
+            self._wait(Trouble.ACCOUNT, str(trouble))
             self.quit_idle()
             return
         now = scheduler.now()
@@ -250,7 +250,7 @@ class Lane:
             self._most_sessions = len(self._sessions)
             return
         verdict = classify(failure.phase, failure.reply, failure.error)
-        self._wait(verdict.trouble, failure.text)
+        self._wait(verdict.trouble, str(failure))
 
     def _wait(self, trouble: Trouble, reason: str) -> None:
         scheduler = self._scheduler

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import ssl
 import threading
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping
-from typing import Final, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 from ..account import Account, Secret
 from ..outcome import Phase
@@ -35,15 +34,18 @@ _local = threading.local()
 
 
 class Source(Protocol):
-    """Where a session gets its mails, and tells what became of them: a lane."""
+    """Where a session gets its mails, and tells what became of them: a lane.
+
+    What it gets back is the very object that it gave: any type of `Mail`.
+    """
 
     def next_mail(self) -> Mail | None:
         """Return a mail to be sent now.  None: nothing; `Session.wake` asks again."""
 
-    def mail_done(self, mail: Mail, results: Mapping[str, Result]) -> None:
+    def mail_done(self, mail: Any, results: Mapping[str, Result]) -> None:
         """Take the results of all recipients."""
 
-    def mail_unsent(self, mail: Mail) -> None:
+    def mail_unsent(self, mail: Any) -> None:
         """Take a mail back that was not tried."""
 
     def session_ready(self, session: Session) -> None:
@@ -199,6 +201,8 @@ class Session(asyncio.BufferedProtocol):
         self._task.add_done_callback(self._after_task)
 
     def _after_task(self, task: asyncio.Task[None]) -> None:
+        if task is not self._task:  # the next one has begun
+            return
         self._task = None
         error = None if task.cancelled() else task.exception()
         if isinstance(error, TimeoutError) and not str(error):
