@@ -57,6 +57,9 @@ _BUSY: Final = 2.0  # seconds to wait for another process that writes
 # SQLITE_ERROR (here: no such table or column), SQLITE_CORRUPT, SQLITE_NOTADB
 _DAMAGED: Final = (1, 11, 26)
 
+# SQLITE_READONLY, SQLITE_CANTOPEN
+_READ_ONLY: Final = (8, 14)
+
 #: A value that SQLite does not take: a lone surrogate, a huge number, another type.
 _UNBINDABLE: Final = (UnicodeError, OverflowError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
 
@@ -231,13 +234,20 @@ def count(path: str, since: float) -> dict[str, int]:
 def _query(path: str, query: str, parameters: dict[str, Any]) -> list[Any]:
     if not os.path.lexists(path):
         return []
-    with closing(_connect(path)) as connection:
+    try:
+        with closing(_connect(path)) as connection:
+            return connection.execute(query, parameters).fetchall()
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _READ_ONLY:
+            raise
+    # Even to read takes a file beside it.  Without: what was there at the last checkpoint.
+    with closing(_connect(path, "mode=ro&immutable=1")) as connection:
         return connection.execute(query, parameters).fetchall()
 
 
-def _connect(path: str) -> sqlite3.Connection:
+def _connect(path: str, mode: str = "mode=rw") -> sqlite3.Connection:
     """Open a file that is there: one that is not is never made."""
-    uri = f"file:{quote(path)}?mode=rw"
+    uri = f"file:{quote(path)}?{mode}"
     connection = sqlite3.connect(uri, uri=True, timeout=_BUSY, isolation_level=None)
     try:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
