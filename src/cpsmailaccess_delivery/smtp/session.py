@@ -12,8 +12,8 @@ import asyncio
 import math
 import threading
 from collections import deque
-from collections.abc import Coroutine, Iterable, Mapping
-from typing import Any, Final, Protocol, cast
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from ..account import Account, Secret
 from ..outcome import Phase
@@ -31,6 +31,7 @@ _HAPPY_EYEBALLS: Final = 0.25  # seconds, RFC 8305 section 5
 _BUFFER_SIZE: Final = 64 * 1024
 
 _local = threading.local()
+_T = TypeVar("_T")
 
 
 class Source(Protocol):
@@ -72,6 +73,7 @@ class Session(asyncio.BufferedProtocol):
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.account = account
+        self.peer = ""  # the relay's address, once connected
         self._source = source
         self._loop = loop
         self._machine = Machine(account, secret, helo_name=helo_name)
@@ -145,12 +147,6 @@ class Session(asyncio.BufferedProtocol):
         return self._machine.login
 
     @property
-    def peer(self) -> str:
-        """The relay's address, once connected, or ""."""
-        name = self._transport.get_extra_info("peername") if self._transport else None
-        return str(name[0]) if name else ""
-
-    @property
     def cipher(self) -> tuple[str, str] | None:
         """TLS version and cipher, or None: not encrypted."""
         tls = self._transport.get_extra_info("ssl_object") if self._transport else None
@@ -222,6 +218,7 @@ class Session(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # TCP_NODELAY is set by asyncio
         self._transport = cast(asyncio.Transport, transport)
+        self.peer = str((transport.get_extra_info("peername") or [""])[0])
         self._view = _receive_buffer()
         if self.account.security == "tls":
             self._transport.pause_reading()
@@ -236,7 +233,8 @@ class Session(asyncio.BufferedProtocol):
         self._turn(self._machine.eof())
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._turn(self._machine.fail(exc) if exc else self._machine.eof())
+        error = exc or ConnectionResetError("the relay closed the connection")
+        self._turn(self._machine.fail(error, self._phase))
         self._end()
 
     def pause_writing(self) -> None:
@@ -272,23 +270,33 @@ class Session(asyncio.BufferedProtocol):
                 self._dispatch(events.popleft())
             if self._paused or not machine.wants_mail:
                 return
-            mail = source.next_mail()
+            mail = self._tell(source.next_mail)
             if mail is None:
                 if not events:
                     return
             elif machine.wants_mail:
                 events += machine.send(mail)
             else:  # the source has said quit in the meantime
-                source.mail_unsent(mail)
+                self._tell(source.mail_unsent, mail)
+
+    def _tell(self, call: Callable[..., _T], *args: object) -> _T | None:
+        """Call the source.  Its bug with one mail must not make the others unclear."""
+        try:
+            return call(*args)
+        except Exception as error:
+            self._loop.call_exception_handler(
+                {"message": f"{self!r}: {call.__qualname__} failed", "exception": error}
+            )
+            return None
 
     def _dispatch(self, event: Event) -> None:
         match event:
             case MailDone(mail, results):
-                self._source.mail_done(mail, results)
+                self._tell(self._source.mail_done, mail, results)
             case MailUnsent(mail):
-                self._source.mail_unsent(mail)
+                self._tell(self._source.mail_unsent, mail)
             case Ready():
-                self._source.session_ready(self)
+                self._tell(self._source.session_ready, self)
             case StartTls():
                 if self._transport is not None:
                     self._transport.pause_reading()  # what comes now belongs to the handshake
@@ -315,7 +323,7 @@ class Session(asyncio.BufferedProtocol):
             self._closed = True
             if self._timer is not None:
                 self._timer.cancel()
-            self._source.session_closed(self, self._failure)
+            self._tell(self._source.session_closed, self, self._failure)
 
     # One timer, which is late rather than re-armed for every reply
 
