@@ -270,7 +270,10 @@ class IAccountStore(Interface):
         """
 
     def peek(mailbox: str) -> Account | None:
-        """Return the account, a password as `account.HIDDEN`, or None: for routes and lists."""
+        """Return the account, a password as `account.HIDDEN`, or None: for routes and lists.
+
+        Needs no key.  Raises `BrokenSeal` for a file that was damaged.
+        """
 
     def version(mailbox: str) -> str:
         """Return a text that differs after every change of this account; "" for none."""
@@ -289,6 +292,12 @@ class IAccountStore(Interface):
 
     def discard(tokens: Sequence[str]) -> None:
         """Forget staged changes.  Never raises."""
+
+    def problems() -> Iterator[Exception]:
+        """Open every account with the key; yield what is wrong, for the doctor."""
+
+    def sweep() -> tuple[str, ...]:
+        """Remove changes staged by dead processes; return their mailboxes."""
 
     def watch() -> IWatch:
         """Return a watch whose `read` gives nothing but None: something changed."""
@@ -347,11 +356,19 @@ class IMailboxDelivery(IQueuedMailDelivery):
 class IJournal(Interface):
     """The searchable log of what happened to each mail.  Deletable without harm."""
 
+    trouble = Attribute("Why it could not be written last time (str)")
+
     def record(event) -> None:
         """Take a `journal.Event`; written soon, in a batch.  Never raises, never blocks."""
 
     def events(*, message_id=None, address=None, limit=1000):
-        """Return events, the oldest first, of one Message-Id or of one address."""
+        """Return the newest `limit` events of one Message-Id or address, the oldest first."""
+
+    def last_outcomes(message_id: str) -> dict[str, Outcome]:
+        """Return the last outcome of each recipient, as far as the journal goes back."""
+
+    def counts(since: float) -> dict[str, int]:
+        """Return how many events of each kind there were since a time (epoch seconds)."""
 
     def flush() -> None:
         """Return when what was recorded is written."""

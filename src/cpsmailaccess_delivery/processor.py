@@ -123,6 +123,7 @@ class QueueProcessorThread(threading.Thread):
     def _sweep(self) -> None:
         try:
             report = self._spool.sweep()
+            changed = self._accounts.sweep()
         except OutboxError:
             log.exception("cannot sweep %s", self._spool.location)
             return
@@ -132,6 +133,8 @@ class QueueProcessorThread(threading.Thread):
                 len(report.removed),
                 len(report.held),
             )
+        for mailbox in changed:
+            log.warning("account %s: its change was not committed: put it again", mailbox)
 
 
 def own_host_name() -> str:
