@@ -212,6 +212,8 @@ def _parse_zope_sendmail(data: bytes) -> tuple[Envelope, int]:
     try:
         sender = data[len(_FOREIGN) : first].decode()
         to = data[first + len(b"\nX-Zope-To: ") : second].decode()
+        if _FORBIDDEN.search(to):
+            raise InvalidEnvelope("X-Zope-To has a control character (a file of zope.sendmail)")
         recipients = check_recipients(address for _, address in getaddresses([to]) if address)
         if sender.strip():
             sender = check_address(sender)
