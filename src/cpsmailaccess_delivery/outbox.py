@@ -61,11 +61,8 @@ class Outbox:
         self._closed = False
         self._presence = Presence(directory / "presence")
         self.spool = Maildir(directory, self._presence)
-        self.vault = Vault(
-            directory / "accounts",
-            KeySource(key, file=directory.with_name(directory.name + ".key")),
-            self._presence,
-        )
+        self.keys = KeySource(key, file=directory.with_name(directory.name + ".key"))
+        self.vault = Vault(directory / "accounts", self.keys, self._presence)
         self.journal = Journal(directory / "journal.sqlite")
         manager = transaction.manager if transaction_manager is None else transaction_manager
         self.accounts = Accounts(self.vault, manager)

@@ -1,0 +1,239 @@
+"""What the doctor looks at.  Each check yields findings, and changes nothing."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from .. import journal_file
+from ..envelope import Envelope, Route
+from ..errors import OutboxError, SecretUnavailable
+from ..interfaces import State
+from ..password import resolve_secret
+from .output import age
+
+if TYPE_CHECKING:
+    from ..outbox import Outbox
+
+_MIB: Final = 1024 * 1024
+
+#: Files whose access is looked at: of a million mails, the first tell.
+_SAMPLE: Final = 10_000
+
+#: Seconds that a mail may be due before that is strange, and before it is a failure.
+_LATE, _STALLED = 600.0, 4 * 3600.0
+
+#: Seconds between our clock and the file system's, or a mail's, that matter.
+_DRIFT, _WRONG = 5.0, 60.0
+
+
+class Level(StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``text``: what was seen.  ``advice``: what to do; "" when nothing is."""
+
+    check: str
+    level: Level
+    text: str
+    advice: str = ""
+
+
+def examine(outbox: Outbox) -> Iterator[Finding]:
+    """Yield the findings of all checks; a check that breaks is a finding, too."""
+    for name, check in _CHECKS.items():
+        try:
+            for level, text, advice in check(outbox):
+                yield Finding(name, level, text, advice)
+        except (OutboxError, OSError) as error:
+            yield Finding(name, Level.FAIL, str(error), "see to the disk and its permissions")
+
+
+_Findings = Iterator[tuple[Level, str, str]]
+
+
+def _check_access(outbox: Outbox) -> _Findings:
+    root = Path(outbox.location)
+    owner = root.stat().st_uid
+    if owner != os.geteuid():
+        yield (
+            Level.FAIL,
+            f"{root} belongs to user {owner}, we are {os.geteuid()}",
+            ("run cpsmail and the applications as one user"),
+        )
+    looked = open_ = foreign = 0
+    for path in islice(_walk(root), _SAMPLE):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # delivered meanwhile
+        looked += 1
+        if stat.S_ISLNK(status.st_mode):
+            yield Level.FAIL, f"{path} is a symbolic link", "put the directory or file there itself"
+        elif status.st_mode & 0o077:
+            open_ += 1
+            if open_ == 1:
+                yield (
+                    Level.FAIL,
+                    f"others may use {path} ({status.st_mode & 0o777:o})",
+                    (f"chmod -R go= '{root}', and find out what changed it"),
+                )
+        foreign += status.st_uid != owner
+    if open_ > 1:
+        yield Level.FAIL, f"... and {open_ - 1} more files and directories", ""
+    if foreign:
+        yield Level.FAIL, f"{foreign} files belong to other users", f"chown -R them to user {owner}"
+    if not open_ and not foreign:
+        yield Level.OK, f"{looked} files and directories are ours alone", ""
+
+
+def _check_key(outbox: Outbox) -> _Findings:
+    key = outbox.keys.load()
+    accounts = sum(1 for _ in outbox.vault.mailboxes())
+    problems = list(outbox.vault.problems())
+    if key is not None:
+        yield Level.OK, f"key {key.id} from {key.origin}", ""
+    elif not accounts:
+        yield Level.OK, "no key yet: the first account makes it", ""
+    for problem in problems:
+        yield Level.FAIL, str(problem), ""
+    if accounts and not problems:
+        yield Level.OK, f"it opens all {accounts} accounts", ""
+    if not accounts:
+        yield Level.WARN, "there are no accounts", "cpsmail accounts set MAILBOX --host ..."
+
+
+def _check_passwords(outbox: Outbox) -> _Findings:
+    sources = [a for a in outbox.accounts.list() if a.password_from is not None]
+    for account in sources:
+        try:
+            resolve_secret(account)
+        except SecretUnavailable as error:
+            yield Level.WARN, str(error), "it must be there for the process that delivers"
+        else:
+            yield Level.OK, f"account {account.mailbox}: {account.password_from} is there", ""
+
+
+def _check_disk(outbox: Outbox) -> _Findings:
+    space = os.statvfs(outbox.location)
+    free = space.f_bavail * space.f_frsize
+    level = Level.FAIL if free < 64 * _MIB else Level.WARN if free < 1024 * _MIB else Level.OK
+    advice = "" if level is Level.OK else "make room: without it, no mail can be sent"
+    yield level, f"{free // _MIB:,} MiB free", advice
+    if space.f_files:  # some file systems do not count
+        left = space.f_favail
+        level = Level.FAIL if left < 1000 else Level.WARN if left < 50_000 else Level.OK
+        advice = "" if level is Level.OK else "each mail is a file: remove small files elsewhere"
+        yield level, f"{left:,} inodes free", advice
+
+
+def _check_write(outbox: Outbox) -> _Findings:
+    begun = time.monotonic()
+    route = Route(mailbox="*")
+    entry = outbox.spool.stage(Envelope("", ("doctor@localhost",), route), b"\n")
+    outbox.spool.discard([entry])
+    yield Level.OK, f"a mail can be written ({(time.monotonic() - begun) * 1000:.1f} ms)", ""
+
+
+def _check_clock(outbox: Outbox) -> _Findings:
+    probe = Path(outbox.location) / f".doctor-{os.getpid()}"
+    try:
+        probe.touch(mode=0o600)
+        drift = probe.stat().st_mtime - time.time()
+    finally:
+        probe.unlink(missing_ok=True)
+    if abs(drift) > _DRIFT:
+        level = Level.FAIL if abs(drift) > _WRONG else Level.WARN
+        advice = "synchronise the clocks of this host and its file server"
+        yield level, f"the file system's clock is {drift:+.0f} s from ours", advice
+    now = time.time()
+    ahead = [e.staged_at - now for e in outbox.queue.entries() if e.staged_at - now > _WRONG]
+    if ahead:
+        text = f"{len(ahead)} mails were queued in the future, by up to {age(max(ahead))}"
+        yield Level.WARN, text, "was the clock put back? synchronise it (timedatectl)"
+    elif abs(drift) <= _DRIFT:
+        yield Level.OK, "clock and file system agree", ""
+
+
+def _check_oldest(outbox: Outbox) -> _Findings:
+    counts = outbox.queue.counts()
+    if not counts.oldest:
+        yield Level.OK, "no mail is due", ""
+    else:
+        waits = time.time() - counts.oldest
+        level = Level.FAIL if waits > _STALLED else Level.WARN if waits > _LATE else Level.OK
+        advice = "" if level is Level.OK else "does `cpsmail run` run? `cpsmail queue` says more"
+        yield level, f"the oldest mail that is due was queued {age(waits)} ago", advice
+    for state in (State.HELD, State.UNCLEAR, State.REFUSED):
+        if number := counts.states.get(state, 0):
+            advice = f"cpsmail queue --state {state}; then release or cancel"
+            yield Level.WARN, f"{number} mails are {state}, and wait for a person", advice
+
+
+def _check_lanes(outbox: Outbox) -> _Findings:
+    notes = outbox.spool.lane_notes()
+    now = time.time()
+    for note in notes.values():
+        advice = (
+            f"cpsmail accounts check '{note.route}'"
+            if note.trouble == "account"
+            else "is its relay up? it is tried again by itself"
+        )
+        text = f"{note.route} waits since {age(now - note.since)}: {note.reason}"
+        yield Level.WARN, text, advice
+    if not notes:
+        yield Level.OK, "no lane waits", ""
+
+
+def _check_journal(outbox: Outbox) -> _Findings:
+    try:
+        events = sum(journal_file.count(outbox.journal.path, 0.0).values())
+    except sqlite3.Error as error:
+        yield Level.FAIL, f"{outbox.journal.path}: {error}", "remove it: no mail is affected"
+    else:
+        yield Level.OK, f"{events:,} events", ""
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield the outbox and what is in it, breadth first: directories before mails."""
+    yield root
+    level = [root]
+    while level:
+        below = []
+        for directory in level:
+            for entry in os.scandir(directory):
+                if entry.is_dir(follow_symlinks=False):
+                    below.append(Path(entry.path))
+                    yield Path(entry.path)
+        for directory in level:
+            for entry in os.scandir(directory):
+                if not entry.is_dir(follow_symlinks=False):
+                    yield Path(entry.path)
+        level = below
+
+
+_CHECKS: Final[dict[str, Callable[[Outbox], _Findings]]] = {
+    "access": _check_access,
+    "key": _check_key,
+    "passwords": _check_passwords,
+    "disk": _check_disk,
+    "write": _check_write,
+    "clock": _check_clock,
+    "queue": _check_oldest,
+    "lanes": _check_lanes,
+    "journal": _check_journal,
+}

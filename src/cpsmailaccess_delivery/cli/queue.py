@@ -1,0 +1,241 @@
+"""``cpsmail queue`` and ``cpsmail show``: look at what is in the spool."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import InvalidEnvelope, NoSuchEntry
+from ..interfaces import Entry, Record, State
+from .app import App, json_option, pass_app
+from .mails import entry_json, lane_of, mail_json, note_json, status_json, why
+from .output import age, clean_lines, emit, moment, say, table, upcoming
+
+if TYPE_CHECKING:
+    from ..outbox import Outbox
+
+#: What a mail in the spool can be.
+STATES = ("queued", "deferred", "held", "unclear", "refused")
+
+#: Mails that a person is shown without asking for more.
+_LIMIT = 100
+
+_COLUMNS = (
+    "ID", "STATE", "MAILBOX", "SENDER", "RECIPIENTS", "AGE", "TRIES", "DUE", "WHY",
+)  # fmt: skip
+
+
+def selection(function: Any) -> Any:
+    """Give a command ``--state`` and ``--mailbox``."""
+    function = click.option(
+        "--mailbox",
+        "--lane",
+        "mailbox",
+        metavar="MAILBOX",
+        help="Only of this mailbox, relay (host:port) or lane.",
+    )(function)
+    return click.option(
+        "--state",
+        "states",
+        type=click.Choice(STATES),
+        multiple=True,
+        help="Only in this state.  Repeatable.",
+    )(function)
+
+
+def select(outbox: Outbox, states: tuple[str, ...], mailbox: str | None) -> Iterator[Entry]:
+    """Yield the entries that `selection` asks for, the oldest first."""
+    lane = lane_of(mailbox) if mailbox is not None else None
+    for entry in outbox.queue.entries():
+        if states and entry.state not in states:
+            continue
+        if lane is None or _lane(outbox, entry) == lane:
+            yield entry
+
+
+@click.command()
+@selection
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help=f"Show so many mails at most, 0 for all.  [default: {_LIMIT}; all with --json]",
+)
+@json_option
+@pass_app
+def queue(
+    app: App, states: tuple[str, ...], mailbox: str | None, limit: int | None, as_json: bool
+) -> None:
+    """List the mails in the queue, how many there are, and why lanes wait."""
+    if limit is None:
+        limit = 0 if as_json else _LIMIT
+    with app.outbox() as outbox:
+        counts: Counter[str] = Counter()
+        mails: list[tuple[Entry, Record | None]] = []
+        for entry in select(outbox, states, mailbox):
+            counts[entry.state] += 1
+            if not limit or len(mails) < limit:
+                try:
+                    mails.append((entry, outbox.spool.load(entry.id)))
+                except InvalidEnvelope:
+                    mails.append((entry, None))
+                except NoSuchEntry:
+                    counts[entry.state] -= 1  # delivered while we looked
+        notes = outbox.spool.lane_notes()
+        oldest = outbox.queue.counts().oldest
+        location = outbox.location
+    counts += Counter()  # without those that fell to zero
+    if as_json:
+        emit(
+            {
+                "outbox": location,
+                "counts": {str(state): count for state, count in sorted(counts.items())},
+                "oldest_due": oldest or None,
+                "lanes": [note_json(key, note) for key, note in sorted(notes.items())],
+                "mails": [mail_json(r) if r else _unreadable_json(e) for e, r in mails],
+            }
+        )
+        return
+    now = time.time()
+    if mails:
+        table(_COLUMNS, (_row(entry, record, notes, now) for entry, record in mails))
+    more = counts.total() - len(mails)
+    if more > 0:
+        say(f"... and {more} more: --limit 0 shows all")
+    listed = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    say(f"{listed or 'no mails'}{f'; oldest due: {age(now - oldest)}' if oldest else ''}")
+    for note in notes.values():
+        say(
+            f"{note.route} waits since {age(now - note.since)}, {note.trouble} in trouble, next try"
+            f" {upcoming(note.until, now)}: {note.reason}"
+        )
+
+
+@click.command()
+@click.argument("name", metavar="ID|MESSAGE-ID")
+@click.option("--headers", is_flag=True, help="Also print the header of the message.")
+@click.option(
+    "--raw",
+    is_flag=True,
+    help="Print the message alone, byte for byte; on a terminal, control characters escaped.",
+)
+@json_option
+@pass_app
+def show(app: App, name: str, headers: bool, raw: bool, as_json: bool) -> None:
+    """Show one mail: its envelope, and what became of each recipient.
+
+    A mail that has left the queue is looked up in the journal by its Message-Id.
+    """
+    with app.outbox() as outbox:
+        try:
+            records = outbox.queue.find(name)
+        except NoSuchEntry:
+            if raw or headers:
+                raise
+            status = outbox.status(name)
+            if as_json:
+                emit({"mails": [], "journal": status_json(status)})
+            else:
+                for line in str(status).splitlines():
+                    say(line)
+            return
+        if raw:
+            if len(records) > 1:
+                ids = ", ".join(record.entry.id for record in records)
+                raise click.UsageError(f"{name} names {len(records)} mails; name one: {ids}")
+            _print_raw(outbox.queue.message(records[0]))
+            return
+        texts = [_header(outbox.queue.message(r)) if headers else None for r in records]
+        if as_json:
+            emit({"mails": [_with_header(r, text) for r, text in zip(records, texts, strict=True)]})
+            return
+        for record, text in zip(records, texts, strict=True):
+            _print_record(outbox, record)
+            if text is not None:
+                say()
+                click.echo(clean_lines(text).rstrip("\n"))
+
+
+def _lane(outbox: Outbox, entry: Entry) -> str:
+    if entry.lane:
+        return entry.lane
+    try:  # a file that zope.sendmail, or somebody by hand, put there
+        return lane_of(str(outbox.spool.load(entry.id).envelope.route))
+    except (NoSuchEntry, InvalidEnvelope):
+        return ""
+
+
+def _row(entry: Entry, record: Record | None, notes: Any, now: float) -> tuple[object, ...]:
+    queued = age(now - entry.staged_at) if entry.staged_at else ""
+    due = ""
+    if entry.state in (State.QUEUED, State.DEFERRED) or (
+        entry.state is State.UNCLEAR and entry.due
+    ):
+        due = upcoming(entry.due, now)
+    if record is None:
+        unreadable = "its private block cannot be read"
+        return (entry.id, entry.state, "", "", "", queued, entry.attempts, due, unreadable)
+    envelope = record.envelope
+    return (
+        entry.id,
+        entry.state,
+        envelope.route,
+        envelope.sender or "<>",
+        ", ".join(envelope.recipients),
+        queued,
+        entry.attempts,
+        due,
+        why(record, notes.get(entry.lane)),
+    )
+
+
+def _print_record(outbox: Outbox, record: Record) -> None:
+    entry, envelope = record.entry, record.envelope
+    note = outbox.spool.lane_note(entry.lane)
+    now = time.time()
+    lines = {
+        "id": entry.id,
+        "message-id": envelope.message_id,
+        "state": f"{entry.state}: {record.reason}" if record.reason else entry.state,
+        "mailbox": envelope.route,
+        "sender": envelope.sender or "<>",
+        "queued": moment(entry.staged_at),
+        "due": moment(entry.due),
+        "attempts": entry.attempts,
+        "size": f"{record.size} bytes",
+        "lane": f"waits, next try {upcoming(note.until, now)}: {note.reason}" if note else "",
+    }
+    for label, value in lines.items():
+        if value != "":
+            say(f"{label + ':':<12}{value}")
+    for recipient in envelope.recipients:
+        outcome = record.outcomes.get(recipient)
+        at = f" ({moment(outcome.at)})" if outcome and outcome.at else ""
+        say(f"  {recipient}: {outcome or State.QUEUED}{at}")
+
+
+def _with_header(record: Record, text: str | None) -> dict[str, Any]:
+    return mail_json(record) | ({"headers": text} if text is not None else {})
+
+
+def _unreadable_json(entry: Entry) -> dict[str, Any]:
+    return {**entry_json(entry), "reason": "its private block cannot be read"}
+
+
+def _header(message: bytes) -> str:
+    end = re.search(rb"\r?\n\r?\n|\r\r", message)
+    return message[: end.start() if end else None].decode("utf-8", "backslashreplace")
+
+
+def _print_raw(message: bytes) -> None:
+    if sys.stdout.isatty():
+        click.echo(clean_lines(message.decode("utf-8", "backslashreplace")), nl=False)
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(message)

@@ -1,0 +1,80 @@
+"""``cpsmail run``: the processor as a service."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType
+
+import click
+
+from ..processor import STOP_TIMEOUT
+from .app import EX_SOFTWARE, App, pass_app
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks whether the processor still runs.
+_LOOK = 1.0
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@click.command()
+@click.option(
+    "--stop-timeout",
+    type=click.FloatRange(min=0),
+    default=STOP_TIMEOUT,
+    show_default=True,
+    metavar="SECONDS",
+    help="What is past the end of data may take so long after a signal.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Log more; show tracebacks.")
+@pass_app
+def run(app: App, stop_timeout: float, verbose: bool) -> int:
+    """Deliver until SIGTERM or SIGINT.
+
+    Logs to standard error.  The first signal is a clean stop: mails that the relay has in
+    full are finished, the others stay in the queue.  The second one ends it at once.
+    """
+    app.verbose = app.verbose or verbose
+    app.log(service=True)
+    with app.outbox(make=True) as outbox:
+        stop = StopSignal()
+        processor = outbox.processor()
+        processor.start()
+        log.info("delivering %s, process %d", outbox.location, os.getpid())
+        while not stop.wait(_LOOK) and processor.is_alive():
+            pass
+        if not stop.is_set():
+            log.critical("the processor ended by itself; the log above says why")
+            return EX_SOFTWARE
+        log.info("stopping, within %.0f s", stop_timeout)
+        ended = processor.stop(stop_timeout)
+        done = processor.summary
+        log.info(
+            "stopped: %d accepted, %d deferred, %d refused, %d unclear, %d held",
+            *(done.accepted, done.deferred, done.refused, done.unclear, done.held),
+        )
+        if not ended:
+            log.critical("the processor does not end; leaving it to the system")
+            os._exit(EX_SOFTWARE)
+    return 0
+
+
+class StopSignal(threading.Event):
+    """Set by the first SIGTERM or SIGINT; the second ends the process at once.
+
+    Nothing is lost then: leases end with their process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in _SIGNALS:
+            signal.signal(number, self._received)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        if self.is_set():
+            os._exit(128 + number)
+        self.set()

@@ -1,0 +1,170 @@
+"""``cpsmail retry``, ``hold``, ``release``, ``cancel``: decide on mails, one or many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
+from ..interfaces import Record, State
+from .app import (
+    EX_DATAERR,
+    EX_NO,
+    EX_NOINPUT,
+    EX_TEMPFAIL,
+    App,
+    confirmed,
+    json_option,
+    pass_app,
+    yes_option,
+)
+from .mails import mail_json
+from .output import complain, emit, say, upcoming
+from .queue import select, selection
+
+if TYPE_CHECKING:
+    from ..outbox import Outbox
+
+_Act = Callable[["Outbox", str], list[Record]]
+
+#: What `release` lets go; `retry` is for the others, but takes these too.
+_RELEASABLE: Final = (State.HELD, State.UNCLEAR)
+
+
+def _steering(function: Any) -> Any:
+    """Give a command what all four have: names, or ``--all`` with a selection."""
+    function = json_option(yes_option(selection(function)))
+    function = click.option("--all", "every", is_flag=True, help="All mails that are selected.")(
+        function
+    )
+    return click.argument("names", metavar="[ID|MESSAGE-ID]...", nargs=-1)(function)
+
+
+@click.command()
+@_steering
+@pass_app
+def retry(app: App, /, **choice: Any) -> int:
+    """Make mails due now, whatever they waited for.
+
+    --all without --state: those that are deferred.
+    """
+    return _steer(app, "retried", lambda o, name: o.queue.retry(name), ("deferred",), **choice)
+
+
+@click.command()
+@click.option("--reason", default="held by hand", show_default=True, help="Why; for others.")
+@_steering
+@pass_app
+def hold(app: App, /, reason: str, **choice: Any) -> int:
+    """Set mails aside until they are released.
+
+    --all without --state: those that are queued or deferred.
+    """
+    states = ("queued", "deferred")
+    return _steer(app, "held", lambda o, name: o.queue.hold(name, reason), states, **choice)
+
+
+@click.command()
+@_steering
+@pass_app
+def release(app: App, /, **choice: Any) -> int:
+    """Let mails go that are held or unclear: they are due now.
+
+    An unclear mail may have arrived already, and then arrives twice.
+    --all without --state: those that are held.
+    """
+    return _steer(app, "released", _release, ("held",), **choice)
+
+
+@click.command()
+@_steering
+@pass_app
+def cancel(app: App, /, **choice: Any) -> int:
+    """Remove mails that are not delivered yet, for good.
+
+    --all without --state: whatever their state.
+    """
+    return _steer(app, "cancelled", lambda o, name: o.queue.cancel(name), (), **choice)
+
+
+def _steer(
+    app: App,
+    done: str,
+    act: _Act,
+    usual: tuple[str, ...],
+    *,
+    names: tuple[str, ...],
+    every: bool,
+    states: tuple[str, ...],
+    mailbox: str | None,
+    yes: bool,
+    as_json: bool,
+) -> int:
+    if every == bool(names):
+        raise click.UsageError("name mails by id or Message-Id, or say --all")
+    if not every and (states or mailbox is not None):
+        raise click.UsageError("--state and --mailbox belong to --all")
+    with app.outbox() as outbox:
+        if every:
+            names = tuple(entry.id for entry in select(outbox, states or usual, mailbox))
+            question = f"{len(names)} mails will be {done}; go on?"
+            if names and not yes and not confirmed(question):
+                complain("nothing was changed")
+                return EX_NO
+        records, failures = _act_on_all(outbox, names, act, gone_is_fine=every)
+        if as_json:
+            mails = [mail_json(record) for record in records]
+            emit({"action": done, "mails": mails, "failures": failures})
+        else:
+            _say_done(outbox, records, done, every)
+            for failure in failures:
+                complain(failure["error"])
+    return failures[-1]["code"] if failures else 0
+
+
+def _act_on_all(
+    outbox: Outbox, names: tuple[str, ...], act: _Act, *, gone_is_fine: bool
+) -> tuple[list[Record], list[dict[str, Any]]]:
+    """Return the mails as they were, and what could not be done."""
+    records: list[Record] = []
+    failures: list[dict[str, Any]] = []
+    for name in names:
+        try:
+            records += act(outbox, name)
+        except NoSuchEntry as error:
+            if not gone_is_fine:
+                failures.append({"name": name, "error": str(error), "code": EX_NOINPUT})
+        except EntryBusy as error:
+            failures.append({"name": name, "error": str(error), "code": EX_TEMPFAIL})
+        except (InvalidEnvelope, _NotHeld) as error:
+            failures.append({"name": name, "error": str(error), "code": EX_DATAERR})
+    return records, failures
+
+
+def _say_done(outbox: Outbox, records: list[Record], done: str, every: bool) -> None:
+    if every:
+        say(f"{len(records)} mails {done}")
+    else:
+        for record in records:
+            say(f"{done} {record.entry.id} to {', '.join(record.envelope.recipients)}")
+    if done not in ("retried", "released"):
+        return
+    notes = outbox.spool.lane_notes()
+    for key in {record.entry.lane for record in records} & set(notes):
+        note = notes[key]
+        say(f"{note.route} waits, next try {upcoming(note.until, time.time())}: {note.reason}")
+
+
+class _NotHeld(Exception):
+    pass
+
+
+def _release(outbox: Outbox, name: str) -> list[Record]:
+    records = outbox.queue.find(name)
+    for record in records:
+        if record.entry.state not in _RELEASABLE:
+            raise _NotHeld(f"{record.entry.id} is {record.entry.state}, not held: see retry")
+    return outbox.queue.retry(name)
