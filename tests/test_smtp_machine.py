@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cpsmailaccess_delivery.interfaces import State as MailState
 from cpsmailaccess_delivery.outcome import Phase, Trouble, classify
-from cpsmailaccess_delivery.smtp.machine import Closed, MailUnsent, Ready, State
+from cpsmailaccess_delivery.smtp.machine import Closed, MailDone, MailUnsent, Ready, State
 from smtp_helpers import MODES, Drive, Letter, Relay, letter
 
 THREE = [letter(1), letter(2, "a@example.net", "b@example.net"), letter(3)]
@@ -661,3 +663,29 @@ def test_handed_back_by_stop_before_its_data():
     assert drive.fill() == b""  # no dot, no QUIT: the relay waits for data of mail 2
     assert any(isinstance(event, MailUnsent) for event in drive.events)
     drive.check()
+
+
+REPLIES = st.sampled_from(
+    [b"250 ok", b"250-a\r\n250 b", b"354 go", b"550 no", b"451 later", b"421 bye", b"503 no", b"x"]
+)
+
+
+@given(st.sampled_from(sorted(MODES)), st.lists(REPLIES, max_size=40), st.integers(1, 99))
+def test_any_relay_whatsoever(mode, replies, step):
+    """No exception, nothing lost, and unclear only past an end of data."""
+    drive = Drive(
+        Relay(MODES[mode]), [letter(n, "a@b.example", f"c{n}@b.example") for n in range(9)]
+    )
+    keywords = "\r\n".join(f"250-{keyword}" for keyword in MODES[mode]).encode()
+    talk = b"220 hi\r\n" + keywords + b"\r\n250 x\r\n" + b"".join(r + b"\r\n" for r in replies)
+    for at in range(0, len(talk), step):
+        drive.take(drive.machine.receive(talk[at : at + step]))
+        drive.fill()
+    if not drive.closed:
+        drive.take(drive.machine.eof())
+    back = [e.mail for e in drive.events if isinstance(e, MailDone | MailUnsent)]
+    assert sorted(map(id, back)) == sorted(map(id, drive.given))
+    ends = drive.sent.count(b"hello") + drive.sent.count(b"Subject")
+    unclear = [state for state in states(drive).values() if state == "unclear"]
+    assert ends or not unclear
+    assert isinstance(drive.events[-1], Closed)

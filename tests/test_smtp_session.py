@@ -472,6 +472,31 @@ def test_one_timer_per_session():
     run(work)
 
 
+def test_stopped_in_the_middle_of_a_handshake():
+    async def work():
+        def make():  # a relay that says 220 to STARTTLS, and nothing more
+            return Relay(("STARTTLS",), lambda line, _: "220 go" if line == "STARTTLS" else None)
+
+        async with serving(make) as (port, connections):
+            lane = Lane([letter(1)])
+            session = open_session(lane, port, security="starttls", verify=False)
+            async with asyncio.timeout(DEADLINE):
+                while not connections or connections[0].relay.commands[-1:] != ["STARTTLS"]:
+                    await asyncio.sleep(0)
+                while session._phase is not Phase.TLS:
+                    await asyncio.sleep(0)
+            session.stop()
+            await lane.until(lambda: lane.closed)
+            assert lane.closed == [None]
+            lane = Lane([letter(1)])
+            open_session(lane, port, security="starttls", verify=False, connect_timeout=0.3)
+            await lane.until(lambda: lane.closed)
+            assert lane.closed[0].phase is Phase.TLS
+            assert "within 0.3 seconds" in lane.closed[0].text
+
+    run(work)
+
+
 # check
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ..address import ascii_host, check_address
 from ..errors import InvalidAddress
 from ..outcome import Phase
@@ -10,6 +12,8 @@ from .hello import Capabilities
 from .reply import Reply, local_reply
 from .sevenbit import CannotConvert, fit
 from .wire import crlf, is_8bit
+
+_ODD = re.compile(r'[<> "]')
 
 
 class Transaction:
@@ -103,7 +107,7 @@ def _path(address: str, smtputf8: bool) -> bytes | Reply:
     Addresses were checked at `send`; what a spool file says by now is checked again,
     for it ends up in a command.
     """
-    if not address.isprintable() or any(mark in address for mark in '<> "'):
+    if not address.isprintable() or _ODD.search(address):
         try:
             if check_address(address) != address:
                 raise InvalidAddress(f"address {address!r}: is not bare; write local@domain")
