@@ -7,7 +7,7 @@ import transaction
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from zope.sendmail.delivery import QueuedMailDelivery
-from zope.sendmail.queue import QueueProcessor
+from zope.sendmail.queue import QueueProcessorThread
 
 from cpsmailaccess_delivery.envelope import (
     Envelope,
@@ -255,8 +255,14 @@ def test_reader_refuses(old, new):
 
 
 prefixes = st.sampled_from(
-    [b"", b"X-Zope-Envelope: ", b"X-Zope-Envelope: 1\nX-Zope-From: ", BLOCK[:-1]]
-    + [b"X-Zope-From: ", b"X-Zope-From: a@b.org\nX-Zope-To: "]
+    [
+        b"",
+        b"X-Zope-Envelope: ",
+        b"X-Zope-Envelope: 1\nX-Zope-From: ",
+        BLOCK[:-1],
+        b"X-Zope-From: ",
+        b"X-Zope-From: a@b.org\nX-Zope-To: ",
+    ]
 )
 
 
@@ -267,8 +273,7 @@ prefixes = st.sampled_from(
 def test_arbitrary_bytes(prefix, data):
     try:
         envelope, offset = parse_block(prefix + data)
-    except InvalidEnvelope as error:
-        assert len(str(error)) < 1000
+    except InvalidEnvelope:
         return
     assert 0 < offset <= len(prefix + data)
     assert envelope.recipients
@@ -298,9 +303,7 @@ def spool_file(tmp_path, sender, recipients, message) -> bytes:
     return path.read_bytes()
 
 
-MESSAGE = (
-    b"Message-Id: <1@example.org>\nSubject: x\nX-Zope-Hostname: evil.example\n\nX-Zope-To: a\n"
-)
+MESSAGE = b"Message-Id: <1@example.org>\nSubject: x\nX-Zope-Hostname: evil.org\n\nX-Zope-To: a\n"
 
 
 @pytest.mark.parametrize("eol", [b"\n", b"\r\n"])
@@ -358,11 +361,11 @@ def test_broken_foreign_files(data):
         parse_block(data)
 
 
-def test_zope_sendmail_refuses_ours():
-    """A stock processor must not send our file: its first line is not X-Zope-From."""
-    processor = object.__new__(QueueProcessor)
-    with pytest.raises(ValueError, match="X-Zope-From"):
-        processor._parseMessage((BLOCK + MESSAGE).decode())
+def test_zope_sendmail_does_not_send_ours():
+    """A stock processor that is pointed at our directory finds no recipients: smtplib refuses."""
+    processor = object.__new__(QueueProcessorThread)
+    sender, to, _ = processor._parseMessage(BLOCK + MESSAGE)
+    assert (sender, to) == ("", ())
 
 
 def test_lane_key_follows_the_account():
