@@ -219,6 +219,13 @@ class ISpool(Interface):
     def sweep() -> SweepReport:
         """Tidy what dead processes left: see `SweepReport`.  Safe beside living ones."""
 
+    def sync() -> None:
+        """Make what leases removed safe against a power loss; cheap when nothing was.
+
+        To be called now and then while settling: what was accepted since the last call
+        may be sent again after a power loss (never after the death of a process).
+        """
+
     def close() -> None:
         """Give back what the spool holds in this process.  Twice is fine."""
 
@@ -234,8 +241,10 @@ class ILease(Interface):
     def settle(settlement: Settlement) -> Entry | None:
         """Record what an attempt left, and end the lease.
 
-        ACCEPTED removes the mail.  Outcomes of recipients that must not be tried
-        again are durable when this returns.  Returns the entry as it is now, or None.
+        ACCEPTED removes the mail, durably with the next `ISpool.sync`.  Else outcomes
+        of recipients that must not be tried again are durable when this returns.
+        Returns the entry as it is now, or None.  When it raises `SpoolError` the lease
+        is still held: settle again later, or release.
         """
 
     def release() -> None:

@@ -1,0 +1,151 @@
+"""What has reached the disk, and what an error of the disk means to people.
+
+`settle_files` makes new files and their directory entries durable together.  fsync of
+each file and of the directory costs a device flush each; one syncfs (Linux) writes all in
+one journal commit, but also everything else that waits on that file system.  So it is used
+only while little waits on this machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from ..errors import SpoolError
+
+_QUIET: Final = 16 * 1024 * 1024  # bytes that may wait for the disk besides ours
+_LOOK_EVERY: Final = 0.05  # seconds: what other programs write in between is the risk taken
+
+_WAYS_OUT: Final = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space or raise it",
+    errno.EACCES: "no permission: run as the owner of the spool, or give it back its owner",
+    errno.EPERM: "not permitted: run as the owner of the spool, or give it back its owner",
+    errno.EROFS: "the file system is read-only: remount it for writing",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine: raise fs.file-max",
+    errno.EIO: "the disk reports an error: check it (dmesg), then its file system",
+    errno.EBADF: "the spool is closed: open a new one",
+    errno.ENOENT: "part of the spool is gone: close it, look where it went, open it again",
+    errno.ELOOP: "is a symbolic link: a spool has none; put the directory itself there",
+    errno.ENAMETOOLONG: "the name is too long: give the spool a shorter path",
+}
+
+
+def spool_error(action: str, where: str, error: OSError) -> SpoolError:
+    """Return the error to raise: what could not be done, where, and the way out."""
+    way_out = _WAYS_OUT.get(error.errno or 0, "see the system's message")
+    return SpoolError(f"{where}: cannot {action}: {error.strerror or error}; {way_out}")
+
+
+def make_private(path: str) -> bool:
+    """Make a directory for its owner only, whatever the umask; return whether it was missing.
+
+    One that is there keeps its mode: it is its administrator's.
+    """
+    if os.path.isdir(path):
+        return False
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if os.path.isdir(path):
+            return False  # another process was faster
+        raise
+    os.chmod(path, 0o700)
+    return True
+
+
+def write_all(fd: int, *parts: bytes) -> None:
+    """Write all parts, whatever the system takes at a time."""
+    left = [memoryview(part) for part in parts]
+    while left:
+        done = os.writev(fd, left)
+        while left and done >= len(left[0]):
+            done -= len(left.pop(0))
+        if left:
+            left[0] = left[0][done:]
+
+
+def read_all(fd: int, size: int) -> bytes:
+    """Return a file as one bytes.  `size`: what fstat said; files of a spool do not grow."""
+    data = os.read(fd, size + 1)
+    if len(data) >= size or not data:
+        return data
+    parts = [data]  # over 2 GiB, or a signal
+    while data:
+        data = os.read(fd, size + 1)
+        parts.append(data)
+    return b"".join(parts)
+
+
+def settle_files(fds: Sequence[int], directory: int) -> None:
+    """Make these new files of one directory durable, with their names.
+
+    `fds`: open since before they were written, the oldest first: a write error that
+    another call has seen is then still reported to this one (errseq of Linux).
+    """
+    if _syncfs is not None and _quiet():
+        _syncfs(fds[0])
+        return
+    if len(fds) > 1 and hasattr(os, "posix_fadvise"):
+        for fd in fds:  # starts the writes, so that the first fsync commits for all
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    for fd in fds:
+        os.fsync(fd)
+    os.fsync(directory)
+
+
+def _load_syncfs() -> Callable[[int], None] | None:
+    if sys.platform != "linux":
+        return None
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2] if part.isdecimal())
+    if release < (5, 8):  # earlier ones do not report write errors here
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if function is None:
+        return None
+
+    def syncfs(fd: int) -> None:
+        if function(fd):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    return syncfs
+
+
+class _Dirt:
+    """How much waits for the disks of this machine: an upper bound for one file system."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._quiet = False
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now >= self._until:
+            self._quiet = self._look()
+            self._until = now + _LOOK_EVERY
+        return self._quiet
+
+    @staticmethod
+    def _look() -> bool:
+        try:
+            fd = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                text = os.read(fd, 4096)
+            finally:
+                os.close(fd)
+        except OSError:
+            return False
+        at = text.find(b"\nDirty:")
+        return at >= 0 and int(text[at + 7 :].split(None, 1)[0]) * 1024 <= _QUIET
+
+
+_syncfs = _load_syncfs()
+_quiet = _Dirt()

@@ -1,0 +1,97 @@
+"""The directories of a spool, as open descriptors.
+
+Everything below goes through them: a path is resolved once, and no link that somebody
+puts in later leads out of the spool.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Collection
+from typing import Final
+
+from ..errors import SpoolError
+from .durable import make_private, spool_error
+
+_MAILDIR: Final = ("tmp", "new", "cur")
+_OUTCOMES: Final = "outcomes"
+_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Layout:
+    """tmp/, new/, cur/ and outcomes/ of one path, made when missing, 0700.
+
+    `beside`: names that may be in the directory before it is a Maildir.
+    """
+
+    def __init__(self, path: str, *, beside: Collection[str]) -> None:
+        self.path = path
+        self._fds: dict[str, int] = {}
+        try:
+            self._refuse_others(beside)
+            make_private(path)
+            made = [make_private(os.path.join(path, name)) for name in (*_MAILDIR, _OUTCOMES)]
+            for name in (*_MAILDIR, _OUTCOMES):
+                self._fds[name] = self._open(name)
+            if any(made):
+                self._sync_parents()
+        except OSError as error:
+            self.close()
+            raise spool_error("use this directory as a spool", path, error) from error
+        except SpoolError:
+            self.close()
+            raise
+
+    def __getitem__(self, name: str) -> int:
+        """Return the descriptor of a directory; -1, which every call refuses, once closed."""
+        return self._fds.get(name, -1)
+
+    def listing(self, name: str) -> list[str]:
+        """Return the names in a directory.  Raises `SpoolError`."""
+        try:
+            return os.listdir(self[name])
+        except OSError as error:
+            raise spool_error(f"list {name}/", self.path, error) from error
+
+    def close(self) -> None:
+        """Close the descriptors.  Twice is fine."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def _refuse_others(self, beside: Collection[str]) -> None:
+        try:
+            names = set(os.listdir(self.path))
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            raise SpoolError(
+                f"{self.path}: is a file; a spool is a directory: choose another path"
+            ) from None
+        if not names.issuperset(_MAILDIR):
+            others = sorted(names.difference(_MAILDIR, (_OUTCOMES,), beside))
+            if others:
+                raise SpoolError(
+                    f"{self.path}: is no Maildir and holds {others[0]!r}: choose an empty or new"
+                    " directory for the spool"
+                )
+
+    def _open(self, name: str) -> int:
+        try:
+            return os.open(os.path.join(self.path, name), _FLAGS)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            raise SpoolError(
+                f"{self.path}/{name}: is a symbolic link or a file; a spool has a directory"
+                " there: move what it points to into its place"
+            ) from None
+
+    def _sync_parents(self) -> None:
+        """Let the directories themselves survive: a mail is as safe as the way to it."""
+        for path in (self.path, os.path.dirname(os.path.abspath(self.path))):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)

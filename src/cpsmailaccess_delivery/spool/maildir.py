@@ -1,0 +1,245 @@
+"""The Maildir spool: mails are files, states are names, changes are renames.
+
+::
+
+    tmp/ --publish--> new/ --claim--> (locked) --settle--> gone, accepted
+                       ^                          |
+                       +------requeue------ cur/ <+ deferred, held, unclear, refused
+
+What is safe when: what `ILease.settle` did survives the death of the process at once;
+against a power loss, outcomes of a mail that stays are safe at once too, and removals
+with the next `sync`.
+
+This file is the contract; `staging` has tmp/, `mails` new/ and cur/, `names` what they say.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from zope.interface import implementer
+
+from ..envelope import Envelope, digest
+from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
+from ..interfaces import Entry, ISpool, LaneNote, Record, SweepReport
+from . import names
+from .layout import Layout
+from .lease import Lease, is_locked, unlock
+from .mails import Mails
+from .notes import LaneNotes
+from .outcomes import SideFiles
+from .presence import Presence
+from .staging import Staging
+from .watch import NotifyWatch, PollingWatch
+
+log = logging.getLogger("cpsmailaccess_delivery.spool")
+
+#: What an outbox has in the same directory.
+_BESIDE: Final = ("presence", "accounts", "lanes", "journal.sqlite")
+
+_LOOK_UPS: Final = 5  # a mail may move between look-up and open; nobody moves one that often
+
+
+@implementer(ISpool)
+class Maildir:
+    """See `ISpool`.
+
+    `path`: the directory, made on first use; one that holds other things is refused.
+    `presence`: names this process; shared with what else stages files; not closed here.
+    `clock`: seconds since the epoch, for ids.  `notify`: use inotify where there is any.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        presence: Presence,
+        *,
+        clock: Callable[[], float] = time.time,
+        notify: bool = True,
+    ) -> None:
+        self.location = os.fspath(path)
+        self._notify = notify
+        self._layout = Layout(self.location, beside=_BESIDE)
+        self._staging = Staging(self._layout, presence, clock)
+        sides = SideFiles(self._layout, scrap=self._staging.scrap)
+        self._mails = Mails(self._layout, sides, clock)
+        self._notes = LaneNotes(Path(self.location) / "lanes")
+        self._polling: list[PollingWatch] = []
+
+    def __repr__(self) -> str:
+        return f"<Maildir {self.location}>"
+
+    # The two phases of a transaction
+
+    def stage(self, envelope: Envelope, message: bytes) -> Entry:
+        """See `ISpool`."""
+        return self._staging.stage(envelope, message)
+
+    def prepare(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        self._staging.prepare(entries)
+
+    def publish(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        self._staging.publish(entries)
+        self._tell(entries)
+
+    def discard(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        self._staging.discard(entries)
+
+    # What processors do
+
+    def scan(self) -> Iterator[Entry]:
+        """See `ISpool`.  What comes or goes while it runs may be told or not."""
+        return self._mails.entries()
+
+    def watch(self) -> NotifyWatch | PollingWatch:
+        """See `ISpool`."""
+        if self._notify:
+            try:
+                return NotifyWatch(self._layout, self._mails.entry_of)
+            except (ImportError, AttributeError, OSError) as error:
+                log.info("no inotify, looking once a second instead: %s", error)
+        watch = PollingWatch(self._layout, self._polling.remove)
+        self._polling.append(watch)
+        return watch
+
+    def claim(self, entry: Entry) -> Lease | None:
+        """See `ISpool`."""
+        return self._mails.claim(entry)
+
+    def leased(self, entry: Entry) -> bool:
+        """See `ISpool`."""
+        try:
+            return is_locked(names.file_name(entry), self._layout[names.folder(entry.state)])
+        except OSError:
+            return False  # no mail: nobody can lease it
+
+    def sync(self) -> None:
+        """See `ISpool`."""
+        self._mails.sync()
+
+    # What people do
+
+    def find(self, message_id: str) -> list[Record]:
+        """See `ISpool`."""
+        wanted = digest(message_id)
+        records = []
+        for entry in self.scan():
+            if entry.lane and not names.stands_for(entry.id, wanted):
+                continue
+            try:
+                record = self._read(entry)[0]
+            except (NoSuchEntry, InvalidEnvelope):
+                continue  # gone meanwhile; or nobody knows its Message-Id
+            if record.envelope.message_id == message_id:
+                records.append(record)
+        return records
+
+    def load(self, entry_id: str) -> Record:
+        """See `ISpool`."""
+        return self._read(self._look_up(entry_id))[0]
+
+    def read_message(self, entry_id: str) -> bytes:
+        """See `ISpool`."""
+        return self._read(self._look_up(entry_id))[1]
+
+    def requeue(self, entry_id: str) -> Entry:
+        """See `ISpool`."""
+        entry, fd = self._take(entry_id)
+        try:
+            after = self._mails.requeue(entry)
+        finally:
+            unlock(fd)
+        self._tell([after])
+        return after
+
+    def hold(self, entry_id: str, reason: str) -> Entry:
+        """See `ISpool`."""
+        entry, fd = self._take(entry_id)
+        try:
+            return self._mails.hold(entry, reason, sync=True)
+        finally:
+            unlock(fd)
+
+    def cancel(self, entry_id: str) -> Record:
+        """See `ISpool`."""
+        entry, fd = self._take(entry_id)
+        try:
+            try:
+                record = self._read(entry)[0]
+            except InvalidEnvelope as error:  # to cancel it may be all that one can do
+                record = Record(entry, Envelope("", ()), {}, 0, str(error))
+            self._mails.remove(entry, has_side=True)
+        finally:
+            unlock(fd)
+        self._mails.sync()
+        return record
+
+    # Why lanes wait
+
+    def note_lane(self, key: str, note: LaneNote | None) -> None:
+        """See `ISpool`."""
+        self._notes.write(key, note)
+
+    def lane_note(self, key: str) -> LaneNote | None:
+        """See `ISpool`."""
+        return self._notes.read(key)
+
+    def lane_notes(self) -> dict[str, LaneNote]:
+        """See `ISpool`."""
+        return self._notes.all()
+
+    # Upkeep
+
+    def sweep(self) -> SweepReport:
+        """See `ISpool`."""
+        report = self._staging.sweep(self._mails.hold_staged)
+        self._mails.remove_orphans()
+        return report
+
+    def close(self) -> None:
+        """See `ISpool`."""
+        for watch in list(self._polling):
+            watch.close()
+        self._staging.close()
+        self._layout.close()
+
+    def _tell(self, entries: Iterable[Entry]) -> None:
+        for watch in self._polling:
+            watch.tell(entries)
+
+    def _read(self, entry: Entry) -> tuple[Record, bytes]:
+        """Read a mail, wherever it has moved since it was listed."""
+        for _ in range(_LOOK_UPS):
+            try:
+                return self._mails.read(entry)
+            except FileNotFoundError:
+                entry = self._look_up(entry.id)
+        raise NoSuchEntry(f"{self.location}: {entry.id} moves all the time; try again")
+
+    def _look_up(self, entry_id: str) -> Entry:
+        for _ in range(2):  # it may move from cur/ to new/ between the two listings
+            for entry in self.scan():
+                if entry.id == entry_id:
+                    return entry
+        raise NoSuchEntry(
+            f"{self.location}: no mail has the id {entry_id!r}: delivered, cancelled or never"
+            " committed"
+        )
+
+    def _take(self, entry_id: str) -> tuple[Entry, int]:
+        for _ in range(_LOOK_UPS):
+            entry = self._look_up(entry_id)
+            locked = self._mails.lock(entry)
+            if locked is not None:
+                return entry, locked[0]
+            if self.leased(entry):
+                break  # else it has moved
+        raise EntryBusy(f"{entry_id}: is being delivered right now; try again in a moment")

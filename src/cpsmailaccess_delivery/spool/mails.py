@@ -1,0 +1,325 @@
+"""The visible mails: the files of new/ and cur/, and every change of one.
+
+A crash between two steps of a change leaves what the next reader puts right:
+
+* side file written, mail not renamed: the side counts more attempts, and `claim` lets the
+  name follow;
+* mail removed, side file left: an orphan, swept after an hour;
+* two names for one file (a file system that saved half of a rename): the later state stays.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from ..envelope import parse_block
+from ..errors import InvalidEnvelope, SpoolError
+from ..interfaces import Entry, Record, State
+from . import names
+from .durable import read_all, spool_error
+from .layout import Layout
+from .lease import Lease, lock_file, unlock
+from .outcomes import NOTHING, DamagedSide, Side, SideFiles
+
+log = logging.getLogger("cpsmailaccess_delivery.spool")
+
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_ORPHANED: Final = 3600.0  # seconds since a side file was written
+
+#: What makes a file no mail, rather than the disk no disk: links, sockets, other people's.
+_NO_MAIL: Final = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
+
+
+class Mails:
+    """What is in new/ and cur/, with its side files.  `clock`: for ids of adopted files."""
+
+    def __init__(self, layout: Layout, sides: SideFiles, clock: Callable[[], float]) -> None:
+        self._layout = layout
+        self._sides = sides
+        self._clock = clock
+        self._removed = 0  # mails whose removal is not synced yet
+        self._spent: deque[str] = deque()  # ids of those among them that had a side file
+
+    # Listing
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield the entries, the oldest first.
+
+        Names are let go as they are used: a million of them is most of what a start
+        costs in memory.
+        """
+        new, cur = (sorted(self._layout.listing(name), reverse=True) for name in ("new", "cur"))
+        while new or cur:
+            from_new = not cur or (bool(new) and new[-1] < cur[-1])
+            name = (new if from_new else cur).pop()
+            base = name.partition(":")[0]
+            if any(rest and rest[-1].partition(":")[0] == base for rest in (new, cur)):
+                twins = [("new" if from_new else "cur", name)]
+                for where, rest in (("new", new), ("cur", cur)):
+                    while rest and rest[-1].partition(":")[0] == base:
+                        twins.append((where, rest.pop()))
+                yield from self._resolve(twins)
+            else:
+                entry = self.entry_of("new" if from_new else "cur", name)
+                if entry is not None:
+                    yield entry
+
+    def entry_of(self, where: str, name: str) -> Entry | None:
+        """Return the entry of a file; one that we did not name is made usable, and queued.
+
+        So no name that leaves here holds anything but letters, digits and a few signs,
+        and names and places of states always agree.
+        """
+        if name.startswith("."):
+            return None  # hidden, as in Maildir: zope.sendmail's .sending-, .rejected-
+        return names.parse(name, where) or self._adopt(where, name)
+
+    def _adopt(self, where: str, name: str) -> Entry | None:
+        entry = names.usable_id(name)
+        if entry is None or self._exists("new", entry):
+            entry = Entry(names.new_id(self._clock(), os.urandom(3).hex(), ascii(name)), "")
+        try:
+            self._move(where, name, "new", names.file_name(entry))
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                log.error("%s/%a: is not named as a mail and cannot be: %s", where, name, error)
+            return None
+        log.info("%s/%a: now queued as %s", where, name, entry.id)
+        return entry
+
+    def _resolve(self, twins: list[tuple[str, str]]) -> list[Entry]:
+        """Return the entries of files that share an id: one, when they are one file."""
+        found: dict[int, list[tuple[bool, int, float, str, str]]] = {}
+        for where, name in twins:
+            entry = self.entry_of(where, name)
+            if entry is None:
+                continue
+            where, name = names.folder(entry.state), names.file_name(entry)
+            try:
+                status = os.stat(name, dir_fd=self._layout[where], follow_symlinks=False)
+            except OSError:
+                continue
+            rank = (where == "cur", entry.attempts, entry.due, where, name)
+            found.setdefault(status.st_ino, []).append(rank)
+        entries = []
+        for ranks in found.values():
+            ranks.sort()
+            *earlier, (_, _, _, where, name) = ranks
+            for _, _, _, old_where, old_name in earlier:
+                log.warning("%s/%s: is %s/%s as well; removed", old_where, old_name, where, name)
+                try:
+                    os.unlink(old_name, dir_fd=self._layout[old_where])
+                except OSError as error:
+                    log.error("%s/%s: cannot be removed: %s", old_where, old_name, error)
+            entry = names.parse(name, where)
+            if entry is not None:
+                entries.append(entry)
+        return entries
+
+    # Reading
+
+    def read(self, entry: Entry) -> tuple[Record, bytes]:
+        """Return a mail.  Raises FileNotFoundError, `InvalidEnvelope`, `SpoolError`."""
+        name = names.file_name(entry)
+        try:
+            fd = os.open(name, _READ, dir_fd=self._layout[names.folder(entry.state)])
+            try:
+                status = os.fstat(fd)
+                data = self._content(fd, status)
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno in _NO_MAIL:
+                raise InvalidEnvelope(f"{entry.id}: cannot be read: {error.strerror}") from error
+            raise spool_error(f"read {entry.id}", self._layout.path, error) from error
+        envelope, offset = parse_block(data)
+        try:
+            side = self._sides.read(entry.id) or NOTHING
+        except DamagedSide as error:
+            side = Side(reason=str(error))
+        return Record(
+            entry=entry,
+            envelope=envelope,
+            outcomes=side.outcomes,
+            size=len(data) - offset,
+            reason="" if entry.state is State.QUEUED else side.reason,
+        ), data[offset:]
+
+    def lock(self, entry: Entry) -> tuple[int, os.stat_result] | None:
+        """Lock a mail; None: gone, changed or locked by another."""
+        try:
+            return lock_file(names.file_name(entry), self._layout[names.folder(entry.state)])
+        except OSError as error:
+            if error.errno not in _NO_MAIL:
+                raise spool_error(f"lease {entry.id}", self._layout.path, error) from error
+            if entry.state is not State.HELD:
+                self.hold(entry, f"the file cannot be opened: {error.strerror}")
+            return None
+
+    def claim(self, entry: Entry) -> Lease | None:
+        """See `ISpool.claim`."""
+        locked = self.lock(entry)
+        if locked is None:
+            return None
+        fd, status = locked
+        try:
+            lease = self._lease(fd, status, entry)
+        except OSError as error:
+            unlock(fd)
+            raise spool_error(f"read {entry.id}", self._layout.path, error) from error
+        except BaseException:
+            unlock(fd)
+            raise
+        if lease is None:
+            unlock(fd)
+        return lease
+
+    def _lease(self, fd: int, status: os.stat_result, entry: Entry) -> Lease | None:
+        try:
+            data = self._content(fd, status)
+            envelope, offset = parse_block(data)
+        except InvalidEnvelope as error:
+            self.hold(entry, str(error))
+            return None
+        try:
+            side = self._sides.read(entry.id)
+        except DamagedSide as error:
+            log.error("%s is held: %s", entry.id, error)
+            self.rename(entry, _held(entry))
+            return None
+        if side is not None and side.attempts > entry.attempts:
+            # Somebody died between the two steps of `record`: take the second.
+            self.rename(entry, Entry(entry.id, entry.lane, side.state, side.due, side.attempts))
+            return None
+        return Lease(self, fd, entry, envelope=envelope, message=data[offset:], side=side)
+
+    def _content(self, fd: int, status: os.stat_result) -> bytes:
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidEnvelope("this is no file: a mail is a regular file")
+        return read_all(fd, status.st_size)
+
+    # Changing: the caller holds the lock
+
+    def remove(self, entry: Entry, *, has_side: bool) -> None:
+        """Remove a mail; its side file goes after the next `sync`.
+
+        So when a power loss brings the mail back, it comes back with its outcomes.
+        """
+        try:
+            os.unlink(names.file_name(entry), dir_fd=self._layout[names.folder(entry.state)])
+        except OSError as error:
+            raise spool_error(f"remove {entry.id}", self._layout.path, error) from error
+        self._removed += 1
+        if has_side:
+            self._spent.append(entry.id)
+
+    def record(self, before: Entry, after: Entry, side: Side) -> None:
+        """Write what is known of a mail, then let its name follow."""
+        self._sides.write(before.id, side)
+        self.rename(before, after)
+
+    def hold(self, entry: Entry, reason: str, *, sync: bool = False) -> Entry:
+        """Set a mail aside.  `sync`: at once against a power loss too."""
+        after = _held(entry)
+        try:
+            outcomes = (self._sides.read(entry.id) or NOTHING).outcomes
+            side = Side(after.state, after.due, after.attempts, reason, outcomes)
+            self._sides.write(entry.id, side, sync=sync)
+        except DamagedSide as error:
+            log.error("%s: %s", entry.id, error)  # left as it is: evidence
+        log.warning("%s is held: %s", entry.id, reason)
+        self.rename(entry, after)
+        if sync:
+            self._sync("cur")
+        return after
+
+    def requeue(self, entry: Entry) -> Entry:
+        """Make a mail due now."""
+        try:
+            attempts = (self._sides.read(entry.id) or NOTHING).attempts
+        except DamagedSide:
+            attempts = 0  # the next claim holds it again, and says why
+        attempts = max(entry.attempts, attempts)  # so that the side file is not newer
+        after = names.normal(Entry(entry.id, entry.lane, State.QUEUED, 0.0, attempts))
+        self.rename(entry, after)
+        return after
+
+    def hold_staged(self, name: str, entry: Entry, reason: str) -> bool:
+        """Move a file of tmp/ to the held mails; return whether this call did."""
+        after = _held(entry)
+        try:
+            self._sides.write(entry.id, Side(after.state, reason=reason))
+            self._move("tmp", name, "cur", names.file_name(after))
+        except FileNotFoundError:
+            return False  # another sweep was faster
+        except (OSError, SpoolError) as error:
+            log.error("%s: stays in tmp/, in doubt: %s", entry.id, error)
+            return False
+        return True
+
+    def rename(self, before: Entry, after: Entry) -> None:
+        """Change the state of a mail."""
+        if before == after:
+            return
+        old, new = names.folder(before.state), names.folder(after.state)
+        try:
+            self._move(old, names.file_name(before), new, names.file_name(after))
+        except OSError as error:
+            action = f"change {before.id} from {before.state} to {after.state}"
+            raise spool_error(action, self._layout.path, error) from error
+
+    def sync(self) -> None:
+        """Make removals safe against a power loss, and forget what was kept in case of one."""
+        removed, spent = self._removed, len(self._spent)
+        if not removed:
+            return
+        for name in ("new", "cur", "tmp"):
+            self._sync(name)
+        self._removed -= removed
+        for _ in range(spent):
+            self._sides.remove(self._spent.popleft())
+
+    def remove_orphans(self) -> None:
+        """Remove side files whose mail is gone, when they have not been written for long."""
+        orphans = set(self._layout.listing("outcomes"))
+        if not orphans:
+            return
+        for where in ("new", "cur", "new"):  # a mail that moves is seen in one of them
+            for name in self._layout.listing(where):
+                orphans.discard(name.partition(":")[0].partition(",L=")[0])
+        for entry_id in orphans:
+            try:
+                status = os.stat(entry_id, dir_fd=self._layout["outcomes"], follow_symlinks=False)
+            except OSError:
+                continue
+            if time.time() - status.st_mtime > _ORPHANED:
+                self._sides.remove(entry_id)
+
+    def _move(self, old: str, old_name: str, new: str, new_name: str) -> None:
+        os.rename(old_name, new_name, src_dir_fd=self._layout[old], dst_dir_fd=self._layout[new])
+
+    def _sync(self, name: str) -> None:
+        try:
+            os.fsync(self._layout[name])
+        except OSError as error:
+            raise spool_error(f"make {name}/ durable", self._layout.path, error) from error
+
+    def _exists(self, where: str, entry: Entry) -> bool:
+        try:
+            os.stat(names.file_name(entry), dir_fd=self._layout[where], follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
+
+def _held(entry: Entry) -> Entry:
+    return Entry(entry.id, entry.lane, State.HELD, 0.0, entry.attempts)

@@ -1,0 +1,128 @@
+"""Entry <-> file name: what a listing tells without opening a file.  Pure.
+
+::
+
+    new/  1732369200.M123456Ra1b2c3.0123456789abcdef,L=89abcdef01234567
+          seconds    micros  chance  Message-Id          lane
+    cur/  ... the same ...:1,deferred,1732369260.25,3
+                           state      due           attempts
+
+The `id` is all before ``,L=``.  A file with a plain name that we did not give is its own
+id and has no lane; in the spool it is queued like any other.  A name is *canonical* when
+`file_name` of its entry gives it back: no other name is ever an entry, see
+`Maildir.adopt`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from sys import intern
+from typing import Final
+
+from ..envelope import digest
+from ..interfaces import Entry, State
+
+_ID: Final = r"\d{10}\.M\d{6}R[0-9a-f]{6}\.[0-9a-f]{16}"
+_INFO: Final = (
+    r":1,(queued|deferred|held|unclear|refused)"
+    r",(0|[1-9]\d{0,10}(?:\.\d{0,2}[1-9])?),(0|[1-9]\d{0,5})"
+)
+_BARE = re.compile(rf"({_ID}),L=([0-9a-f]{{16}})\Z", re.ASCII)
+_OWN = re.compile(rf"({_ID}),L=([0-9a-f]{{16}})(?:{_INFO})?\Z", re.ASCII)
+_FOREIGN = re.compile(rf"([A-Za-z0-9_=+@-][A-Za-z0-9._,=+@-]{{0,179}})(?:{_INFO})?\Z", re.ASCII)
+_STAGED = re.compile(
+    rf"({_ID}),L=([0-9a-f]{{16}}),S=(\d+),C=([0-9a-f]{{8}}),P=([0-9a-f]{{16}})\Z", re.ASCII
+)
+_SCRAP = re.compile(r".*,P=([0-9a-f]{16})\Z", re.ASCII | re.DOTALL)
+
+_LAST_DUE: Final = 99_999_999_999  # seconds: eleven digits
+_LAST_ATTEMPT: Final = 999_999
+
+
+def new_id(now: float, chance: str, message_id: str) -> str:
+    """Return an id.  `now`: seconds since the epoch; `chance`: 6 hexadecimal digits."""
+    micros = min(max(int(now * 1_000_000), 0), 9_999_999_999_999_999)
+    seconds, rest = divmod(micros, 1_000_000)
+    return f"{seconds:010d}.M{rest:06d}R{chance}.{digest(message_id)}"
+
+
+def file_name(entry: Entry) -> str:
+    """Return the name of an entry in its `folder`."""
+    name = f"{entry.id},L={entry.lane}" if entry.lane else entry.id
+    if entry.state is State.QUEUED and not entry.due and not entry.attempts:
+        return name
+    return f"{name}:1,{entry.state.value},{_number(entry.due)},{entry.attempts}"
+
+
+def folder(state: State) -> str:
+    """Return where mails of a state live: new/ holds those that a processor may take now."""
+    return "new" if state is State.QUEUED else "cur"
+
+
+def parse(name: str, where: str) -> Entry | None:
+    """Return the entry of a file in `where` (new or cur), or None: not canonical."""
+    if where == "new" and (bare := _BARE.match(name)):  # most of a large spool
+        return Entry(bare[1], intern(bare[2]))
+    match = _OWN.match(name)
+    if match:
+        entry_id, lane, state, due, attempts = match.groups()
+        lane = intern(lane)
+    else:
+        match = _FOREIGN.match(name)
+        if not match:
+            return None
+        entry_id, state, due, attempts = match.groups()
+        lane = ""
+    if state is None:
+        return Entry(entry_id, lane) if where == "new" else None
+    entry = Entry(entry_id, lane, State(state), float(due), int(attempts))
+    if folder(entry.state) != where or (due == attempts == "0" and where == "new"):
+        return None
+    return entry
+
+
+def normal(entry: Entry) -> Entry:
+    """Return the entry as its name can say it: due in whole milliseconds, never early."""
+    due = entry.due if 0 < entry.due < _LAST_DUE else _LAST_DUE if entry.due > 0 else 0
+    due = float(_number(min(math.ceil(due * 1000) / 1000, _LAST_DUE)))
+    attempts = min(max(entry.attempts, 0), _LAST_ATTEMPT)
+    return Entry(entry.id, entry.lane, entry.state, due, attempts)
+
+
+def usable_id(name: str) -> Entry | None:
+    """Return a queued entry for what stands before a ":" in a name; None: nothing usable."""
+    return parse(name.partition(":")[0], "new")
+
+
+def stands_for(entry_id: str, message_id_digest: str) -> bool:
+    """Tell whether an id that we gave was made for this Message-Id."""
+    return entry_id.endswith(message_id_digest) and len(entry_id) == 42
+
+
+def staged_name(entry: Entry, *, size: int, check: int, presence: str) -> str:
+    """Return the name in tmp/: with what tells a torn file from a whole one."""
+    return f"{entry.id},L={entry.lane},S={size},C={check:08x},P={presence}"
+
+
+def scrap_name(entry_id: str, *, chance: str, presence: str) -> str:
+    """Return the name in tmp/ of a file that means nothing until it is renamed."""
+    return f"{entry_id},O={chance},P={presence}"
+
+
+def parse_staged(name: str) -> tuple[Entry, int, int] | None:
+    """Return (entry, size, check) of a staged mail, or None: another file."""
+    match = _STAGED.match(name)
+    if not match:
+        return None
+    return Entry(match[1], intern(match[2])), int(match[3]), int(match[4], 16)
+
+
+def presence_of(name: str) -> str | None:
+    """Return the token of the process that a file in tmp/ belongs to; None: not ours."""
+    match = _SCRAP.match(name)
+    return match[1] if match else None
+
+
+def _number(due: float) -> str:
+    return f"{due:.3f}".rstrip("0").rstrip(".") if due else "0"

@@ -1,0 +1,156 @@
+"""Side files: what earlier attempts left of a mail, one JSON file per id.
+
+Written before the mail is renamed, so it is never older than the mail's name; when it
+counts more attempts than the name does, a crash came between, and the name follows.
+
+Mode 0400: written with fsync, because it names recipients that must not get the mail
+again; damaged, it stops the mail.  Mode 0600: nothing but replies of deferrals, not
+synced; what a power loss tears is worth nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from ..errors import SpoolError
+from ..interfaces import Outcome, State
+from .durable import read_all, spool_error, write_all
+from .layout import Layout
+
+log = logging.getLogger("cpsmailaccess_delivery.spool")
+
+_FINAL: Final = (State.ACCEPTED, State.REFUSED, State.UNCLEAR)
+_SYNCED: Final = 0o400
+_NOTE: Final = 0o600
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What a side file says."""
+
+    state: State = State.QUEUED
+    due: float = 0.0
+    attempts: int = 0
+    reason: str = ""
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def binding(self) -> bool:
+        """Whether some recipient must not be tried again blindly."""
+        return any(outcome.state in _FINAL for outcome in self.outcomes.values())
+
+
+NOTHING: Final = Side()
+
+
+class DamagedSide(SpoolError):
+    """A side file that was binding and cannot be read."""
+
+
+class SideFiles:
+    """The directory outcomes/.  `scrap` gives a fresh name in tmp/ for an id."""
+
+    def __init__(self, layout: Layout, *, scrap: Callable[[str], str]) -> None:
+        self._layout = layout
+        self._scrap = scrap
+
+    def read(self, entry_id: str) -> Side | None:
+        """Return the side of a mail, or None: it has none.
+
+        Raises `DamagedSide` when it cannot be understood and was binding.
+        """
+        if not os.access(entry_id, os.F_OK, dir_fd=self._layout["outcomes"]):
+            return None  # cheaper than an exception, and nearly always so
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open(entry_id, flags, dir_fd=self._layout["outcomes"])
+            try:
+                status = os.fstat(fd)
+                data = read_all(fd, status.st_size)
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise spool_error(f"read outcomes/{entry_id}", self._layout.path, error) from error
+        try:
+            return _load(data)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            if stat.S_IMODE(status.st_mode) == _SYNCED:
+                raise DamagedSide(
+                    f"{self._layout.path}: outcomes/{entry_id} is damaged: who has the mail already"
+                    " is unknown; remove the file to send it to all again, or cancel the mail"
+                ) from None
+            log.warning("outcomes/%s is torn: the last replies of this mail are lost", entry_id)
+            return NOTHING
+
+    def write(self, entry_id: str, side: Side, *, sync: bool = False) -> None:
+        """Replace the side of a mail; durable when it is binding, or with `sync`."""
+        sync = sync or side.binding
+        name = self._scrap(entry_id)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            fd = os.open(name, flags, _SYNCED if sync else _NOTE, dir_fd=self._layout["tmp"])
+            try:
+                os.fchmod(fd, _SYNCED if sync else _NOTE)
+                write_all(fd, _dump(side))
+                if sync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(
+                name, entry_id, src_dir_fd=self._layout["tmp"], dst_dir_fd=self._layout["outcomes"]
+            )
+            if sync:
+                os.fsync(self._layout["outcomes"])
+        except OSError as error:
+            try:
+                os.unlink(name, dir_fd=self._layout["tmp"])
+            except OSError:
+                pass  # never made, renamed, or left to `sweep`
+            raise spool_error(f"write outcomes/{entry_id}", self._layout.path, error) from error
+
+    def remove(self, entry_id: str) -> None:
+        """Forget a mail; what cannot be removed is an orphan that `sweep` tries again."""
+        try:
+            os.unlink(entry_id, dir_fd=self._layout["outcomes"])
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("outcomes/%s cannot be removed: %s", entry_id, error)
+
+
+def _dump(side: Side) -> bytes:
+    outcomes = {
+        address: [outcome.state.value, outcome.reply, outcome.at]
+        for address, outcome in side.outcomes.items()
+    }
+    return json.dumps(
+        {
+            "state": side.state.value,
+            "due": side.due,
+            "attempts": side.attempts,
+            "reason": side.reason,
+            "outcomes": outcomes,
+        }
+    ).encode("ascii")
+
+
+def _load(data: bytes) -> Side:
+    fields = json.loads(data)
+    return Side(
+        state=State(fields["state"]),
+        due=float(fields["due"]),
+        attempts=int(fields["attempts"]),
+        reason=str(fields["reason"]),
+        outcomes={
+            address: Outcome(State(state), str(reply), float(at))
+            for address, (state, reply, at) in fields["outcomes"].items()
+        },
+    )

@@ -1,0 +1,100 @@
+"""Which process a left-over file belongs to, and whether that process still lives.
+
+Each process (and outbox) holds a lock on a file of its own, named by a random token, for
+as long as it lives; the token stands in the names of what it stages.  A missing or unlocked file
+means dead: no process ids (reused), no host names (changed), no clock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from typing import Final
+
+from . import forks
+from .durable import make_private, spool_error
+
+_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_FORGOTTEN: Final = 3600.0  # seconds: an unfinished file is only touched when this old
+
+
+class Presence:
+    """This process, as others that share `directory` see it.
+
+    After a fork the child is another process: it gets a token of its own when it first
+    asks for one.  Raises `SpoolError`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._directory = os.fspath(directory)
+        self._token = ""
+        self._fd = -1
+        self._generation = -1
+        self._appear()
+
+    @property
+    def token(self) -> str:
+        """16 hexadecimal digits, for names of files that this process stages."""
+        if self._generation != forks.generation():
+            self._appear()
+        return self._token
+
+    def is_alive(self, token: str) -> bool:
+        """Tell whether the process with this token lives.  Never says dead of a living one."""
+        try:
+            fd = os.open(self._path(token), _FLAGS)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise spool_error("see which process lives", self._path(token), error) from error
+        try:  # shared: two that ask do not take each other for the owner
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    def tidy(self) -> None:
+        """Remove what dead processes left in the directory: missing means dead as well."""
+        for name in os.listdir(self._directory):
+            path = self._path(name)
+            try:
+                if name.startswith(".") and time.time() - os.lstat(path).st_mtime < _FORGOTTEN:
+                    continue  # perhaps just being made, not locked yet
+                if not self.is_alive(name):
+                    os.unlink(path)
+            except OSError:
+                continue  # gone, or not ours to remove
+
+    def close(self) -> None:
+        """Leave: what is staged under the token may be swept from now on.  Twice is fine."""
+        if self._fd >= 0 and self._generation == forks.generation():
+            try:
+                os.unlink(self._path(self._token))
+            except OSError:
+                pass  # unlocked is as good
+            forks.drop(self._fd)
+        self._fd = -1
+
+    def _appear(self) -> None:
+        token = os.urandom(8).hex()
+        hidden, path = self._path("." + token), self._path(token)
+        fd = -1
+        try:
+            make_private(os.path.dirname(self._directory) or ".")
+            make_private(self._directory)
+            fd = os.open(hidden, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+            forks.keep(fd)
+            os.fchmod(fd, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(hidden, path)  # locked before anybody can see it
+        except OSError as error:
+            if fd >= 0:
+                forks.drop(fd)
+            raise spool_error("make a presence file", self._directory, error) from error
+        self._token, self._fd, self._generation = token, fd, forks.generation()
+
+    def _path(self, token: str) -> str:
+        return os.path.join(self._directory, os.path.basename(token))

@@ -1,0 +1,293 @@
+"""From `stage` to `publish`, and what a crash in between leaves: the directory tmp/.
+
+::
+
+    stage            prepare               publish
+    write, 0400  ->  0600, synced     ->   new/ (synced)
+       |                |                    `-- disk full: 0700 in tmp/, a later call
+       | dead: removed  | dead: in doubt         (of anybody) takes it from there
+       |                | torn: removed
+
+The mode says what was promised, so that one fsync makes content and promise durable.
+A 0600 file whose size and checksum are not those of its name was being synced when the power
+failed: `prepare` had not returned, so its transaction has not committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ..envelope import Envelope, format_block, lane_key
+from ..errors import SpoolError
+from ..interfaces import Entry, SweepReport
+from . import forks, names
+from .durable import read_all, settle_files, spool_error, write_all
+from .layout import Layout
+from .presence import Presence
+
+log = logging.getLogger("cpsmailaccess_delivery.spool")
+
+_STAGED: Final = 0o400
+_PREPARED: Final = 0o600
+_COMMITTED: Final = 0o700
+_MAX_OPEN: Final = 256  # staged files kept open until prepared; the rest are opened again
+_ABANDONED: Final = 36 * 3600.0  # seconds: the rule of Maildir for files in tmp/
+_WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+IN_DOUBT: Final = (
+    "in doubt: a process died between the vote and the end of its transaction, and nobody can"
+    " tell whether that committed; release it if it did, cancel it if not"
+)
+
+
+@dataclass(slots=True)
+class _Staged:
+    name: str
+    fd: int  # -1: not kept open
+    generation: int
+    prepared: bool = False
+
+
+class Staging:
+    """The mails that this process has staged, and the left-overs of dead ones.
+
+    `clock`: seconds since the epoch.
+    """
+
+    def __init__(self, layout: Layout, presence: Presence, clock: Callable[[], float]) -> None:
+        self._layout = layout
+        self._presence = presence
+        self._clock = clock
+        self._staged: dict[str, _Staged] = {}
+        self._open = 0
+
+    def scrap(self, entry_id: str) -> str:
+        """Return a fresh name in tmp/ for a file that `sweep` removes when we die."""
+        chance = os.urandom(6).hex()
+        return names.scrap_name(entry_id, chance=chance, presence=self._presence.token)
+
+    def stage(self, envelope: Envelope, message: bytes) -> Entry:
+        """See `ISpool`."""
+        block = format_block(envelope)
+        entry_id = names.new_id(self._clock(), os.urandom(3).hex(), envelope.message_id)
+        entry = Entry(entry_id, lane_key(envelope.route))
+        name = names.staged_name(
+            entry,
+            size=len(block) + len(message),
+            check=zlib.crc32(message, zlib.crc32(block)),
+            presence=self._presence.token,
+        )
+        tmp = self._layout["tmp"]
+        try:
+            fd = os.open(name, _WRITE, _STAGED, dir_fd=tmp)
+            try:
+                write_all(fd, block, message)
+            except BaseException:
+                os.close(fd)
+                _unlink(name, tmp)
+                raise
+        except OSError as error:
+            raise spool_error("stage a mail", self._layout.path, error) from error
+        if self._open < _MAX_OPEN:
+            self._open += 1
+        else:
+            os.close(fd)
+            fd = -1
+        self._staged[entry.id] = _Staged(name, fd, forks.generation())
+        return entry
+
+    def prepare(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        staged = [self._mine(entry) for entry in sorted(entries, key=lambda entry: entry.id)]
+        if not staged:
+            return
+        tmp = self._layout["tmp"]
+        reopened: list[int] = []
+        try:
+            fds = [each.fd for each in staged if each.fd >= 0]
+            for each in staged:
+                if each.fd < 0:
+                    if len(reopened) == _MAX_OPEN:
+                        _settle_and_close(reopened, tmp)
+                    fd = os.open(each.name, _READ, dir_fd=tmp)
+                    reopened.append(fd)
+                    os.fchmod(fd, _PREPARED)
+                else:
+                    os.fchmod(each.fd, _PREPARED)
+                each.prepared = True
+            if fds:
+                settle_files(fds, tmp)
+            if reopened:
+                _settle_and_close(reopened, tmp)
+        except OSError as error:
+            raise spool_error("make mails durable", self._layout.path, error) from error
+        finally:
+            for fd in reopened:
+                os.close(fd)
+            for each in staged:
+                self._shut(each)
+
+    def publish(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        for entry in entries:
+            staged = self._staged.pop(entry.id, None)
+            if staged is None or staged.generation != forks.generation():
+                log.critical("%s: published, but not staged by this process", entry.id)
+                continue
+            self._shut(staged)
+            if not self._move_to_new(staged.name, entry):
+                try:
+                    os.chmod(staged.name, _COMMITTED, dir_fd=self._layout["tmp"])
+                except OSError as error:
+                    log.critical("%s: committed, but only in doubt on disk: %s", entry.id, error)
+        try:
+            os.fsync(self._layout["new"])
+        except OSError as error:
+            log.critical("new/ cannot be synced; a power loss may leave in doubt: %s", error)
+
+    def discard(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        tmp = self._layout["tmp"]
+        sync = False
+        for entry in entries:
+            staged = self._staged.get(entry.id)
+            if staged is None or staged.generation != forks.generation():
+                continue
+            del self._staged[entry.id]
+            self._shut(staged)
+            _unlink(staged.name, tmp)
+            sync = sync or staged.prepared
+        if sync:  # else a power loss brings it back, in doubt
+            try:
+                os.fsync(tmp)
+            except OSError as error:
+                log.error("tmp/ cannot be synced: discarded mails may come back held: %s", error)
+
+    def sweep(self, hold: Callable[[str, Entry, str], bool]) -> SweepReport:
+        """See `ISpool`.  `hold`: moves a file of tmp/ to the held ones; whether it did."""
+        removed: list[str] = []
+        held: list[str] = []
+        alive: dict[str, bool] = {}
+        visible: set[str] | None = None  # a listing of all ids, when it is needed
+        tmp = self._layout["tmp"]
+        for name in sorted(self._layout.listing("tmp")):
+            token = names.presence_of(name)
+            if token is None:
+                self._remove_abandoned(name)
+                continue
+            try:
+                mode = stat.S_IMODE(os.stat(name, dir_fd=tmp, follow_symlinks=False).st_mode)
+            except OSError:
+                continue  # published, discarded or swept meanwhile
+            found = names.parse_staged(name)
+            if found and mode == _COMMITTED:
+                self._move_to_new(name, found[0])
+                continue
+            if token not in alive:
+                alive[token] = token == self._presence.token or self._presence.is_alive(token)
+            if alive[token]:
+                continue
+            if found and mode == _PREPARED:
+                if visible is None:
+                    visible = self._ids()
+                if found[0].id in visible:
+                    _unlink(name, tmp)  # published: only this name came back
+                elif self._whole(name, size=found[1], check=found[2]):
+                    if hold(name, found[0], IN_DOUBT):
+                        held.append(found[0].id)
+                else:
+                    _unlink(name, tmp)
+                    removed.append(found[0].id)
+                continue
+            _unlink(name, tmp)
+            if found:
+                removed.append(found[0].id)
+        self._presence.tidy()
+        return SweepReport(tuple(removed), tuple(held))
+
+    def close(self) -> None:
+        """Close what is open.  What is staged stays staged, until its presence ends."""
+        for staged in self._staged.values():
+            self._shut(staged)
+
+    def _mine(self, entry: Entry) -> _Staged:
+        staged = self._staged.get(entry.id)
+        if staged is None or staged.generation != forks.generation():
+            raise SpoolError(
+                f"{self._layout.path}: {entry.id} was not staged by this process: a transaction"
+                " commits in the process that began it"
+            )
+        return staged
+
+    def _shut(self, staged: _Staged) -> None:
+        if staged.fd >= 0:
+            fd, staged.fd = staged.fd, -1
+            self._open -= 1
+            os.close(fd)
+
+    def _move_to_new(self, name: str, entry: Entry) -> bool:
+        target = names.file_name(entry)
+        tmp, new = self._layout["tmp"], self._layout["new"]
+        try:
+            if os.access(target, os.F_OK, dir_fd=new):
+                log.critical("%s: a file of this name is in new/ already; not replaced", entry.id)
+                return False
+            os.rename(name, target, src_dir_fd=tmp, dst_dir_fd=new)
+        except FileNotFoundError:
+            return False  # another sweep was faster
+        except OSError as error:
+            log.critical("%s: cannot be moved to new/, stays in tmp/: %s", entry.id, error)
+            return False
+        return True
+
+    def _ids(self) -> set[str]:
+        """Return the ids of all visible mails; cur/ between two looks at new/: mails move."""
+        return {
+            name.partition(":")[0].partition(",L=")[0]
+            for where in ("new", "cur", "new")
+            for name in self._layout.listing(where)
+        }
+
+    def _whole(self, name: str, *, size: int, check: int) -> bool:
+        try:
+            fd = os.open(name, _READ, dir_fd=self._layout["tmp"])
+            try:
+                data = read_all(fd, os.fstat(fd).st_size)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            log.error("tmp/%s cannot be read: %s", name, error)
+            return True  # unknown: held, never removed
+        return len(data) == size and zlib.crc32(data) == check
+
+    def _remove_abandoned(self, name: str) -> None:
+        tmp = self._layout["tmp"]
+        try:
+            status = os.stat(name, dir_fd=tmp, follow_symlinks=False)
+        except OSError:
+            return
+        if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > _ABANDONED:
+            _unlink(name, tmp)
+
+
+def _settle_and_close(fds: list[int], directory: int) -> None:
+    settle_files(fds, directory)
+    while fds:
+        os.close(fds.pop())
+
+
+def _unlink(name: str, directory: int) -> None:
+    try:
+        os.unlink(name, dir_fd=directory)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.error("tmp/%s cannot be removed: %s", name, error)

@@ -1,0 +1,160 @@
+"""How a processor learns at once that a mail is there: inotify, or looking.
+
+Only complete files are told of: moved in, closed after writing, or linked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from zope.interface import implementer
+
+from ..interfaces import Entry, IWatch
+from .layout import Layout
+
+log = logging.getLogger("cpsmailaccess_delivery.spool")
+
+#: Returns the entry of (folder, name), or None; gives files that we did not name a usable one.
+EntryOf = Callable[[str, str], Entry | None]
+
+_FOLDERS: Final = ("new", "cur")
+_INTERVAL: Final = 1.0  # seconds between two looks, where there is no inotify
+
+
+@implementer(IWatch)
+class NotifyWatch:
+    """See `IWatch`.  Raises ImportError or OSError where there is no inotify (left)."""
+
+    def __init__(self, layout: Layout, entry_of: EntryOf) -> None:
+        from inotify_simple import INotify, flags
+
+        self._layout = layout
+        self._entry_of = entry_of
+        self._flags = flags
+        self._notify = INotify(nonblocking=True)
+        wanted = flags.MOVED_TO | flags.CLOSE_WRITE | flags.CREATE | flags.ONLYDIR
+        try:
+            self._folders = {
+                self._notify.add_watch(os.path.join(layout.path, name), wanted): name
+                for name in _FOLDERS
+            }
+        except OSError:
+            self._notify.close()
+            raise
+
+    def fileno(self) -> int:
+        """See `IWatch`."""
+        return int(self._notify.fileno())
+
+    def read(self) -> Iterable[Entry] | None:
+        """See `IWatch`."""
+        entries: dict[Entry, None] = {}  # once each, in order
+        lost = self._flags.Q_OVERFLOW | self._flags.IGNORED | self._flags.UNMOUNT
+        complete = True
+        for event in self._notify.read(timeout=0):
+            if event.mask & lost:
+                complete = False
+            elif not event.mask & self._flags.ISDIR and not event.name.startswith("."):
+                entry = self._entry(event)
+                if entry is not None:
+                    entries[entry] = None
+        return list(entries) if complete else None
+
+    def close(self) -> None:
+        """See `IWatch`."""
+        self._notify.close()
+
+    def _entry(self, event: Any) -> Entry | None:
+        folder = self._folders[event.wd]
+        if event.mask & self._flags.CREATE:
+            try:
+                status = os.stat(event.name, dir_fd=self._layout[folder], follow_symlinks=False)
+            except OSError:
+                return None
+            if status.st_nlink < 2:
+                return None  # being written: its close is told too
+        return self._entry_of(folder, event.name)
+
+
+@implementer(IWatch)
+class PollingWatch:
+    """See `IWatch`.  What this process does is told at once, the rest is looked for.
+
+    A thread looks, because a descriptor must become readable and nothing else would
+    make it so; it reads two time stamps, and touches nothing.
+    """
+
+    def __init__(
+        self, layout: Layout, on_close: Callable[[PollingWatch], None], interval: float = _INTERVAL
+    ) -> None:
+        self._layout = layout
+        self._on_close = on_close
+        self._told: deque[Entry] = deque()
+        self._stale = False
+        self._stamps = self._look()
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._stop = threading.Event()
+        self._interval = interval
+        self._thread = threading.Thread(target=self._watch, name="cpsmail-watch", daemon=True)
+        self._thread.start()
+
+    def tell(self, entries: Iterable[Entry]) -> None:
+        """Pass on what this process has made visible or changed."""
+        self._told.extend(entries)
+        self._wake()
+
+    def fileno(self) -> int:
+        """See `IWatch`."""
+        return self._reader
+
+    def read(self) -> Iterable[Entry] | None:
+        """See `IWatch`."""
+        try:
+            while os.read(self._reader, 4096):
+                pass
+        except BlockingIOError:
+            pass
+        stale, self._stale = self._stale, False
+        told = []
+        while self._told:
+            told.append(self._told.popleft())
+        return None if stale else told
+
+    def close(self) -> None:
+        """See `IWatch`."""
+        if not self._stop.is_set():
+            self._stop.set()
+            self._thread.join()
+            self._on_close(self)
+            os.close(self._reader)
+            os.close(self._writer)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval):
+            stamps = self._look()
+            if stamps != self._stamps:
+                self._stamps = stamps
+                self._stale = True
+                self._wake()
+
+    def _look(self) -> list[int]:
+        stamps = []
+        for name in _FOLDERS:
+            try:
+                stamps.append(os.stat(self._layout[name]).st_mtime_ns)
+            except OSError:
+                stamps.append(0)  # closed meanwhile
+        return stamps
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._writer, b"!")
+        except BlockingIOError:
+            pass  # full: it is readable

@@ -1,0 +1,279 @@
+"""A spool in memory, for tests of applications: same contract, no disk, no second process."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from zope.interface import implementer
+
+from ..envelope import Envelope, format_block, lane_key
+from ..errors import EntryBusy, NoSuchEntry, SpoolError
+from ..interfaces import (
+    Entry,
+    ILease,
+    ISpool,
+    IWatch,
+    LaneNote,
+    Outcome,
+    Record,
+    Settlement,
+    State,
+    SweepReport,
+)
+from ..spool.names import new_id, normal
+
+
+@dataclass(slots=True)
+class _Mail:
+    entry: Entry
+    envelope: Envelope
+    message: bytes
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    reason: str = ""
+    prepared: bool = False
+    leased: bool = False
+
+
+@implementer(ISpool)
+class MemorySpool:
+    """See `ISpool`.  `clock`: seconds since the epoch, for ids."""
+
+    location = "memory:"
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._staged: dict[str, _Mail] = {}
+        self._visible: dict[str, _Mail] = {}
+        self._watches: list[MemoryWatch] = []
+        self._notes: dict[str, LaneNote] = {}
+
+    def stage(self, envelope: Envelope, message: bytes) -> Entry:
+        """See `ISpool`."""
+        format_block(envelope)  # refuses what no spool could keep
+        entry_id = new_id(self._clock(), os.urandom(3).hex(), envelope.message_id)
+        entry = Entry(entry_id, lane_key(envelope.route))
+        self._staged[entry.id] = _Mail(entry, envelope, bytes(message))
+        return entry
+
+    def prepare(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        for entry in entries:
+            if entry.id not in self._staged:
+                raise SpoolError(f"{self.location} {entry.id} was not staged by this process")
+            self._staged[entry.id].prepared = True
+
+    def publish(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        with self._lock:
+            for entry in entries:
+                if entry.id in self._staged:
+                    self._visible[entry.id] = self._staged.pop(entry.id)
+        self._tell(entries)
+
+    def discard(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        for entry in entries:
+            self._staged.pop(entry.id, None)
+
+    def scan(self) -> Iterator[Entry]:
+        """See `ISpool`."""
+        with self._lock:
+            entries = sorted((mail.entry for mail in self._visible.values()), key=lambda e: e.id)
+        return iter(entries)
+
+    def watch(self) -> MemoryWatch:
+        """See `ISpool`."""
+        watch = MemoryWatch(self._watches.remove)
+        self._watches.append(watch)
+        return watch
+
+    def claim(self, entry: Entry) -> MemoryLease | None:
+        """See `ISpool`."""
+        with self._lock:
+            mail = self._visible.get(entry.id)
+            if mail is None or mail.entry != entry or mail.leased:
+                return None
+            mail.leased = True
+            return MemoryLease(self, mail)
+
+    def leased(self, entry: Entry) -> bool:
+        """See `ISpool`."""
+        mail = self._visible.get(entry.id)
+        return mail is not None and mail.leased
+
+    def find(self, message_id: str) -> list[Record]:
+        """See `ISpool`."""
+        with self._lock:
+            mails = list(self._visible.values())
+        return [_record(mail) for mail in mails if mail.envelope.message_id == message_id]
+
+    def load(self, entry_id: str) -> Record:
+        """See `ISpool`."""
+        return _record(self._get(entry_id))
+
+    def read_message(self, entry_id: str) -> bytes:
+        """See `ISpool`."""
+        return self._get(entry_id).message
+
+    def requeue(self, entry_id: str) -> Entry:
+        """See `ISpool`."""
+        with self._lock:
+            mail = self._idle(entry_id)
+            return self.change(mail, replace(mail.entry, state=State.QUEUED, due=0.0))
+
+    def hold(self, entry_id: str, reason: str) -> Entry:
+        """See `ISpool`."""
+        with self._lock:
+            mail = self._idle(entry_id)
+            mail.reason = reason
+            return self.change(mail, replace(mail.entry, state=State.HELD, due=0.0))
+
+    def cancel(self, entry_id: str) -> Record:
+        """See `ISpool`."""
+        with self._lock:
+            mail = self._idle(entry_id)
+            del self._visible[entry_id]
+            return _record(mail)
+
+    def note_lane(self, key: str, note: LaneNote | None) -> None:
+        """See `ISpool`."""
+        self._notes.pop(key, None)
+        if note is not None:
+            self._notes[key] = note
+
+    def lane_note(self, key: str) -> LaneNote | None:
+        """See `ISpool`."""
+        return self._notes.get(key)
+
+    def lane_notes(self) -> dict[str, LaneNote]:
+        """See `ISpool`."""
+        return dict(self._notes)
+
+    def sweep(self) -> SweepReport:
+        """See `ISpool`: nothing outlives a process here, so nothing is left over."""
+        return SweepReport()
+
+    def sync(self) -> None:
+        """See `ISpool`: there is no disk."""
+
+    def close(self) -> None:
+        """See `ISpool`."""
+        for watch in list(self._watches):
+            watch.close()
+
+    def change(self, mail: _Mail, after: Entry | None) -> Entry:
+        """Give a mail its new entry; None: it is gone."""
+        with self._lock:
+            if after is None:
+                del self._visible[mail.entry.id]
+                return mail.entry
+            mail.entry = normal(after)
+        self._tell([mail.entry])
+        return mail.entry
+
+    def _tell(self, entries: Iterable[Entry]) -> None:
+        for watch in list(self._watches):
+            watch.tell(entries)
+
+    def _get(self, entry_id: str) -> _Mail:
+        mail = self._visible.get(entry_id)
+        if mail is None:
+            raise NoSuchEntry(f"{self.location} no mail has the id {entry_id!r}")
+        return mail
+
+    def _idle(self, entry_id: str) -> _Mail:
+        mail = self._get(entry_id)
+        if mail.leased:
+            raise EntryBusy(f"{entry_id}: is being delivered right now; try again in a moment")
+        return mail
+
+
+def _record(mail: _Mail) -> Record:
+    reason = "" if mail.entry.state is State.QUEUED else mail.reason
+    return Record(mail.entry, mail.envelope, dict(mail.outcomes), len(mail.message), reason)
+
+
+@implementer(ILease)
+class MemoryLease:
+    """See `ILease`."""
+
+    def __init__(self, spool: MemorySpool, mail: _Mail) -> None:
+        self._spool = spool
+        self._mail: _Mail | None = mail
+        self.entry = mail.entry
+        self.envelope = mail.envelope
+        self.message = mail.message
+        self.outcomes = dict(mail.outcomes)
+
+    def settle(self, settlement: Settlement) -> Entry | None:
+        """See `ILease`."""
+        mail, state = self._mail, settlement.state
+        if mail is None:
+            raise SpoolError(f"{self.entry.id}: the lease has ended")
+        if state in (State.QUEUED, State.CANCELLED):
+            raise SpoolError(f"{self.entry.id}: a mail is not settled as {state}")
+        after = None
+        if state is not State.ACCEPTED:
+            mail.outcomes = {**self.outcomes, **settlement.outcomes}
+            mail.reason = settlement.reason
+            due, attempts = settlement.due, settlement.attempts
+            after = Entry(self.entry.id, self.entry.lane, state, due, attempts)
+        self.release()
+        now = self._spool.change(mail, after)
+        return None if after is None else now
+
+    def release(self) -> None:
+        """See `ILease`."""
+        if self._mail is not None:
+            self._mail.leased = False
+            self._mail = None
+
+
+@implementer(IWatch)
+class MemoryWatch:
+    """See `IWatch`."""
+
+    def __init__(self, on_close: Callable[[MemoryWatch], None]) -> None:
+        self._on_close = on_close
+        self._told: list[Entry] = []
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._open = True
+
+    def tell(self, entries: Iterable[Entry]) -> None:
+        """Pass on what changed."""
+        self._told.extend(entries)
+        try:
+            os.write(self._writer, b"!")
+        except BlockingIOError:
+            pass  # full: it is readable
+
+    def fileno(self) -> int:
+        """See `IWatch`."""
+        return self._reader
+
+    def read(self) -> list[Entry]:
+        """See `IWatch`."""
+        try:
+            while os.read(self._reader, 4096):
+                pass
+        except BlockingIOError:
+            pass
+        told = []
+        while self._told:
+            told.append(self._told.pop(0))
+        return told
+
+    def close(self) -> None:
+        """See `IWatch`."""
+        if self._open:
+            self._open = False
+            self._on_close(self)
+            os.close(self._reader)
+            os.close(self._writer)
