@@ -1,0 +1,1 @@
+"""``make run``: the whole path on real mails, on this machine alone."""

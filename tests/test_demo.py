@@ -1,0 +1,132 @@
+"""`make run` and the mails that it sends."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+ROOT = Path(__file__).parents[1]
+MAILS = ROOT / "examples" / "mails"
+
+
+@pytest.fixture(autouse=True)
+def demo_is_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+
+def run(*arguments, **environment):
+    """Run it as `make run` does: a process of its own, for it configures the registry."""
+    return subprocess.run(
+        [sys.executable, "-m", "demo", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.parametrize("columns", ["100", "50"])
+def test_all_is_as_it_must_be(tmp_path, columns):
+    done = run(TMPDIR=str(tmp_path), COLUMNS=columns)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("accepted") == len(list(MAILS.glob("*.eml"))) + 1
+    assert "20 of 20 arrived once" in " ".join(done.stdout.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_somebody_s_own_mails(tmp_path):
+    mail = b"From: me@home.example\nTo: you@home.example, y\xc3\xb6u@home.example\n\nHi\n"
+    (tmp_path / "one.eml").write_bytes(mail)
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 arrived once" in done.stdout
+
+
+def test_what_cannot_be_sent_is_said(tmp_path):
+    (tmp_path / "bad.eml").write_bytes(b"To: you@home.example\n\nHi\n")
+    (tmp_path / "id.eml").write_bytes(b"From: a@b.example\nTo: a@b.example\nMessage-Id: x\n\n")
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert "WRONG  bad: has no address in From" in done.stdout
+    assert "WRONG  id: could not be sent: Malformed Message-Id" in done.stdout
+    (tmp_path / "id.eml").unlink()
+    assert run(tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "received", "wrong"),
+    [
+        ("Message-Id: <1>\nDate: x\n\nb\n", "Message-Id: <1>\r\nDate: x\r\n\r\nb\r\n", ""),
+        ("Message-Id: <1>\rDate: x\r\rb", "Message-Id: <1>\r\nDate: x\r\n\r\nb\r\n", ""),
+        ("Message-Id: <1>\nDate: x\nBCC: a,\n\tb\n\nb", "Message-Id: <1>\nDate: x\n\nb\n", ""),
+        ("Message-Id: <1>\nDate: x\n\nBcc: b", "Message-Id: <1>\nDate: x\n\n", "byte 25 of 32"),
+        ("Message-Id: <1>\nDate: x\n", "Message-Id: <1>\nDate: x\n", ""),
+        ("Message-Id: <1>\nDate: x\n", "X: y\nMessage-Id: <1>\nDate: x\n", "byte 0 "),
+        (
+            "A: b\n\nc",
+            "Message-Id: <1>\nDate: Mon, 23 Nov 2026 10:00:00 +0100\nA: b\n\nc",
+            "",
+        ),
+        ("A: b\n\nc", "A: b\n\nc", "message-id was missing"),
+    ],
+)
+def test_compare(sent, received, wrong):
+    from demo.compare import difference
+
+    found = difference(sent.encode(), received.encode())
+    assert wrong in found
+    assert bool(wrong) is bool(found)
+
+
+def test_the_made_mail_has_five_mebibytes():
+    from demo.mails import make_large_mail
+
+    assert len(make_large_mail().data) == pytest.approx(5 * 1024 * 1024, rel=0.01)
+
+
+def test_addresses_come_from_the_header():
+    from demo.mails import read_mails
+
+    mails, unusable = read_mails(MAILS)
+    assert unusable == {}
+    by_name = {mail.name[3:]: mail for mail in mails}
+    assert len(by_name) >= 12
+    assert by_name["smtputf8-addresses"].sender == "jürgen@bücher.example"
+    assert by_name["smtputf8-addresses"].recipients == ("用户@例え.example", "δοκιμή@example.net")
+    assert by_name["bcc"].recipients == (
+        "bob@example.net",
+        "carol@example.net",
+        "dave@example.net",
+        "erin@example.net",
+        "frank@example.net",
+    )
+
+
+def test_the_dkim_signature_is_valid():
+    """RFC 6376 with simple/simple, which this mail uses; the key is in the README."""
+    header, _, body = (MAILS / "06-dkim-signed.eml").read_bytes().partition(b"\r\n\r\n")
+    signature, *fields = re.split(rb"\r\n(?![ \t])", header)
+    tags = dict(re.findall(rb"(\w+)=([^;]*)", re.sub(rb"\s", b"", signature)))
+    digest = hashlib.sha256(re.sub(rb"(\r\n)*\Z", b"", body) + b"\r\n").digest()
+    assert base64.b64decode(tags[b"bh"]) == digest
+    by_name = {field.partition(b":")[0]: field for field in fields}
+    signed = b"".join(by_name[name] + b"\r\n" for name in tags[b"h"].split(b":"))
+    signed += signature[: signature.index(b"\tb=") + 3]
+    readme = "".join((MAILS / "README.rst").read_text().partition("p=")[2].split())
+    key = serialization.load_der_public_key(base64.b64decode(readme))
+    assert isinstance(key, rsa.RSAPublicKey)
+    key.verify(base64.b64decode(tags[b"b"]), signed, padding.PKCS1v15(), hashes.SHA256())
+
+
+def test_no_private_key_is_stored():
+    assert not [path for path in MAILS.iterdir() if b"PRIVATE KEY" in path.read_bytes()]
