@@ -1,0 +1,67 @@
+"""What several test modules need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transaction
+
+from cpsmailaccess_delivery import Account, Outbox
+
+KEY = bytes(range(32))
+
+#: In every test: no secret may turn up on disk or in a text.
+PASSWORD = "hunter2-is-the-password"
+
+
+@pytest.fixture(autouse=True)
+def _clean_transaction() -> Iterator[None]:
+    """No test sees the transaction of another one."""
+    transaction.manager.explicit = False
+    transaction.abort()
+    yield
+    transaction.manager.explicit = False
+    transaction.abort()
+
+
+@pytest.fixture(autouse=True)
+def _no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CPSMAIL_KEY", raising=False)
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    """An outbox of the thread's transaction manager, without accounts."""
+    with Outbox(tmp_path / "outbox", key=KEY) as made:
+        yield made
+
+
+@pytest.fixture
+def account() -> Account:
+    return Account(
+        mailbox="alice@example.org",
+        host="smtp.example.org",
+        username="alice",
+        password=PASSWORD,
+    )
+
+
+@pytest.fixture
+def stocked(outbox: Outbox, account: Account) -> Outbox:
+    """An outbox with accounts for alice, for @example.com, and no default."""
+    with transaction.manager:
+        outbox.accounts.put(account)
+        outbox.accounts.put(account.replace(mailbox="@example.com", host="smtp.example.com"))
+    return outbox
+
+
+def mails_on_disk(outbox: Outbox) -> list[Path]:
+    """Return every file of the spool that is, or may become, a mail."""
+    root = Path(outbox.location)
+    found = []
+    for name in ("tmp", "new", "cur"):
+        found += [path for path in (root / name).rglob("*") if path.is_file()]
+    return found
