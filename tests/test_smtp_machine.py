@@ -202,6 +202,9 @@ def test_chunking_has_a_window_in_mails_and_octets():
     drive = Drive(relay, [letter(n) for n in range(20)])
     drive.take(drive.machine.receive(b"220 hi\r\n"))
     drive.take(drive.machine.receive(relay.receive(drive.fill())))
+    assert drive.fill()
+    assert drive.machine.in_flight == 1  # the first one asks before it goes in
+    drive.take(drive.machine.receive(b"250 sender\r\n250 recipient\r\n"))
     drive.fill()
     assert drive.machine.in_flight == 8
     big = [letter(n, message=b"x" * 600_000) for n in range(20)]
@@ -209,6 +212,8 @@ def test_chunking_has_a_window_in_mails_and_octets():
     drive = Drive(relay, big)
     drive.take(drive.machine.receive(b"220 hi\r\n"))
     drive.take(drive.machine.receive(relay.receive(drive.fill())))
+    assert drive.fill()
+    drive.take(drive.machine.receive(b"250 sender\r\n250 recipient\r\n"))
     drive.fill()
     assert drive.machine.in_flight == 2
 

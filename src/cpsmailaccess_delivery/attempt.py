@@ -64,7 +64,7 @@ def outcomes_of(attempt: Attempt, results: Mapping[str, Result], now: float) -> 
     for recipient in attempt.recipients:
         result = results[recipient]
         verdict = classify(result.phase, result.reply, result.error)
-        outcomes[recipient] = Outcome(verdict.state, str(result), now)
+        outcomes[recipient] = Outcome(verdict.state, result.text, now)
     return outcomes
 
 

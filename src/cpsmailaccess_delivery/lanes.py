@@ -27,6 +27,7 @@ from .limits import TokenBucket, mails_per_minute
 from .outcome import Trouble, classify
 from .password import resolve_secret
 from .smtp.events import Failure, Result
+from .smtp.explain import explain
 from .smtp.session import Session
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Lane:
         if trouble is not None:  # the mail was not really tried
             mail.lease.release()
             self.ready.appendleft(mail.entry)
-            self._wait(Trouble.ACCOUNT, str(trouble))
+            self._wait(Trouble.ACCOUNT, f"The relay does not let this account send: {trouble.text}")
             self.quit_idle()
             return
         now = scheduler.now()
@@ -250,7 +251,8 @@ class Lane:
             self._most_sessions = len(self._sessions)
             return
         verdict = classify(failure.phase, failure.reply, failure.error)
-        self._wait(verdict.trouble, str(failure))
+        assert self._account is not None  # noqa: S101 - a session had it
+        self._wait(verdict.trouble, explain(self._account, failure))
 
     def _wait(self, trouble: Trouble, reason: str) -> None:
         scheduler = self._scheduler

@@ -59,10 +59,10 @@ class Outbox:
         self._max_sessions = max_sessions
         self._processors: list[QueueProcessorThread] = []
         self._closed = False
-        self._presence = Presence(directory / "presence")
-        self.spool = Maildir(directory, self._presence)
+        self.presence = Presence(directory / "presence")
+        self.spool = Maildir(directory, self.presence)
         self.keys = KeySource(key, file=directory.with_name(directory.name + ".key"))
-        self.vault = Vault(directory / "accounts", self.keys, self._presence)
+        self.vault = Vault(directory / "accounts", self.keys, self.presence)
         self.journal = Journal(directory / "journal.sqlite")
         manager = transaction.manager if transaction_manager is None else transaction_manager
         self.accounts = Accounts(self.vault, manager)
@@ -125,7 +125,7 @@ class Outbox:
         self._processors.clear()
         self.journal.close()
         self.spool.close()
-        self._presence.close()
+        self.presence.close()
 
     def _look(self, message_id: str) -> Status | None:
         self.journal.flush()

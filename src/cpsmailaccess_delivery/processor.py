@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from zope.interface import implementer
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 #: Connections that one processor has at most, over all accounts.
 MAX_SESSIONS = 200
+
+#: Name look-ups at the same time.
+_RESOLVERS = 64
 
 #: Seconds between being told to stop and dropping the connections, when nobody says.
 STOP_TIMEOUT = 30.0
@@ -83,16 +87,22 @@ class QueueProcessorThread(threading.Thread):
             return not self.is_alive()
         self.join(timeout)
         if self.is_alive():
-            with self._lock:
-                if self._scheduler is not None:
-                    scheduler = self._scheduler
-                    scheduler.loop.call_soon_threadsafe(scheduler.abort)
+            self.abort()
             self.join(5.0)
         return not self.is_alive()
+
+    def abort(self) -> None:
+        """Drop the connections now, see `stop`; also of a `run` in another thread."""
+        with self._lock:
+            if self._scheduler is not None:
+                scheduler = self._scheduler
+                scheduler.loop.call_soon_threadsafe(scheduler.abort)
 
     async def _deliver(self, *, draining: bool) -> Summary:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_log_loop_error)
+        # Name look-ups block a thread each: a dead resolver must not delay other lanes.
+        loop.set_default_executor(ThreadPoolExecutor(_RESOLVERS, "cpsmail resolver"))
         scheduler = Scheduler(
             self._spool,
             self._accounts,

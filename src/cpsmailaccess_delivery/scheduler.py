@@ -140,7 +140,9 @@ class Scheduler:
 
     def _check_quiet(self) -> None:
         self._checking = False
-        if self.finished.done() or not (self._stopping or self.draining):
+        if self.finished.done() or not self._watches:
+            return  # over, or not started
+        if not (self._stopping or self.draining):
             return
         if self._sessions or self._scan is not None or self._unsettled_matter():
             return

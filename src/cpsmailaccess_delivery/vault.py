@@ -31,11 +31,10 @@ from .envelope import digest
 from .errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
 from .interfaces import IAccountStore
 from .key import Key, KeySource
-from .password import resolve_secret
 from .seal import MAX_SIZE, Stored, deletion, is_deletion, parse, seal, staged_mailbox, unseal
 from .vault_watch import NotifyWatch, PollingWatch, watch_directory
 
-__all__ = ["Presence", "Vault", "resolve_secret"]
+__all__ = ["Presence", "Vault"]
 
 log = logging.getLogger(__name__)
 

@@ -82,9 +82,10 @@ class Mails(Opening):
             self._events.append(MailDone(mail, transaction.results))
             return self._take_events()
         reset = self._dirty or (relay.chunking and bool(self._flying))
-        # A connection that was idle may be dead: ask before a whole mail goes into it,
-        # else a time-out of some firewall makes that mail unclear.
-        self._probing = relay.chunking and not self._flying and not self._fresh
+        # Ask before a whole mail goes into a connection that is new, or was idle and may be
+        # dead: else a relay that hangs up at once makes that mail, and others, unclear.
+        untried = not self._fresh or not self._done
+        self._probing = relay.chunking and not self._flying and untried
         self._dirty = False
         self._left -= 1
         self._leaving = not self._left

@@ -1,0 +1,358 @@
+"""The whole path on real files and real servers: what is committed arrives, once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import transaction
+
+from cpsmailaccess_delivery import Account, Outbox, State
+from cpsmailaccess_delivery.errors import NoSuchEntry
+from cpsmailaccess_delivery.retry import Schedule
+from cpsmailaccess_delivery.testing import SMTPServer
+
+DEADLINE = 20.0
+SOON = Schedule(first=0.01, jitter=0.0)
+NEVER = Schedule(first=3600.0)
+MESSAGE = b"From: alice@example.org\r\nSubject: hello\r\n\r\nhello\r\n"
+
+
+@pytest.fixture
+def server():
+    with SMTPServer() as server:
+        yield server
+
+
+@pytest.fixture
+def outbox(tmp_path):
+    with Outbox(tmp_path / "outbox", helo_name="client.example.org", schedule=NEVER) as outbox:
+        yield outbox
+
+
+def put(outbox, server, mailbox="alice@example.org", **settings):
+    settings = {"security": "plain", "connect_timeout": 10, "command_timeout": 10, **settings}
+    with transaction.manager:
+        outbox.accounts.put(
+            Account(mailbox=mailbox, host=server.host, port=server.port, **settings)
+        )
+
+
+def send(outbox, sender="alice@example.org", to=("bob@example.net",), message=MESSAGE, **extra):
+    with transaction.manager:
+        return outbox.delivery.send(sender, list(to), message, **extra)
+
+
+def wait_for(predicate):
+    """Wait for something that no event announces."""
+    deadline = time.monotonic() + DEADLINE
+    while not predicate():
+        assert time.monotonic() < deadline, "the deadline has passed"
+        threading.Event().wait(0.01)
+
+
+@pytest.fixture
+def running(outbox):
+    processor = outbox.processor()
+    processor.start()
+    yield processor
+    assert processor.stop(timeout=DEADLINE)
+
+
+def test_two_mailboxes_leave_through_their_own_relays(outbox, server):
+    with SMTPServer() as other:
+        put(outbox, server)
+        put(outbox, other, "@example.com")
+        first = send(outbox)
+        second = send(outbox, "carol@example.com")
+        summary = outbox.processor().run(forever=False)
+    assert (summary.accepted, summary.waiting) == (2, 0)
+    assert [mail.message_id for mail in server.mails] == [first]
+    assert [mail.message_id for mail in other.mails] == [second]
+    for message_id in (first, second):
+        status = outbox.status(message_id)
+        assert status.state == "accepted"
+        assert status.recipients["bob@example.net"].state == "accepted"
+        assert "250" in str(status)
+    assert list(outbox.spool.scan()) == []
+
+
+def test_nothing_private_is_on_the_wire(outbox, server):
+    put(outbox, server)
+    body = MESSAGE.replace(b"Subject", b"X-Zope-Hostname: evil.example\r\nBcc: d@x.org\r\nSubject")
+    send(outbox, message=body)
+    outbox.processor().run(forever=False)
+    (mail,) = server.mails
+    assert b"Bcc" not in mail.data
+    assert b"X-Zope-Mailbox" not in mail.data
+    assert b"X-Zope-Hostname: evil.example" in mail.data  # the sender's own, opaque
+    assert mail.recipients == ("bob@example.net",)
+
+
+def test_a_commit_wakes_the_processor_and_an_abort_does_not(outbox, server, running):
+    put(outbox, server)
+    with pytest.raises(ZeroDivisionError), transaction.manager:
+        aborted = outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+        raise ZeroDivisionError
+    committed = send(outbox)
+    server.wait_for(1, DEADLINE)
+    assert [mail.message_id for mail in server.mails] == [committed]
+    with pytest.raises(NoSuchEntry):
+        outbox.status(aborted)
+
+
+def test_a_commit_of_another_process_wakes_the_processor(outbox, server, running, tmp_path):
+    put(outbox, server)
+    code = (
+        "import sys, transaction\n"
+        "from cpsmailaccess_delivery import Outbox\n"
+        "with Outbox(sys.argv[1]) as outbox, transaction.manager:\n"
+        "    outbox.delivery.send('alice@example.org', ['bob@example.net'], 'Subject: x\\n\\nx')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, outbox.location], check=True, timeout=DEADLINE)
+    server.wait_for(1, DEADLINE)
+
+
+def test_only_the_deferred_are_tried_again(outbox, server):
+    put(outbox, server)
+    server.on("RCPT", reply="450 4.2.0 greylisted", match="bob@", times=1)
+    server.on("RCPT", reply="550 5.1.1 no such user", match="eve@")
+    message_id = send(outbox, to=["bob@x.org", "carol@x.org", "eve@x.org"])
+    assert outbox.processor().run(forever=False).deferred == 1
+    states = {r: o.state for r, o in outbox.status(message_id).recipients.items()}
+    assert states == {"bob@x.org": "deferred", "carol@x.org": "accepted", "eve@x.org": "refused"}
+    assert outbox.processor().run(forever=False).waiting == 1  # not due yet
+    outbox.queue.retry(message_id)
+    outbox.processor().run(forever=False)
+    assert Counter(r for mail in server.mails for r in mail.recipients) == {
+        "carol@x.org": 1,
+        "bob@x.org": 1,
+    }
+    status = outbox.status(message_id)
+    assert status.state == "refused"
+    assert status.recipients["eve@x.org"].reply.startswith("550")
+    assert status.recipients["bob@x.org"].state == "accepted"
+
+
+def test_a_deferred_mail_is_tried_again_by_itself(tmp_path, server):
+    server.on("MAIL", reply="451 4.3.0 later", times=2)
+    with Outbox(tmp_path / "outbox", schedule=SOON) as outbox:
+        put(outbox, server)
+        message_id = send(outbox)
+        processor = outbox.processor()
+        processor.start()
+        server.wait_for(1, DEADLINE)
+        wait_for(lambda: outbox.status(message_id).state == State.ACCEPTED)
+        assert processor.stop(timeout=DEADLINE)
+
+
+def test_unclear_is_tried_once_more_and_then_held(outbox, server):
+    put(outbox, server)
+    server.on("TAKEN", drop=True, times=2)
+    message_id = send(outbox)
+    assert outbox.processor().run(forever=False).unclear == 1
+    assert outbox.status(message_id).state == "unclear"
+    (entry,) = outbox.spool.scan()
+    assert entry.due  # it will be tried again
+    outbox.queue.retry(message_id)
+    outbox.processor().run(forever=False)
+    (entry,) = outbox.spool.scan()
+    assert (entry.state, entry.due, entry.attempts) == ("unclear", 0.0, 2)
+    assert {mail.message_id for mail in server.mails} == {message_id}
+    assert outbox.processor().run(forever=False).accepted == 0  # held for a person
+    outbox.queue.retry(message_id)
+    assert outbox.processor().run(forever=False).accepted == 1
+
+
+def test_a_bad_password_keeps_the_mail_and_a_new_one_sends_it(tmp_path, outbox):
+    with SMTPServer(users={"alice": "right"}) as server:
+        put(outbox, server, username="alice", password="wrong")
+        processor = outbox.processor()
+        processor.start()
+        message_id = send(outbox)
+        wait_for(lambda: outbox.status(message_id).state == State.DEFERRED)
+        status = outbox.status(message_id)
+        assert "535" in status.reason
+        assert status.next_try > time.time()
+        assert outbox.processor().run(forever=False).waiting == 1
+        assert len(server.logins) == 1  # nobody is locked out by our retries
+        put(outbox, server, username="alice", password="right")
+        server.wait_for(1, DEADLINE)
+        wait_for(lambda: outbox.status(message_id).state == State.ACCEPTED)
+        assert processor.stop(timeout=DEADLINE)
+        assert server.mails[0].username == "alice"
+
+
+def test_a_dead_relay_is_probed_once_and_delays_nobody_else(outbox, server):
+    put(outbox, server)
+    with SMTPServer() as dead:
+        put(outbox, dead, "@dead.example")
+    lost = [send(outbox, f"a{n}@dead.example") for n in range(5)]
+    sent = send(outbox)
+    summary = outbox.processor().run(forever=False)
+    assert (summary.accepted, summary.waiting) == (1, 5)
+    assert outbox.status(sent).state == "accepted"
+    for message_id in lost:
+        status = outbox.status(message_id)
+        assert status.state == "deferred"
+        assert "Nothing listens" in status.reason
+        assert status.attempts == 0
+
+
+def test_an_account_that_is_gone_keeps_the_mail(outbox, server):
+    put(outbox, server)
+    put(outbox, server, "*")
+    message_id = send(outbox)
+    with transaction.manager:
+        outbox.accounts.delete("alice@example.org")
+    assert outbox.processor().run(forever=False).waiting == 1
+    assert server.mails == []  # never through the default account instead
+    assert "alice@example.org" in outbox.status(message_id).reason
+    put(outbox, server)
+    assert outbox.processor().run(forever=False).accepted == 1
+
+
+def test_credentials_go_only_to_the_relay_of_the_account(outbox):
+    with SMTPServer(users={"alice": "pw"}) as mine, SMTPServer(users={"alice": "pw"}) as evil:
+        put(outbox, mine, username="alice", password="pw")
+        send(outbox)
+        (path,) = (Path(outbox.location) / "new").iterdir()
+        path.write_bytes(
+            path.read_bytes().replace(
+                f"X-Zope-Port: {mine.port}".encode(), f"X-Zope-Port: {evil.port}".encode()
+            )
+        )
+        outbox.processor().run(forever=False)
+        assert len(mine.mails) == 1
+        assert evil.sessions == 0
+
+
+def test_a_relay_without_login(outbox, server):
+    message_id = send(outbox, hostname=server.host, port=server.port)
+    outbox.processor().run(forever=False)
+    assert server.mails[0].username is None
+    assert outbox.status(message_id).state == "accepted"
+
+
+def test_many_mails_by_two_processors_once_each(outbox, server, tmp_path):
+    put(outbox, server)
+    with transaction.manager:
+        sent = {
+            outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+            for _ in range(300)
+        }
+    with Outbox(outbox.location) as second:
+        processors = [outbox.processor(), second.processor()]
+        for processor in processors:
+            processor.start()
+        server.wait_for(300, DEADLINE)
+        for processor in processors:
+            assert processor.stop(timeout=DEADLINE)
+    assert Counter(mail.message_id for mail in server.mails) == dict.fromkeys(sent, 1)
+    assert list(outbox.spool.scan()) == []
+
+
+def test_sessions_are_reused_and_end_after_their_mails(outbox, server):
+    put(outbox, server, connections=1, mails_per_session=10)
+    with transaction.manager:
+        for _ in range(30):
+            outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+    assert outbox.processor().run(forever=False).accepted == 30
+    assert server.sessions == 3
+
+
+def test_stop_hands_back_what_a_silent_relay_has(outbox, server):
+    put(outbox, server)
+    server.on("RCPT", silence=True)
+    processor = outbox.processor()
+    processor.start()
+    message_id = send(outbox)
+    server.wait_until(lambda: any(c.line.startswith("RCPT") for c in server.commands), DEADLINE)
+    assert processor.stop(timeout=DEADLINE)
+    (entry,) = outbox.spool.scan()
+    assert (entry.state, entry.attempts) == ("queued", 0)
+    assert not outbox.spool.leased(entry)
+    assert outbox.status(message_id).state == "queued"
+
+
+def test_stop_finishes_what_is_past_the_end_of_data(outbox, server):
+    put(outbox, server)
+    server.on("TAKEN", delay=0.3)
+    processor = outbox.processor()
+    processor.start()
+    message_id = send(outbox)
+    server.wait_for(1, DEADLINE)
+    assert processor.stop(timeout=DEADLINE)
+    assert outbox.status(message_id).state == "accepted"
+
+
+def test_a_processor_killed_with_a_lease_leaves_the_mail_to_others(outbox, server):
+    put(outbox, server)
+    server.on("RCPT", silence=True, times=1)
+    message_id = send(outbox)
+    code = (
+        "import sys\nfrom cpsmailaccess_delivery import Outbox\n"
+        "Outbox(sys.argv[1]).processor().run(forever=False)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, outbox.location])
+    server.wait_until(lambda: any(c.line.startswith("RCPT") for c in server.commands), DEADLINE)
+    second = outbox.processor()
+    second.start()  # finds it leased
+    process.kill()
+    process.wait(DEADLINE)
+    server.wait_for(1, DEADLINE)
+    wait_for(lambda: outbox.status(message_id).state == State.ACCEPTED)
+    assert second.stop(timeout=DEADLINE)
+
+
+def test_files_of_zope_sendmail_go_through_the_default_account(outbox, server):
+    put(outbox, server, "*")
+    (Path(outbox.location) / "new" / "1234.567.host.89").write_bytes(
+        b"X-Zope-From: a@example.org\nX-Zope-To: b@example.net\n"
+        b"Message-Id: <old@example.org>\nSubject: old\n\nold\n"
+    )
+    outbox.processor().run(forever=False)
+    (mail,) = server.mails
+    assert (mail.sender, mail.recipients) == ("a@example.org", ("b@example.net",))
+    assert mail.data.startswith(b"Message-Id: <old@example.org>\r\n")
+    assert outbox.status("old@example.org").state == "accepted"
+
+
+def test_a_file_that_is_no_mail_is_set_aside(outbox, server):
+    put(outbox, server)
+    (Path(outbox.location) / "new" / "1234.junk").write_bytes(b"hello\n")
+    message_id = send(outbox)
+    summary = outbox.processor().run(forever=False)
+    assert (summary.accepted, summary.held) == (1, 1)
+    assert outbox.status(message_id).state == "accepted"
+    (entry,) = outbox.spool.scan()
+    assert entry.state == "held"
+
+
+def test_a_poisoned_mail_does_not_block_its_lane(outbox, server):
+    put(outbox, server, connections=1)
+    server.on("MAIL", drop=True, match="poison@")
+    bad = send(outbox, "poison@x.org", mailbox="alice@example.org")
+    good = [send(outbox) for _ in range(3)]
+    processor = outbox.processor()
+    processor.run(forever=False)
+    assert outbox.status(bad).attempts == 1
+    outbox.queue.hold(bad, "looked at by a person")
+    outbox.processor().run(forever=False)
+    assert {outbox.status(message_id).state for message_id in good} == {"accepted"}
+
+
+def test_mails_per_minute(outbox, server):
+    put(outbox, server, mails_per_minute=60)  # ten at once, then one a second
+    with transaction.manager:
+        for _ in range(11):
+            outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+    outbox.processor().run(forever=False)
+    at = sorted(mail.at for mail in server.mails)
+    assert len(at) == 11
+    assert at[10] - at[0] > 0.5  # not asserted from above: machines may be slow
