@@ -12,11 +12,16 @@ import ctypes
 import errno
 import os
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from ..errors import SpoolError
+from . import forks
+
+T = TypeVar("T")
 
 _QUIET: Final = 16 * 1024 * 1024  # bytes that may wait for the disk besides ours
 _LOOK_EVERY: Final = 0.05  # seconds: what other programs write in between is the risk taken
@@ -99,6 +104,51 @@ def settle_files(fds: Sequence[int], directory: int) -> None:
     for fd in fds:
         os.fsync(fd)
     os.fsync(directory)
+
+
+class GroupSync(Generic[T]):
+    """One sync for all threads that wait for one: what comes while one runs shares the next.
+
+    `sync` gets what has come; what it raises, each of them gets.
+    """
+
+    def __init__(self, sync: Callable[[list[T]], None]) -> None:
+        self._sync = sync
+        self._begin()
+
+    def __call__(self, item: T) -> None:
+        """Return when a sync that began after this call has ended.  Raises what it raised."""
+        if self._generation != forks.generation():
+            self._begin()  # the lock may be held by a thread that the child does not have
+        turn = _Turn(item)
+        self._waiting.append(turn)
+        with self._lock:
+            if not turn.done:
+                turns = [self._waiting.popleft() for _ in range(len(self._waiting))]
+                error: Exception | None = None
+                try:
+                    self._sync([turn.item for turn in turns])
+                except OSError as raised:
+                    error = raised
+                for each in turns:
+                    each.error = error
+                    each.done = True
+        if turn.error is not None:
+            raise turn.error
+
+    def _begin(self) -> None:
+        self._generation = forks.generation()
+        self._lock = threading.Lock()
+        self._waiting: deque[_Turn[T]] = deque()
+
+
+class _Turn(Generic[T]):
+    __slots__ = ("done", "error", "item")
+
+    def __init__(self, item: T) -> None:
+        self.item = item
+        self.done = False
+        self.error: Exception | None = None
 
 
 def _load_syncfs() -> Callable[[int], None] | None:

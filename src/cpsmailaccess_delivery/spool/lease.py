@@ -134,22 +134,17 @@ class Lease:
             raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
         if settlement.state is State.ACCEPTED:
             self._mails.remove(self.entry, has_side=self._has_side)
-            after = None
-        elif settlement.state in _SETTLED:
-            after = names.normal(
-                Entry(
-                    self.entry.id,
-                    self.entry.lane,
-                    settlement.state,
-                    settlement.due,
-                    settlement.attempts,
-                )
-            )
-            outcomes = {**self.outcomes, **settlement.outcomes}
-            side = Side(after.state, after.due, after.attempts, settlement.reason, outcomes)
-            self._mails.record(self.entry, after, side)
-        else:
+            fd, self._fd = self._fd, -1
+            self._mails.bury(fd)
+            return None
+        if settlement.state not in _SETTLED:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {settlement.state}")
+        entry_id, lane = self.entry.id, self.entry.lane
+        due, attempts = settlement.due, settlement.attempts
+        after = names.normal(Entry(entry_id, lane, settlement.state, due, attempts))
+        outcomes = {**self.outcomes, **settlement.outcomes}
+        side = Side(after.state, after.due, after.attempts, settlement.reason, outcomes)
+        self._mails.record(self.entry, after, side)
         self.release()
         return after
 

@@ -209,6 +209,7 @@ class Maildir:
         for watch in list(self._polling):
             watch.close()
         self._staging.close()
+        self._mails.close()
         self._layout.close()
 
     def _tell(self, entries: Iterable[Entry]) -> None:

@@ -22,7 +22,7 @@ from typing import Final
 from ..envelope import parse_block
 from ..errors import InvalidEnvelope, SpoolError
 from ..interfaces import Entry, Record, State
-from . import names
+from . import forks, names
 from .durable import read_all, spool_error
 from .layout import Layout
 from .lease import Lease, lock_file, unlock
@@ -32,6 +32,7 @@ log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _ORPHANED: Final = 3600.0  # seconds since a side file was written
+_MAX_BURIED: Final = 128
 
 #: What makes a file no mail, rather than the disk no disk: links, sockets, other people's.
 _NO_MAIL: Final = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
@@ -44,8 +45,9 @@ class Mails:
         self._layout = layout
         self._sides = sides
         self._clock = clock
-        self._removed = 0  # mails whose removal is not synced yet
+        self._removed = False  # whether a removal is not synced yet
         self._spent: deque[str] = deque()  # ids of those among them that had a side file
+        self._buried: deque[tuple[int, int]] = deque()  # open files without a name
 
     # Listing
 
@@ -218,9 +220,18 @@ class Mails:
             os.unlink(names.file_name(entry), dir_fd=self._layout[names.folder(entry.state)])
         except OSError as error:
             raise spool_error(f"remove {entry.id}", self._layout.path, error) from error
-        self._removed += 1
+        self._removed = True
         if has_side:
             self._spent.append(entry.id)
+
+    def bury(self, fd: int) -> None:
+        """Close the file of a removed mail with the next `sync`.
+
+        The close is what frees its blocks, and costs more than all the rest of a claim.
+        """
+        self._buried.append((forks.generation(), fd))
+        if len(self._buried) > _MAX_BURIED:
+            self._close_buried(1)  # nobody calls `sync`
 
     def record(self, before: Entry, after: Entry, side: Side) -> None:
         """Write what is known of a mail, then let its name follow."""
@@ -279,14 +290,22 @@ class Mails:
 
     def sync(self) -> None:
         """Make removals safe against a power loss, and forget what was kept in case of one."""
-        removed, spent = self._removed, len(self._spent)
-        if not removed:
+        spent = len(self._spent)
+        self._close_buried(len(self._buried))
+        if not self._removed:
             return
-        for name in ("new", "cur", "tmp"):
-            self._sync(name)
-        self._removed -= removed
+        self._removed = False
+        try:
+            for name in ("new", "cur", "tmp"):
+                self._sync(name)
+        except SpoolError:
+            self._removed = True
+            raise
         for _ in range(spent):
-            self._sides.remove(self._spent.popleft())
+            try:
+                self._sides.remove(self._spent.popleft())
+            except IndexError:
+                break  # another thread does it
 
     def remove_orphans(self) -> None:
         """Remove side files whose mail is gone, when they have not been written for long."""
@@ -303,6 +322,19 @@ class Mails:
                 continue
             if time.time() - status.st_mtime > _ORPHANED:
                 self._sides.remove(entry_id)
+
+    def close(self) -> None:
+        """Close what is open; not a `sync`."""
+        self._close_buried(len(self._buried))
+
+    def _close_buried(self, number: int) -> None:
+        for _ in range(number):
+            try:
+                generation, fd = self._buried.popleft()
+            except IndexError:
+                return  # another thread does it
+            if generation == forks.generation():
+                forks.drop(fd)
 
     def _move(self, old: str, old_name: str, new: str, new_name: str) -> None:
         os.rename(old_name, new_name, src_dir_fd=self._layout[old], dst_dir_fd=self._layout[new])

@@ -15,6 +15,7 @@ failed: `prepare` had not returned, so its transaction has not committed.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import stat
@@ -28,7 +29,7 @@ from ..envelope import Envelope, format_block, lane_key
 from ..errors import SpoolError
 from ..interfaces import Entry, SweepReport
 from . import forks, names
-from .durable import read_all, settle_files, spool_error, write_all
+from .durable import GroupSync, read_all, settle_files, spool_error, write_all
 from .layout import Layout
 from .presence import Presence
 
@@ -51,6 +52,7 @@ IN_DOUBT: Final = (
 @dataclass(slots=True)
 class _Staged:
     name: str
+    serial: int
     fd: int  # -1: not kept open
     generation: int
     prepared: bool = False
@@ -68,6 +70,9 @@ class Staging:
         self._clock = clock
         self._staged: dict[str, _Staged] = {}
         self._open = 0
+        self._serial = itertools.count()
+        self._settle = GroupSync(self._settle_all)
+        self._sync_new = GroupSync[None](lambda _: os.fsync(self._layout["new"]))
 
     def scrap(self, entry_id: str) -> str:
         """Return a fresh name in tmp/ for a file that `sweep` removes when we die."""
@@ -101,37 +106,23 @@ class Staging:
         else:
             os.close(fd)
             fd = -1
-        self._staged[entry.id] = _Staged(name, fd, forks.generation())
+        self._staged[entry.id] = _Staged(name, next(self._serial), fd, forks.generation())
         return entry
 
     def prepare(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
-        staged = [self._mine(entry) for entry in sorted(entries, key=lambda entry: entry.id)]
+        staged = [self._mine(entry) for entry in entries]
         if not staged:
             return
-        tmp = self._layout["tmp"]
-        reopened: list[int] = []
         try:
-            fds = [each.fd for each in staged if each.fd >= 0]
             for each in staged:
-                if each.fd < 0:
-                    if len(reopened) == _MAX_OPEN:
-                        _settle_and_close(reopened, tmp)
-                    fd = os.open(each.name, _READ, dir_fd=tmp)
-                    reopened.append(fd)
-                    os.fchmod(fd, _PREPARED)
-                else:
-                    os.fchmod(each.fd, _PREPARED)
                 each.prepared = True
-            if fds:
-                settle_files(fds, tmp)
-            if reopened:
-                _settle_and_close(reopened, tmp)
+                if each.fd >= 0:
+                    os.fchmod(each.fd, _PREPARED)
+            self._settle(staged)
         except OSError as error:
             raise spool_error("make mails durable", self._layout.path, error) from error
         finally:
-            for fd in reopened:
-                os.close(fd)
             for each in staged:
                 self._shut(each)
 
@@ -149,7 +140,7 @@ class Staging:
                 except OSError as error:
                     log.critical("%s: committed, but only in doubt on disk: %s", entry.id, error)
         try:
-            os.fsync(self._layout["new"])
+            self._sync_new(None)
         except OSError as error:
             log.critical("new/ cannot be synced; a power loss may leave in doubt: %s", error)
 
@@ -218,6 +209,23 @@ class Staging:
         for staged in self._staged.values():
             self._shut(staged)
 
+    def _settle_all(self, groups: list[list[_Staged]]) -> None:
+        staged = sorted(itertools.chain(*groups), key=lambda each: each.serial)
+        fds = [each.fd for each in staged if each.fd >= 0]
+        tmp = self._layout["tmp"]
+        if fds:
+            settle_files(fds, tmp)
+        for each in staged:
+            if each.fd < 0:
+                fd = os.open(each.name, _READ, dir_fd=tmp)
+                try:
+                    os.fchmod(fd, _PREPARED)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        if len(fds) < len(staged):
+            os.fsync(tmp)
+
     def _mine(self, entry: Entry) -> _Staged:
         staged = self._staged.get(entry.id)
         if staged is None or staged.generation != forks.generation():
@@ -276,12 +284,6 @@ class Staging:
             return
         if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > _ABANDONED:
             _unlink(name, tmp)
-
-
-def _settle_and_close(fds: list[int], directory: int) -> None:
-    settle_files(fds, directory)
-    while fds:
-        os.close(fds.pop())
 
 
 def _unlink(name: str, directory: int) -> None:
