@@ -138,8 +138,8 @@ def test_no_outbox() -> None:
 def test_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="cannot be read"):
         load_settings(tmp_path / "missing.toml", environ={})
+    (tmp_path / "latin.toml").write_bytes(b"outbox = '\xe4'")
     with pytest.raises(InvalidSettings, match=r"latin\.toml: is no TOML"):
-        (tmp_path / "latin.toml").write_bytes(b"outbox = '\xe4'")
         load_settings(tmp_path / "latin.toml", environ={})
     with pytest.raises(InvalidSettings, match="is no TOML"):
         load_settings(write(tmp_path / "x.toml", "outbox == 1"), environ={})

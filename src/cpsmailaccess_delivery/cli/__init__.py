@@ -16,7 +16,7 @@ import click
 
 from ..errors import OutboxError
 from .accounts import accounts
-from .app import EX_INTERRUPTED, EX_SOFTWARE, EX_USAGE, App, exit_code
+from .app import EX_INTERRUPTED, EX_NO, EX_SOFTWARE, EX_USAGE, App, exit_code
 from .doctor import doctor
 from .drain import drain
 from .output import clean_lines, complain
@@ -52,7 +52,7 @@ class _Root(click.Group):
             code = EX_INTERRUPTED
         except BrokenPipeError:  # the reader has seen enough: `cpsmail queue | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            code = 0
+            code = EX_NO
         except (OutboxError, OSError) as error:
             _report(error, app.verbose)
             complain(error)

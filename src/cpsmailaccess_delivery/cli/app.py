@@ -80,8 +80,8 @@ class App:
             yield outbox
 
     def log(self, *, service: bool = False) -> None:
-        """Set up the log: of a service with times; of a command, what went wrong."""
-        level = logging.INFO if service else logging.WARNING
+        """Set up the log: of a service with times; of a command, what it does not say itself."""
+        level = logging.INFO if service else logging.ERROR
         log_to_stderr(logging.DEBUG if self.verbose else level, with_time=service)
 
 

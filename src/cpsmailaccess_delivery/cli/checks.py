@@ -18,6 +18,7 @@ from ..envelope import Envelope, Route
 from ..errors import OutboxError, SecretUnavailable
 from ..interfaces import State
 from ..password import resolve_secret
+from ..spool.names import presence_of
 from .output import age
 
 if TYPE_CHECKING:
@@ -199,6 +200,42 @@ def _check_lanes(outbox: Outbox) -> _Findings:
         yield Level.OK, "no lane waits", ""
 
 
+def _check_leftovers(outbox: Outbox) -> _Findings:
+    root = Path(outbox.location)
+    is_alive = outbox.presence.is_alive
+    mails = sum(
+        not is_alive(token)
+        for name in _names(root / "tmp")
+        if (token := presence_of(name)) is not None
+    )
+    changes = sum(
+        name.endswith(".staged") and not is_alive(name.removesuffix(".staged").rpartition("-")[2])
+        for name in _names(root / "accounts")
+    )
+    if mails:
+        advice = "`cpsmail run` and `drain` remove them or hold them when they start"
+        yield Level.WARN, f"processes died and left {mails} files of mails in tmp/", advice
+    if changes:
+        advice = "put these accounts again: `cpsmail accounts list` shows what is in force"
+        yield Level.WARN, f"processes died and left {changes} changes of accounts", advice
+    if not mails and not changes:
+        yield Level.OK, "dead processes left nothing", ""
+
+
+def _check_processes(outbox: Outbox) -> _Findings:
+    ours = outbox.presence.token
+    names = (name for name in _names(Path(outbox.location) / "presence") if name != ours)
+    others = sum(outbox.presence.is_alive(name) for name in names if not name.startswith("."))
+    if others:
+        yield Level.OK, f"{others} other processes have the outbox open", ""
+    else:
+        yield (
+            Level.WARN,
+            "no other process has the outbox open: nothing delivers",
+            ("start `cpsmail run`, or an application with a processor"),
+        )
+
+
 def _check_journal(outbox: Outbox) -> _Findings:
     try:
         events = sum(journal_file.count(outbox.journal.path, 0.0).values())
@@ -206,6 +243,13 @@ def _check_journal(outbox: Outbox) -> _Findings:
         yield Level.FAIL, f"{outbox.journal.path}: {error}", "remove it: no mail is affected"
     else:
         yield Level.OK, f"{events:,} events", ""
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -235,5 +279,7 @@ _CHECKS: Final[dict[str, Callable[[Outbox], _Findings]]] = {
     "clock": _check_clock,
     "queue": _check_oldest,
     "lanes": _check_lanes,
+    "leftovers": _check_leftovers,
+    "processes": _check_processes,
     "journal": _check_journal,
 }

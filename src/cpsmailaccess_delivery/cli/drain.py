@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..interfaces import State
-from ..processor import STOP_TIMEOUT
 from .app import EX_INTERRUPTED, EX_NO, App, json_option, pass_app
 from .output import emit, say
-from .run import StopSignal
+from .run import StopSignal, stop_timeout_option
 
 if TYPE_CHECKING:
     from ..outbox import Outbox
@@ -26,21 +25,26 @@ if TYPE_CHECKING:
 #: Seconds between two looks at how far it is.
 _LOOK = 0.1
 
+#: Seconds that dropping the connections takes at most.
+_ABORTED = 5.0
+
 
 @click.command()
+@stop_timeout_option
 @json_option
 @pass_app
-def drain(app: App, as_json: bool) -> int:
+def drain(app: App, stop_timeout: float, as_json: bool) -> int:
     """Deliver once what is due, and say what became of it.
 
-    Exit code 0: everything that was due was accepted; 1: something was deferred, refused,
-    unclear or held, or waits for a relay or an account in trouble.
+    A signal stops it as it does `run`.  Exit code 0: everything that was due was accepted;
+    1: something was deferred, refused, unclear or held, or waits for a relay or an account
+    in trouble.
     """
     stop = StopSignal()
     with app.outbox() as outbox:
         begun = time.monotonic()
         with _progress(outbox, shown=not as_json and sys.stdout.isatty()) as show:
-            summary = _deliver(outbox.processor(), stop, show)
+            summary = _deliver(outbox.processor(), stop, stop_timeout, show)
         seconds = time.monotonic() - begun
     left = summary.deferred + summary.refused + summary.unclear + summary.held
     clean = not left and not summary.reasons
@@ -54,7 +58,10 @@ def drain(app: App, as_json: bool) -> int:
 
 
 def _deliver(
-    processor: QueueProcessorThread, stop: StopSignal, show: Callable[[Summary], None]
+    processor: QueueProcessorThread,
+    stop: StopSignal,
+    stop_timeout: float,
+    show: Callable[[Summary], None],
 ) -> Summary:
     """Drain in a thread of its own, so that signals and the bar have this one."""
     failure: list[BaseException] = []
@@ -71,11 +78,14 @@ def _deliver(
     while thread.is_alive():
         thread.join(_LOOK)
         show(processor.summary)
-        if stop.is_set():
-            processor.stop()
-            deadline = deadline or time.monotonic() + STOP_TIMEOUT
-            if time.monotonic() > deadline:
-                break
+        if not stop.is_set():
+            continue
+        processor.stop()  # each time: it may not have heard the first
+        deadline = deadline or time.monotonic() + stop_timeout
+        if time.monotonic() >= deadline:
+            processor.abort()
+            thread.join(_ABORTED)
+            break
     if failure:
         raise failure[0]
     return processor.summary

@@ -21,8 +21,7 @@ _LOOK = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-@click.command()
-@click.option(
+stop_timeout_option = click.option(
     "--stop-timeout",
     type=click.FloatRange(min=0),
     default=STOP_TIMEOUT,
@@ -30,6 +29,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
     metavar="SECONDS",
     help="What is past the end of data may take so long after a signal.",
 )
+
+
+@click.command()
+@stop_timeout_option
 @click.option("-v", "--verbose", is_flag=True, help="Log more; show tracebacks.")
 @pass_app
 def run(app: App, stop_timeout: float, verbose: bool) -> int:

@@ -1,0 +1,191 @@
+"""`cpsmail doctor`: healthy, and with everything that it looks for."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli_helpers import MAIL, SECRET, Site
+from cpsmailaccess_delivery.cli import checks
+from cpsmailaccess_delivery.envelope import Envelope, Route, digest
+from cpsmailaccess_delivery.interfaces import LaneNote
+
+ALICE = "alice@example.org"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = Site(tmp_path)
+    site.account(mailbox=ALICE, username="alice", password=SECRET)
+    return site
+
+
+def findings(site: Site, check: str, code: int = 0) -> list[tuple[str, str]]:
+    answer = site.json("doctor", code=code)
+    assert answer["ok"] is not bool(code)
+    return [(f["level"], f["text"]) for f in answer["findings"] if f["check"] == check]
+
+
+def test_healthy(site: Site) -> None:
+    with site.outbox():  # as another process would
+        answer = site.json("doctor")
+        output = site.run("doctor").output
+    bad = [finding for finding in answer["findings"] if finding["level"] != "ok"]
+    assert bad == [], bad
+    looked_at = {finding["check"] for finding in answer["findings"]} | {"passwords"}  # it has none
+    assert looked_at == {"settings", *checks._CHECKS}
+    assert "ok    write      a mail can be written" in output
+    assert site.json("queue")["mails"] == []
+
+
+def test_nothing_is_changed(site: Site) -> None:
+    site.send()
+    before = sorted(path for path in site.path.rglob("*") if path.parent.name != "presence")
+    site.run("doctor")
+    after = sorted(path for path in site.path.rglob("*") if path.parent.name != "presence")
+    assert after == before
+
+
+def test_access(site: Site) -> None:
+    site.send()
+    (mail,) = (site.path / "new").iterdir()
+    mail.chmod(0o644)
+    (level, text), *_ = findings(site, "access", code=1)
+    assert level == "fail"
+    assert str(mail) in text
+    mail.chmod(0o600)
+    site.path.chmod(0o755)
+    assert "755" in findings(site, "access", code=1)[0][1]
+    site.path.chmod(0o700)
+    (site.path / "accounts" / "link").symlink_to("/etc/passwd")
+    assert "symbolic link" in findings(site, "access", code=1)[0][1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_owners(site: Site) -> None:
+    site.send()
+    (mail,) = (site.path / "new").iterdir()
+    os.chown(mail, 12345, -1)
+    assert ("fail", "1 files belong to other users") in findings(site, "access", code=1)
+
+
+def test_key(site: Site) -> None:
+    key = site.path.with_name("outbox.key")
+    content = key.read_bytes()
+    key.chmod(0o644)
+    assert "chmod 600" in str(findings(site, "key", code=1))
+    key.unlink()
+    assert "is lost" in str(findings(site, "key", code=1))
+    site.environ["CPSMAIL_KEY"] = "A" * 43
+    assert "sealed with the key" in str(findings(site, "key", code=1))
+    del site.environ["CPSMAIL_KEY"]
+    key.write_bytes(content)
+    key.chmod(0o600)
+    (account,) = (site.path / "accounts").glob("*.account")
+    account.write_bytes(account.read_bytes().replace(b"127.0.0.1", b"127.0.0.2"))
+    assert "seal does not hold" in str(findings(site, "key", code=1))
+
+
+def test_no_accounts(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.outbox().close()
+    assert ("warn", "there are no accounts") in findings(site, "key")
+
+
+def test_password_elsewhere(site: Site) -> None:
+    site.run("accounts", "set", ALICE, "--password-from", "env:TEST_ALICE_PASSWORD")
+    ((level, text),) = findings(site, "passwords")
+    assert level == "warn"
+    assert "TEST_ALICE_PASSWORD" in text
+    site.environ["TEST_ALICE_PASSWORD"] = SECRET
+    ((level, text),) = findings(site, "passwords")
+    assert level == "ok"
+    assert SECRET not in text
+
+
+class _Space:
+    f_frsize, f_files = 4096, 10
+    f_bavail, f_favail = 100, 999
+
+
+def test_disk(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: _Space)
+    assert findings(site, "disk", code=1) == [("fail", "0 MiB free"), ("fail", "999 inodes free")]
+
+
+def test_spool_that_cannot_be_written(site: Site) -> None:
+    (site.path / "tmp").rmdir()
+    (site.path / "tmp").write_text("")
+    assert findings(site, "outbox", code=1) or findings(site, "write", code=1)[0][0] == "fail"
+
+
+def test_clock(site: Site) -> None:
+    block = b"X-Zope-From: a@b.c\nX-Zope-To: d@e.f\n" + MAIL
+    ahead = int(time.time()) + 7200
+    (site.path / "new" / f"{ahead}.1.host").write_bytes(block)
+    (site.path / "new" / f"{ahead}.1.host").chmod(0o600)
+    ((level, text),) = findings(site, "clock")
+    assert (level, text) == ("warn", "1 mails were queued in the future, by up to 2h")
+
+
+def test_oldest_mail(site: Site) -> None:
+    block = b"X-Zope-From: a@b.c\nX-Zope-To: d@e.f\n" + MAIL
+    for seconds, level, code in ((1200, "warn", 0), (9 * 3600, "fail", 1)):
+        path = site.path / "new" / f"{int(time.time()) - seconds}.1.host"
+        path.write_bytes(block)
+        path.chmod(0o600)
+        assert findings(site, "queue", code=code)[0][0] == level
+
+
+def test_mails_for_a_person(site: Site) -> None:
+    site.run("hold", site.send())
+    assert ("warn", "1 mails are held, and wait for a person") in findings(site, "queue")
+
+
+def test_lanes(site: Site) -> None:
+    now = time.time()
+    note = LaneNote(ALICE, "account", "535 bad \x1b[31m", now - 60, now + 60)
+    with site.outbox() as outbox:
+        outbox.spool.note_lane(digest(ALICE), note)
+    ((level, text),) = findings(site, "lanes")
+    assert (level, text) == ("warn", f"{ALICE} waits since 1m: {note.reason}")
+    output = site.run("doctor").output
+    assert f"-> cpsmail accounts check '{ALICE}'" in output
+    assert "\x1b" not in output
+
+
+def test_what_dead_processes_left(site: Site) -> None:
+    with site.outbox() as outbox:
+        outbox.spool.stage(Envelope(ALICE, ("b@c.d",), Route(ALICE)), MAIL)
+        outbox.vault.stage(ALICE, outbox.vault.get(ALICE))
+        assert findings(site, "leftovers") == [("ok", "dead processes left nothing")]
+    levels = findings(site, "leftovers")
+    assert ("warn", "processes died and left 1 files of mails in tmp/") in levels
+    assert ("warn", "processes died and left 1 changes of accounts") in levels
+
+
+def test_who_delivers(site: Site) -> None:
+    ((level, text),) = findings(site, "processes")
+    assert (level, "nothing delivers" in text) == ("warn", True)
+    with site.outbox():
+        ((level, text),) = findings(site, "processes")
+    assert (level, text) == ("ok", "1 other processes have the outbox open")
+
+
+def test_journal(site: Site) -> None:
+    site.run("cancel", site.send())
+    path = site.path / "journal.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    path.chmod(0o600)
+    ((level, text),) = findings(site, "journal", code=1)
+    assert (level, str(path) in text) == ("fail", True)
+
+
+def test_no_outbox(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    answer: Any = site.json("doctor", code=1)
+    assert answer["findings"][-1]["check"] == "outbox"
