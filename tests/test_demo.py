@@ -63,6 +63,43 @@ def test_what_cannot_be_sent_is_said(tmp_path):
     assert run(tmp_path).returncode == 2
 
 
+SABOTAGE = """
+import contextlib, sys
+import demo.__main__ as demo
+
+three_relays = demo.three_relays
+
+@contextlib.contextmanager
+def bad_relays(*arguments):
+    with three_relays(*arguments) as relays:
+        relays[0].server.on("BODY", reply="554 5.7.1 no dots", match="Subject: Dots")
+        take = relays[0].server.take
+        def change(mail):
+            mail.data = mail.data.replace(b"half past twelve", b"half past three")
+            take(mail)
+        relays[0].server.take = change
+        yield relays
+
+demo.three_relays = bad_relays
+sys.exit(demo.main([]))
+"""
+
+
+def test_a_relay_that_refuses_or_changes_a_mail_is_found_out():
+    done = subprocess.run(
+        [sys.executable, "-c", SABOTAGE],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "18 of 20 arrived once" in done.stdout
+    assert "WRONG  01-plain-ascii: differs at byte" in done.stdout
+    assert "WRONG  08-lines-of-dots: " in done.stdout
+    assert "554 5.7.1 no dots" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("sent", "received", "wrong"),
     [
