@@ -135,8 +135,13 @@ def test_smtputf8_takes_it_as_it_is():
     fitted, utf8 = fit(crlf(PARTS), eightbit=True, smtputf8=True)
     assert fitted == crlf(PARTS)
     assert utf8
+
+
+def test_a_header_in_an_unknown_charset_is_changed_only_for_seven_bits():
     latin1 = crlf("Subject: Größe\n\nx\n".encode("latin-1"))
-    fitted, utf8 = fit(latin1, eightbit=True, smtputf8=True)
+    for smtputf8 in (True, False):
+        assert fit(latin1, eightbit=True, smtputf8=smtputf8) == (latin1, False)
+    fitted, utf8 = fit(latin1, eightbit=False, smtputf8=False)
     assert not utf8
     assert email.message_from_bytes(fitted, policy=email.policy.default)["Subject"] == "Größe"
 

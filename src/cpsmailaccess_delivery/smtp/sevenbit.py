@@ -1,8 +1,9 @@
 """The 7-bit fallback: a message for a relay that takes less than the message has.
 
 For a relay without 8BITMIME (RFC 6152 section 3), leaf parts become quoted-printable or
-base64; for one without SMTPUTF8 (RFC 6531), raw 8-bit header fields become encoded words
-(RFC 2047) or parameters of RFC 2231.  Every other byte stays.  What is signed is never
+base64; for one without SMTPUTF8 (RFC 6531), raw UTF-8 header fields become encoded words
+(RFC 2047) or parameters of RFC 2231.  Raw header bytes in another charset were never
+allowed and are sent as they are, where 8 bits pass at all.  Every other byte stays.  What is signed is never
 touched: better refused than delivered with a broken signature.
 """
 
@@ -45,11 +46,11 @@ def fit(message: bytes, *, eightbit: bool, smtputf8: bool) -> tuple[bytes, bool]
     `eightbit`, `smtputf8`: what the relay offers.  Raises `CannotConvert`.
     """
     header, body = split_header(message)
-    raw_header = not header.isascii()
-    keep_header = not raw_header or (smtputf8 and _is_utf8(header))
+    needs_utf8 = not header.isascii() and _is_utf8(header)
+    keep_header = header.isascii() or (smtputf8 if needs_utf8 else eightbit)
     keep_body = eightbit or body.isascii()
     if keep_header and keep_body:
-        return message, raw_header
+        return message, needs_utf8
     if _SIGNATURE.search(header):
         raise CannotConvert("it has a DKIM signature")
     try:
