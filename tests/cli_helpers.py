@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,25 @@ class Site:
             stderr=subprocess.PIPE,
             **options,
         )
+
+    def terminal(self, *args: str) -> bytes:
+        """Run a command on a terminal of 80 columns; return what it showed."""
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "cpsmailaccess_delivery", *args]
+        environ = self.environ | {"TERM": "xterm", "COLUMNS": "80"}
+        with subprocess.Popen(
+            command, env=environ, stdin=theirs, stdout=theirs, stderr=theirs
+        ) as process:
+            os.close(theirs)
+            output = b""
+            try:
+                while chunk := os.read(ours, 4096):
+                    output += chunk
+            except OSError:  # Linux says so that the other end is closed
+                pass
+            os.close(ours)
+            assert process.wait(DEADLINE) == 0, output
+        return output
 
     def outbox(self) -> Outbox:
         return Outbox(self.path)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,19 +74,7 @@ def test_bar_on_a_terminal(site: Site) -> None:
     with SMTPServer() as server:
         site.account(server)
         site.send()
-        ours, theirs = pty.openpty()
-        command = [sys.executable, "-m", "cpsmailaccess_delivery", "drain"]
-        site.environ |= {"TERM": "xterm", "COLUMNS": "80"}
-        process = subprocess.Popen(command, env=site.environ, stdout=theirs, stderr=theirs)
-        os.close(theirs)
-        output = b""
-        try:
-            while chunk := os.read(ours, 4096):
-                output += chunk
-        except OSError:  # Linux: the other end is closed
-            pass
-        os.close(ours)
-        assert process.wait(DEADLINE) == 0
+        output = site.terminal("drain")
     assert b"delivering" in output
     assert b"1 accepted in " in output
 

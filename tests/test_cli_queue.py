@@ -141,6 +141,7 @@ def test_why_lanes_wait(site: Site) -> None:
         "failures": 3,
     }
     output = site.run("queue").output
+    assert output.splitlines()[1].endswith("in 10m  its lane waits: see below")
     assert "* waits since 2m, relay in trouble, next try in 10m: refused 4.7.1" in output
     assert "\x1b" not in output
 
@@ -164,6 +165,13 @@ def test_show(site: Site) -> None:
     raw = site.run("show", "--raw", message_id).stdout_bytes
     with site.outbox() as outbox:
         assert raw == outbox.spool.read_message(site.json("queue")["mails"][0]["id"])
+
+
+def test_on_a_terminal(site: Site) -> None:
+    message_id = site.send(message=MAIL + "\x1b]0;owned\x07 \u202e\n".encode())
+    assert b"\r\nHello\r\n\\x1b]0;owned\\x07 \\u202e" in site.terminal("show", "--raw", message_id)
+    mail_id = site.json("queue")["mails"][0]["id"]
+    assert mail_id.encode() in site.terminal("queue")  # whole, to be copied
 
 
 def test_show_what_is_not_there(site: Site) -> None:

@@ -40,8 +40,7 @@ def drain(app: App, stop_timeout: float, as_json: bool) -> int:
     1: something was deferred, refused, unclear or held, or waits for a relay or an account
     in trouble.
     """
-    stop = StopSignal()
-    with app.outbox() as outbox:
+    with app.outbox() as outbox, StopSignal() as stop:
         begun = time.monotonic()
         with _progress(outbox, shown=not as_json and sys.stdout.isatty()) as show:
             summary = _deliver(outbox.processor(), stop, stop_timeout, show)

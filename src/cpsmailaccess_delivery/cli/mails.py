@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from ..account import normalise_mailbox
 from ..envelope import digest
 from ..errors import InvalidAccount
-from ..interfaces import Entry, LaneNote, Outcome, Record
+from ..interfaces import Entry, LaneNote, Outcome, Record, State
 from ..status import Status
 
 
@@ -81,9 +80,9 @@ def why(record: Record, note: LaneNote | None) -> str:
     """Return in a few words why a mail is still here; "" when it is simply its turn."""
     if record.reason:
         return record.reason
+    if note is not None and record.entry.state in (State.QUEUED, State.DEFERRED):
+        return "its lane waits: see below"
     replies = [outcome.reply for outcome in record.outcomes.values() if outcome.reply]
-    if note is not None and note.until > time.time():
-        return note.reason
     return replies[-1] if replies else ""
 
 

@@ -52,7 +52,8 @@ def emit(data: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; on a terminal it folds, in a pipe each row is one line."""
+    """Print a table; in a pipe each row is one line, on a terminal all but the first
+    column fold: that one is to be copied."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -67,7 +68,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     )
     grid = Table(box=None, pad_edge=False, header_style="bold" if is_terminal else "")
     for column in columns:
-        grid.add_column(column, overflow="fold")
+        grid.add_column(column, overflow="fold", no_wrap=column == columns[0])
     for row in rows:
         grid.add_row(*(Text(clean(cell)) for cell in row))
     console.print(grid)

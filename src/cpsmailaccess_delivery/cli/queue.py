@@ -177,7 +177,8 @@ def _row(entry: Entry, record: Record | None, notes: Any, now: float) -> tuple[o
     if entry.state in (State.QUEUED, State.DEFERRED) or (
         entry.state is State.UNCLEAR and entry.due
     ):
-        due = upcoming(entry.due, now)
+        note = notes.get(entry.lane)
+        due = upcoming(max(entry.due, note.until if note else 0.0), now)
     if record is None:
         unreadable = "its private block cannot be read"
         return (entry.id, entry.state, "", "", "", queued, entry.attempts, due, unreadable)

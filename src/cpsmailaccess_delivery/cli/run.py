@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Self
 
 import click
 
@@ -43,8 +44,7 @@ def run(app: App, stop_timeout: float, verbose: bool) -> int:
     """
     app.verbose = app.verbose or verbose
     app.log(service=True)
-    with app.outbox(make=True) as outbox:
-        stop = StopSignal()
+    with app.outbox(make=True) as outbox, StopSignal() as stop:
         processor = outbox.processor()
         processor.start()
         log.info("delivering %s, process %d", outbox.location, os.getpid())
@@ -67,15 +67,18 @@ def run(app: App, stop_timeout: float, verbose: bool) -> int:
 
 
 class StopSignal(threading.Event):
-    """Set by the first SIGTERM or SIGINT; the second ends the process at once.
+    """Set, inside ``with``, by the first SIGTERM or SIGINT; the second ends the process at once.
 
     Nothing is lost then: leases end with their process.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        for number in _SIGNALS:
-            signal.signal(number, self._received)
+    def __enter__(self) -> Self:
+        self._before = [signal.signal(number, self._received) for number in _SIGNALS]
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in zip(_SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         if self.is_set():
