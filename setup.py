@@ -58,6 +58,7 @@ setup(
             "pytest-xdist >= 3.6",
             "ruff >= 0.6",
             "trustme >= 1.1",
+            "zope.processlifetime >= 3",
             "zope.testing >= 5",
         ],
     },

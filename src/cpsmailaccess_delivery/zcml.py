@@ -13,18 +13,26 @@ import os
 from typing import Any
 
 import transaction
+import zope.component.event  # noqa: F401  (hands events to the handlers of a registry)
 from zope.component import getGlobalSiteManager
 from zope.component.security import proxify
 from zope.configuration.exceptions import ConfigurationError
 from zope.configuration.fields import Path
 from zope.interface import Interface
 from zope.schema import Bool, Choice, Float, Int, TextLine
+from zope.security.checker import (
+    CheckerPublic,
+    InterfaceChecker,
+    defineChecker,
+    getCheckerForInstancesOf,
+)
 from zope.security.interfaces import IPermission
 from zope.security.permission import Permission as PermissionUtility
 from zope.security.zcml import Permission
 
 from .account import Account
 from .accounts import Accounts
+from .delivery import BoundDelivery
 from .errors import OutboxError
 from .interfaces import IMailboxDelivery, IMailDelivery, IOutbox, IQueueProcessor
 from .outbox import Outbox
@@ -111,6 +119,7 @@ def mailbox_delivery(
             delivery.size_limit = sizeLimit
         if permission is not None:
             delivery = proxify(delivery, provides=IMailboxDelivery, permission=permission)
+            _let_bound_send()
         manager = getGlobalSiteManager()
         for provided in (IMailDelivery, IMailboxDelivery):  # by whichever it is looked up
             manager.registerUtility(delivery, provided, name)
@@ -197,6 +206,12 @@ _ACCOUNT_FIELDS = {
     "commandTimeout": "command_timeout",
     "dataTimeout": "data_timeout",
 }
+
+
+def _let_bound_send() -> None:
+    """Whoever was allowed to call `bind` may use what it returns."""
+    if getCheckerForInstancesOf(BoundDelivery) is None:
+        defineChecker(BoundDelivery, InterfaceChecker(IMailDelivery, CheckerPublic))
 
 
 def _define_send_mail() -> None:
