@@ -1,0 +1,179 @@
+"""What the results of an attempt mean for the mail."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpsmailaccess_delivery.attempt import (
+    FINAL,
+    Attempt,
+    account_trouble,
+    outcomes_of,
+    settlement_of,
+    worst,
+)
+from cpsmailaccess_delivery.envelope import Envelope, Route
+from cpsmailaccess_delivery.interfaces import Entry, Outcome, State
+from cpsmailaccess_delivery.outcome import Phase
+from cpsmailaccess_delivery.retry import Schedule
+from cpsmailaccess_delivery.smtp.events import Result
+from cpsmailaccess_delivery.smtp.reply import Reply
+
+NOW = 1_700_000_000.0
+A, B, C = "a@example.net", "b@example.net", "c@example.net"
+ACCEPTED = Result(Phase.BODY, Reply(250, "2.0.0 queued as 4711"))
+REFUSED = Result(Phase.RCPT, Reply(550, "5.1.1 no such user"))
+GREYLISTED = Result(Phase.RCPT, Reply(450, "4.7.1 greylisted"))
+UNCLEAR = Result(Phase.BODY, error=ConnectionResetError())
+LOGIN = Result(Phase.AUTH, Reply(535, "5.7.8 bad credentials"))
+
+
+def attempt(
+    recipients=(A, B), *, earlier=None, attempts=0, staged=NOW - 60, entry_id=None
+) -> Attempt:
+    lease = SimpleNamespace(
+        entry=Entry(entry_id or f"{int(staged)}.1", "lane", attempts=attempts),
+        envelope=Envelope("x@example.org", recipients, Route("*")),
+        message=b"",
+        outcomes=earlier or {},
+    )
+    return Attempt(lease)
+
+
+def settled(mail: Attempt, results: dict, schedule: Schedule | None = None):
+    return settlement_of(
+        mail,
+        outcomes_of(mail, results, NOW),
+        schedule=schedule or Schedule(),
+        now=NOW,
+        chance=0.0,
+    )
+
+
+def test_all_accepted_leaves_nothing():
+    settlement = settled(attempt(), {A: ACCEPTED, B: ACCEPTED})
+    assert settlement.state is State.ACCEPTED
+
+
+def test_words_of_the_relay_are_kept():
+    outcomes = outcomes_of(attempt(), {A: REFUSED, B: UNCLEAR}, NOW)
+    assert outcomes[A] == Outcome(State.REFUSED, "550 5.1.1 no such user", NOW)
+    assert outcomes[B].state is State.UNCLEAR
+    assert outcomes[B].reply
+    assert "Result(" not in outcomes[A].reply + outcomes[B].reply
+
+
+def test_only_the_deferred_are_tried_again():
+    first = settled(attempt((A, B, C)), {A: ACCEPTED, B: REFUSED, C: GREYLISTED})
+    assert first.state is State.DEFERRED
+    assert (first.due, first.attempts) == (NOW + 60, 1)
+    second = attempt((A, B, C), earlier=first.outcomes, attempts=1)
+    assert second.recipients == (C,)
+    last = settled(second, {C: ACCEPTED})
+    assert last.state is State.REFUSED  # B's sender must learn of it
+    assert {r: o.state for r, o in last.outcomes.items()} == {
+        A: State.ACCEPTED,
+        B: State.REFUSED,
+        C: State.ACCEPTED,
+    }
+
+
+def test_the_last_accepted_ends_it():
+    earlier = {A: Outcome(State.ACCEPTED), B: Outcome(State.DEFERRED)}
+    settlement = settled(attempt(earlier=earlier, attempts=3), {B: ACCEPTED})
+    assert (settlement.state, settlement.attempts) == (State.ACCEPTED, 4)
+
+
+def test_unclear_is_tried_once_more_then_held():
+    first = settled(attempt((A,)), {A: UNCLEAR})
+    assert first.state is State.UNCLEAR
+    assert first.due > NOW
+    second = attempt((A,), earlier=first.outcomes, attempts=1)
+    assert second.recipients == (A,)
+    held = settled(second, {A: UNCLEAR})
+    assert held.state is State.UNCLEAR
+    assert held.due == 0
+    assert "twice" in held.reason
+
+
+def test_unclear_then_deferred_then_unclear_is_tried_again():
+    first = settled(attempt((A,)), {A: UNCLEAR})
+    second = settled(attempt((A,), earlier=first.outcomes, attempts=1), {A: GREYLISTED})
+    assert second.state is State.DEFERRED
+    third = settled(attempt((A,), earlier=second.outcomes, attempts=2), {A: UNCLEAR})
+    assert third.due > NOW
+
+
+def test_giving_up():
+    old = attempt((A, B, C), staged=NOW - 6 * 86400, attempts=9)
+    settlement = settled(old, {A: GREYLISTED, B: ACCEPTED, C: UNCLEAR})
+    assert settlement.state is State.UNCLEAR  # not refused: nobody knows about C
+    assert settlement.due == 0
+    assert settlement.outcomes[A].state is State.REFUSED
+    assert "given up after 10 attempts; 450" in settlement.outcomes[A].reply
+    assert settlement.outcomes[B].state is State.ACCEPTED
+    assert settled(old, {A: GREYLISTED, B: ACCEPTED, C: ACCEPTED}).state is State.REFUSED
+
+
+def test_age_unknown_is_young():
+    """A file that we did not name has no time in its name."""
+    settlement = settled(attempt((A,), entry_id="foreign-name"), {A: GREYLISTED})
+    assert settlement.due > NOW
+
+
+@pytest.mark.parametrize(
+    ("results", "found"),
+    [
+        ({A: ACCEPTED, B: REFUSED}, None),
+        ({A: LOGIN, B: LOGIN}, LOGIN),
+        ({A: ACCEPTED, B: Result(Phase.RCPT, Reply(530, "auth first"))}, 530),
+        ({A: UNCLEAR, B: UNCLEAR}, None),
+    ],
+)
+def test_account_trouble(results, found):
+    trouble = account_trouble(results)
+    assert (trouble.reply.code if isinstance(found, int) else trouble) == found
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_worst_knows_every_state(state):
+    assert worst({A: Outcome(state)}) is state
+    assert worst({A: Outcome(state), B: Outcome(State.CANCELLED)}) is state
+
+
+result = st.sampled_from([ACCEPTED, REFUSED, GREYLISTED, UNCLEAR])
+
+
+@given(
+    st.dictionaries(st.sampled_from([A, B, C]), result, min_size=1),
+    st.dictionaries(st.sampled_from([A, B, C]), st.sampled_from(list(State)[:6])),
+    st.integers(0, 20),
+    st.floats(0, 10 * 86400),
+)
+def test_nothing_is_forgotten(results, before, attempts, age):
+    before = {r: Outcome(s) for r, s in before.items() if r in results and s is not State.HELD}
+    mail = attempt(tuple(results), earlier=before, attempts=attempts, staged=NOW - age)
+    if not mail.recipients:
+        return
+    settlement = settled(mail, results)
+    if not before and settlement.state is State.ACCEPTED:
+        return
+    assert set(settlement.outcomes) == set(results)
+    assert settlement.attempts == attempts + 1
+    for recipient, outcome in before.items():  # what is final stays so
+        if outcome.state in FINAL:
+            assert settlement.outcomes[recipient] == outcome
+    states = {outcome.state for outcome in settlement.outcomes.values()}
+    if settlement.due:
+        assert settlement.state in (State.DEFERRED, State.UNCLEAR)
+        assert states - FINAL
+    if settlement.state is State.ACCEPTED:
+        assert states == {State.ACCEPTED}
+    if settlement.state is State.DEFERRED:
+        assert settlement.due > NOW
+    if settlement.state is State.REFUSED:
+        assert states <= FINAL
