@@ -50,7 +50,11 @@ class Layout:
     def listing(self, name: str) -> list[str]:
         """Return the names in a directory.  Raises `SpoolError`."""
         try:
-            return os.listdir(self[name])
+            fd = os.open(".", _FLAGS, dir_fd=self[name])  # of its own: they share a position
+            try:
+                return os.listdir(fd)
+            finally:
+                os.close(fd)
         except OSError as error:
             raise spool_error(f"list {name}/", self.path, error) from error
 

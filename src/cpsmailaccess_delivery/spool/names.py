@@ -26,7 +26,7 @@ from ..interfaces import Entry, State
 _ID: Final = r"\d{10}\.M\d{6}R[0-9a-f]{6}\.[0-9a-f]{16}"
 _INFO: Final = (
     r":1,(queued|deferred|held|unclear|refused)"
-    r",(0|[1-9]\d{0,10}(?:\.\d{0,2}[1-9])?),(0|[1-9]\d{0,5})"
+    r",((?:0|[1-9]\d{0,10})(?:\.\d{0,2}[1-9])?),(0|[1-9]\d{0,5})"
 )
 _BARE = re.compile(rf"({_ID}),L=([0-9a-f]{{16}})\Z", re.ASCII)
 _OWN = re.compile(rf"({_ID}),L=([0-9a-f]{{16}})(?:{_INFO})?\Z", re.ASCII)

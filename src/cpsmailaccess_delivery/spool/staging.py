@@ -180,7 +180,8 @@ class Staging:
                 continue  # published, discarded or swept meanwhile
             found = names.parse_staged(name)
             if found and mode == _COMMITTED:
-                self._move_to_new(name, found[0])
+                if self._move_to_new(name, found[0]):
+                    os.chmod(names.file_name(found[0]), _PREPARED, dir_fd=self._layout["new"])
                 continue
             if token not in alive:
                 alive[token] = token == self._presence.token or self._presence.is_alive(token)

@@ -148,7 +148,7 @@ class PollingWatch:
         stamps = []
         for name in _FOLDERS:
             try:
-                stamps.append(os.stat(self._layout[name]).st_mtime_ns)
+                stamps.append(os.fstat(self._layout[name]).st_mtime_ns)
             except OSError:
                 stamps.append(0)  # closed meanwhile
         return stamps

@@ -1,0 +1,417 @@
+"""What any spool must do.  A back end's test class inherits `SpoolContract` and gives `spool`."""
+
+from __future__ import annotations
+
+import select
+import threading
+from typing import Any
+
+import pytest
+from zope.interface.verify import verifyObject
+
+from cpsmailaccess_delivery.envelope import Envelope, Route, lane_key
+from cpsmailaccess_delivery.errors import EntryBusy, InvalidEnvelope, NoSuchEntry, SpoolError
+from cpsmailaccess_delivery.interfaces import (
+    Entry,
+    ILease,
+    ISpool,
+    IWatch,
+    LaneNote,
+    Outcome,
+    Settlement,
+    State,
+)
+
+DEADLINE = 30.0  # seconds until a test gives up waiting
+ROUTE = Route("alice@example.org", "smtp.example.org", 587)
+MESSAGE = b"Subject: hello\n\nX-Zope-Hostname: evil.example\n.\nbody\n"
+
+ACCEPTED = Outcome(State.ACCEPTED, "250 2.0.0 ok", 5.0)
+DEFERRED = Outcome(State.DEFERRED, "450 4.2.1 later", 5.0)
+REFUSED = Outcome(State.REFUSED, "550 5.1.1 nobody", 5.0)
+UNCLEAR = Outcome(State.UNCLEAR, "", 5.0)
+
+
+def envelope(
+    message_id: str = "1.2@example.org",
+    *recipients: str,
+    route: Route = ROUTE,
+) -> Envelope:
+    return Envelope(
+        sender="alice@example.org",
+        recipients=recipients or ("bob@example.net", "carol@example.net"),
+        route=route,
+        message_id=message_id,
+    )
+
+
+def queue(spool: Any, message_id: str = "1.2@example.org", message: bytes = MESSAGE) -> Entry:
+    """Return an entry that went the whole way."""
+    entry: Entry = spool.stage(envelope(message_id), message)
+    spool.prepare([entry])
+    spool.publish([entry])
+    return entry
+
+
+def settle(spool: Any, entry: Entry, state: State, **fields: Any) -> Entry | None:
+    lease = spool.claim(entry)
+    assert lease is not None
+    after: Entry | None = lease.settle(Settlement(state, **fields))
+    return after
+
+
+def told(watch: Any, wanted: int = 1) -> list[Entry]:
+    """Return what a watch tells, once it has told this many entries."""
+    entries: list[Entry] = []
+    while len(entries) < wanted:
+        assert select.select([watch.fileno()], [], [], DEADLINE)[0], "nothing told in time"
+        entries += watch.read() or []
+    return entries
+
+
+class SpoolContract:
+    # The two phases
+
+    def test_provides_the_contract(self, spool):
+        assert verifyObject(ISpool, spool)
+        assert isinstance(spool.location, str)
+
+    def test_a_mail_is_seen_when_it_is_published(self, spool):
+        entry = spool.stage(envelope(), MESSAGE)
+        assert entry.state is State.QUEUED
+        assert entry.lane == lane_key(ROUTE)
+        assert list(spool.scan()) == []
+        assert spool.claim(entry) is None
+        spool.prepare([entry])
+        assert list(spool.scan()) == []
+        assert spool.find("1.2@example.org") == []
+        spool.publish([entry])
+        assert list(spool.scan()) == [entry]
+
+    @pytest.mark.parametrize("prepared", [False, True])
+    def test_a_discarded_mail_leaves_nothing(self, spool, prepared):
+        entry = spool.stage(envelope(), MESSAGE)
+        if prepared:
+            spool.prepare([entry])
+        spool.discard([entry, entry])
+        spool.publish([entry])  # never raises
+        assert list(spool.scan()) == []
+
+    def test_what_was_not_staged_cannot_be_prepared(self, spool):
+        entry = spool.stage(envelope(), MESSAGE)
+        stranger = Entry("1700000000.M000000R000000.0123456789abcdef", entry.lane)
+        with pytest.raises(SpoolError):
+            spool.prepare([entry, stranger])
+        spool.discard([entry, stranger])
+        assert list(spool.scan()) == []
+
+    def test_nothing_is_not_an_error(self, spool):
+        spool.prepare([])
+        spool.publish([])
+        spool.discard([])
+        spool.sync()
+
+    def test_a_published_mail_is_not_discarded(self, spool):
+        entry = queue(spool)
+        spool.discard([entry])
+        assert list(spool.scan()) == [entry]
+
+    def test_an_envelope_that_cannot_be_kept_is_refused(self, spool):
+        with pytest.raises(InvalidEnvelope):
+            spool.stage(envelope("a\nX-Zope-Port: 1"), MESSAGE)
+
+    def test_many_at_once_keep_their_order(self, spool):
+        entries = [spool.stage(envelope(f"{n}@x"), MESSAGE) for n in range(300)]
+        spool.prepare(entries)
+        spool.publish(entries)
+        assert sorted(entries, key=lambda entry: entry.id) == list(spool.scan())
+
+    def test_the_id_tells_the_time(self, spool, now):
+        assert queue(spool).staged_at == pytest.approx(now, abs=1)
+
+    def test_scans_do_not_disturb_each_other(self, spool):
+        entries = [spool.stage(envelope(f"{n}@x"), MESSAGE) for n in range(700)]
+        spool.prepare(entries)
+        spool.publish(entries)
+        seen: list[set[Entry]] = []
+        threads = [
+            threading.Thread(target=lambda: seen.extend(set(spool.scan()) for _ in range(10)))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert len(seen) == 40
+        assert all(each == set(entries) for each in seen)
+
+    # Leases
+
+    def test_a_lease_shows_the_mail(self, spool):
+        entry = queue(spool)
+        lease = spool.claim(entry)
+        assert verifyObject(ILease, lease)
+        assert lease.entry == entry
+        assert lease.envelope == envelope()
+        assert lease.message == MESSAGE
+        assert lease.outcomes == {}
+        lease.release()
+
+    @pytest.mark.parametrize("size", [0, 1, 4096, 3 * 1024 * 1024])
+    def test_messages_of_any_size(self, spool, size):
+        message = b"A: b\n\n" + bytes(range(256)) * (size // 256) + b"\0" * (size % 256)
+        lease = spool.claim(queue(spool, message=message))
+        assert lease.message == message
+        lease.release()
+
+    def test_a_lease_is_exclusive(self, spool):
+        entry = queue(spool)
+        lease = spool.claim(entry)
+        assert spool.leased(entry)
+        assert spool.claim(entry) is None
+        lease.release()
+        lease.release()
+        assert not spool.leased(entry)
+        again = spool.claim(entry)
+        assert again is not None
+        again.release()
+
+    def test_one_of_many_threads_gets_the_lease(self, spool):
+        entries = [queue(spool, f"{n}@x") for n in range(50)]
+        taken: list[Any] = []
+        start = threading.Barrier(8)
+
+        def work() -> None:
+            start.wait(DEADLINE)
+            for entry in entries:
+                lease = spool.claim(entry)
+                if lease is not None:
+                    taken.append(entry)
+                    lease.settle(Settlement(State.ACCEPTED))
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert sorted(entry.id for entry in taken) == sorted(entry.id for entry in entries)
+        assert list(spool.scan()) == []
+
+    def test_asking_for_the_lease_does_not_take_it(self, spool):
+        entry = queue(spool)
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                spool.leased(entry)
+
+        asker = threading.Thread(target=ask)
+        asker.start()
+        try:
+            for _ in range(200):
+                lease = spool.claim(entry)
+                assert lease is not None
+                lease.release()
+        finally:
+            stop.set()
+            asker.join(DEADLINE)
+
+    # Settling
+
+    def test_accepted_is_gone(self, spool):
+        entry = queue(spool)
+        assert settle(spool, entry, State.ACCEPTED) is None
+        assert list(spool.scan()) == []
+        assert spool.claim(entry) is None
+        assert not spool.leased(entry)
+        with pytest.raises(NoSuchEntry):
+            spool.load(entry.id)
+        spool.sync()
+
+    @pytest.mark.parametrize("state", [State.DEFERRED, State.HELD, State.UNCLEAR, State.REFUSED])
+    def test_every_state_keeps_what_is_known(self, spool, state):
+        entry = queue(spool)
+        outcomes = {"bob@example.net": ACCEPTED, "carol@example.net": DEFERRED}
+        after = settle(
+            spool, entry, state, outcomes=outcomes, due=17.25, attempts=1, reason="because"
+        )
+        assert after == Entry(entry.id, entry.lane, state, 17.25, 1)
+        assert list(spool.scan()) == [after]
+        record = spool.load(entry.id)
+        assert record.entry == after
+        assert record.envelope == envelope()
+        assert record.outcomes == outcomes
+        assert record.reason == "because"
+        assert record.size == len(MESSAGE)
+        assert spool.claim(entry) is None  # changed
+        lease = spool.claim(after)
+        assert lease.outcomes == outcomes
+        assert lease.entry == after
+        lease.release()
+
+    def test_settled_again_and_again(self, spool):
+        entry = queue(spool)
+        for attempt in range(1, 4):
+            entry = settle(spool, entry, State.DEFERRED, due=100.0 * attempt, attempts=attempt)
+            assert (entry.due, entry.attempts) == (100.0 * attempt, attempt)
+        assert settle(spool, entry, State.ACCEPTED) is None
+        assert list(spool.scan()) == []
+
+    def test_earlier_outcomes_are_kept(self, spool):
+        entry = queue(spool)
+        entry = settle(
+            spool, entry, State.DEFERRED, outcomes={"bob@example.net": ACCEPTED}, attempts=1
+        )
+        entry = settle(
+            spool, entry, State.DEFERRED, outcomes={"carol@example.net": DEFERRED}, attempts=2
+        )
+        assert set(spool.load(entry.id).outcomes) == {"bob@example.net", "carol@example.net"}
+
+    def test_a_due_time_is_never_early(self, spool):
+        after = settle(spool, queue(spool), State.DEFERRED, due=17.00049, attempts=1)
+        assert 17.00049 <= after.due < 17.002
+
+    @pytest.mark.parametrize("due", [-1.0, 0.0, 1e30, float("inf")])
+    def test_due_times_out_of_this_world(self, spool, due):
+        after = settle(spool, queue(spool), State.DEFERRED, due=due, attempts=1)
+        assert list(spool.scan()) == [after]
+
+    @pytest.mark.parametrize("state", [State.QUEUED, State.CANCELLED])
+    def test_what_is_no_settlement_is_refused_and_keeps_the_lease(self, spool, state):
+        entry = queue(spool)
+        lease = spool.claim(entry)
+        with pytest.raises(SpoolError):
+            lease.settle(Settlement(state))
+        assert spool.leased(entry)
+        lease.release()
+
+    def test_an_ended_lease_settles_nothing(self, spool):
+        lease = spool.claim(queue(spool))
+        lease.release()
+        with pytest.raises(SpoolError):
+            lease.settle(Settlement(State.ACCEPTED))
+        assert len(list(spool.scan())) == 1
+
+    # For people
+
+    def test_find_by_message_id(self, spool):
+        entry = queue(spool, "a@x")
+        queue(spool, "b@x")
+        twin = queue(spool, "a@x")
+        assert {record.entry for record in spool.find("a@x")} == {entry, twin}
+        assert spool.find("c@x") == []
+
+    def test_read_message(self, spool):
+        entry = queue(spool)
+        assert spool.read_message(entry.id) == MESSAGE
+
+    @pytest.mark.parametrize("call", ["load", "read_message", "requeue", "cancel", "hold"])
+    @pytest.mark.parametrize("entry_id", ["", "nobody", "../new", "a/b", "\0", "\udc80", "x" * 999])
+    def test_no_such_entry(self, spool, call, entry_id):
+        more = ["why"] if call == "hold" else []
+        with pytest.raises(NoSuchEntry):
+            getattr(spool, call)(entry_id, *more)
+
+    def test_hold_and_requeue(self, spool):
+        entry = queue(spool)
+        held = spool.hold(entry.id, "the boss wants to read it")
+        assert held.state is State.HELD
+        assert spool.load(entry.id).reason == "the boss wants to read it"
+        assert spool.claim(entry) is None
+        again = spool.requeue(entry.id)
+        assert again == entry
+        assert spool.load(entry.id).reason == ""
+
+    def test_requeue_keeps_outcomes_and_attempts(self, spool):
+        entry = queue(spool)
+        outcomes = {"bob@example.net": ACCEPTED, "carol@example.net": UNCLEAR}
+        settle(spool, entry, State.UNCLEAR, outcomes=outcomes, attempts=3)
+        again = spool.requeue(entry.id)
+        assert (again.state, again.attempts, again.due) == (State.QUEUED, 3, 0.0)
+        assert list(spool.scan()) == [again]
+        lease = spool.claim(again)
+        assert lease.outcomes == outcomes
+        assert lease.entry.attempts == 3
+        lease.release()
+
+    def test_hold_keeps_outcomes(self, spool):
+        entry = queue(spool)
+        settle(spool, entry, State.DEFERRED, outcomes={"bob@example.net": ACCEPTED}, attempts=1)
+        spool.hold(entry.id, "why")
+        record = spool.load(entry.id)
+        assert record.outcomes == {"bob@example.net": ACCEPTED}
+        assert (record.entry.attempts, record.reason) == (1, "why")
+
+    def test_cancel(self, spool):
+        entry = queue(spool)
+        settle(spool, entry, State.DEFERRED, outcomes={"bob@example.net": REFUSED}, attempts=1)
+        record = spool.cancel(entry.id)
+        assert record.outcomes == {"bob@example.net": REFUSED}
+        assert list(spool.scan()) == []
+        with pytest.raises(NoSuchEntry):
+            spool.cancel(entry.id)
+
+    @pytest.mark.parametrize("call", ["requeue", "cancel", "hold"])
+    def test_what_is_being_delivered_is_left_alone(self, spool, call):
+        entry = queue(spool)
+        lease = spool.claim(entry)
+        more = ["why"] if call == "hold" else []
+        with pytest.raises(EntryBusy):
+            getattr(spool, call)(entry.id, *more)
+        assert spool.load(entry.id).entry == entry
+        lease.release()
+        getattr(spool, call)(entry.id, *more)
+
+    def test_lane_notes(self, spool):
+        note = LaneNote("alice@example.org", "account", "535", since=1.0, until=2.0)
+        key = lane_key(ROUTE)
+        assert spool.lane_note(key) is None
+        spool.note_lane(key, note)
+        assert spool.lane_note(key) == note
+        assert spool.lane_notes() == {key: note}
+        spool.note_lane(key, None)
+        assert spool.lane_notes() == {}
+
+    # Watching
+
+    def test_a_watch_tells_of_commits(self, spool):
+        watch = spool.watch()
+        assert verifyObject(IWatch, watch)
+        assert not select.select([watch.fileno()], [], [], 0)[0]
+        entry = queue(spool)
+        assert entry in told(watch)
+        assert list(watch.read()) == []
+        watch.close()
+        watch.close()
+
+    def test_a_watch_tells_of_released_mails(self, spool):
+        entry = queue(spool)
+        spool.hold(entry.id, "why")
+        watch = spool.watch()
+        again = spool.requeue(entry.id)
+        assert again in told(watch)
+        watch.close()
+
+    def test_every_watch_is_told(self, spool):
+        watches = [spool.watch(), spool.watch()]
+        entry = queue(spool)
+        for watch in watches:
+            assert entry in told(watch)
+            watch.close()
+
+    # The end
+
+    def test_sweep_touches_nothing_of_the_living(self, spool):
+        staged = spool.stage(envelope("a@x"), MESSAGE)
+        prepared = spool.stage(envelope("b@x"), MESSAGE)
+        spool.prepare([prepared])
+        queued = queue(spool, "c@x")
+        report = spool.sweep()
+        assert (report.removed, report.held) == ((), ())
+        spool.prepare([staged])
+        spool.publish([staged, prepared])
+        assert set(spool.scan()) == {staged, prepared, queued}
+
+    def test_close_twice(self, spool):
+        spool.close()
+        spool.close()
