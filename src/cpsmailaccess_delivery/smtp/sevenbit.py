@@ -3,8 +3,8 @@
 For a relay without 8BITMIME (RFC 6152 section 3), leaf parts become quoted-printable or
 base64; for one without SMTPUTF8 (RFC 6531), raw UTF-8 header fields become encoded words
 (RFC 2047) or parameters of RFC 2231.  Raw header bytes in another charset were never
-allowed and are sent as they are, where 8 bits pass at all.  Every other byte stays.  What is signed is never
-touched: better refused than delivered with a broken signature.
+allowed and are sent as they are, where 8 bits pass at all.  Every other byte stays.  What is
+signed is never touched: better refused than delivered with a broken signature.
 """
 
 from __future__ import annotations
