@@ -36,6 +36,10 @@ _BUSY = 1.0
 #: Seconds after which a settlement that could not be written is tried again.
 _UNSETTLED = 5.0
 
+#: Removals are made durable after so many, or so many seconds, in a thread beside the loop.
+_SYNC_MANY = 64
+_SYNC_SOON = 0.05
+
 #: Longest sleep, in seconds: after it the wall clock is asked again, which may have jumped.
 _LONGEST_SLEEP = 30.0
 
@@ -93,6 +97,9 @@ class Scheduler:
         self._sessions = 0
         self._waiting_lanes: deque[Lane] = deque()
         self._unsettled: list[tuple[Attempt, Settlement]] = []
+        self._unsynced = 0
+        self._sync_timer: asyncio.TimerHandle | None = None
+        self._syncing: asyncio.Future[None] | None = None
         self._scan: Iterator[Entry] | None = None
         self._watches: list[Any] = []
         self._stopping = False
@@ -127,7 +134,13 @@ class Scheduler:
             self.loop.remove_reader(watch.fileno())
             watch.close()
         self._watches.clear()
+        if self._sync_timer is not None:
+            self._sync_timer.cancel()
         self._retry_unsettled()
+        try:
+            self.spool.sync()
+        except SpoolError as error:
+            log.error("%s; a power loss may send mails again", error)
         for attempt, settlement in self._unsettled:
             log.critical("%s is %s, but cannot be recorded", attempt.entry.id, settlement.state)
             attempt.lease.release()
@@ -315,6 +328,28 @@ class Scheduler:
             if not self._unsettled:
                 self.loop.call_later(_UNSETTLED, self._retry_unsettled)
             self._unsettled.append((attempt, settlement))
+            return
+        self._unsynced += 1
+        if self._unsynced == _SYNC_MANY:
+            self._sync()
+        elif self._sync_timer is None:
+            self._sync_timer = self.loop.call_later(_SYNC_SOON, self._sync)
+
+    def _sync(self) -> None:
+        if self._sync_timer is not None:
+            self._sync_timer.cancel()
+            self._sync_timer = None
+        if self._syncing is None and self._unsynced:
+            self._unsynced = 0
+            self._syncing = self.loop.run_in_executor(None, self.spool.sync)
+            self._syncing.add_done_callback(self._synced)
+
+    def _synced(self, done: asyncio.Future[None]) -> None:
+        self._syncing = None
+        if not done.cancelled() and (error := done.exception()):
+            log.error("%s; a power loss may send mails again", error)
+        if self._unsynced and self._sync_timer is None:
+            self._sync_timer = self.loop.call_later(_SYNC_SOON, self._sync)
 
     def _retry_unsettled(self) -> None:
         unsettled, self._unsettled = self._unsettled, []
