@@ -71,3 +71,8 @@ def test_a_clock_that_goes_back():
     assert bucket.take(1000.0) == 0.0
     assert 0 < bucket.take(10.0) <= 10.0
     assert bucket.take(20.0) == 0.0
+
+
+def test_idle_hours_are_not_saved_up():
+    bucket = TokenBucket(per_minute=60, at=0.0)
+    assert sum(bucket.take(36_000.0) == 0.0 for _ in range(100)) == 10

@@ -323,6 +323,28 @@ def test_finish_never_raises(caplog):
     assert "in doubt" in caplog.text
 
 
+def test_nothing_is_discarded_after_publish():
+    """After the hooks, transaction calls abort() of every data manager."""
+    log: list[str] = []
+    with transaction.manager as txn:
+        put(Recorder(log), "a")
+        txn.addAfterCommitHook(lambda status: None)
+    assert log == ["store.stage(a)", "store.prepare(a)", "store.publish(a)"]
+
+
+def test_accounts_are_published_before_mails(stocked, account, monkeypatch):
+    order: list[str] = []
+    for name, store in (("vault", stocked.vault), ("spool", stocked.spool)):
+        publish = store.publish
+        monkeypatch.setattr(
+            store, "publish", lambda items, n=name, p=publish: (order.append(n), p(items))
+        )
+    with transaction.manager:
+        send(stocked)
+        stocked.accounts.put(account.replace(mailbox="new@example.org"))
+    assert order == ["vault", "spool"]
+
+
 def test_one_prepare_per_transaction(stocked, monkeypatch):
     prepared = []
     prepare = stocked.spool.prepare
