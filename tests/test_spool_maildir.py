@@ -381,6 +381,23 @@ class TestRaces:
         monkeypatch.setattr(os, "open", slow)
         assert spool.claim(entry) is None
 
+    def test_another_file_of_this_name_between_open_and_lock(self, spool, monkeypatch):
+        """What was locked is not what the name now means: the lock would guard nothing."""
+        entry = queue(spool)
+        name = names.file_name(entry)
+        real = os.open
+
+        def slow(path, *args, **kw):
+            fd = real(path, *args, **kw)
+            if path == name:
+                monkeypatch.setattr(os, "open", real)
+                put(spool, "tmp", "other", ZOPE_SENDMAIL).rename(Path(spool.location, "new", name))
+            return fd
+
+        monkeypatch.setattr(os, "open", slow)
+        assert spool.claim(entry) is None
+        assert settle(spool, entry, State.ACCEPTED) is None
+
     def test_a_mail_that_moves_while_it_is_looked_up(self, spool, monkeypatch):
         entry = queue(spool)
         real = os.open
@@ -528,6 +545,13 @@ class TestDurability:
         calls.clear()
         spool.publish([entry])
         assert calls == ["rename tmp/* new/*", "fsync new/"]
+
+    def test_of_more_mails_than_files_may_be_open(self, spool, calls):
+        entries = [spool.stage(envelope(), MESSAGE) for _ in range(300)]
+        spool.prepare(entries)
+        assert calls.count("fsync tmp/*") == 300
+        assert calls[-1] == "fsync tmp/"
+        assert max(n for n, call in enumerate(calls) if call == "fsync tmp/*") == len(calls) - 2
 
     def test_of_a_prepared_mail_that_is_discarded(self, spool, calls):
         entry = spool.stage(envelope(), MESSAGE)

@@ -75,6 +75,13 @@ def kill(child):
     child.wait(DEADLINE)
 
 
+def _is_mail(fd):
+    try:
+        return ",L=" in os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return False  # the listing's own
+
+
 def in_child(function):
     """Return the exit status of `function` in a forked child: 0 unless it raised."""
     pid = os.fork()
@@ -161,6 +168,16 @@ signal.pause()
         lease = spool.claim(entry)  # though the child lives
         assert lease is not None
         lease.release()
+
+    def test_a_lease_ends_though_a_child_has_not_closed_it_yet(self, spool):
+        entry = queue(spool)
+        lease = spool.claim(entry)
+        copies = [os.dup(int(fd)) for fd in os.listdir("/proc/self/fd") if _is_mail(fd)]
+        assert copies
+        lease.release()
+        assert not spool.leased(entry)
+        for fd in copies:
+            os.close(fd)
 
     def test_a_child_can_use_the_spool(self, spool):
         def child():

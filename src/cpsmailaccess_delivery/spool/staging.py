@@ -81,6 +81,7 @@ class Staging:
 
     def stage(self, envelope: Envelope, message: bytes) -> Entry:
         """See `ISpool`."""
+        self._layout.check_open()
         block = format_block(envelope)
         entry_id = names.new_id(self._clock(), os.urandom(3).hex(), envelope.message_id)
         entry = Entry(entry_id, lane_key(envelope.route))
@@ -206,9 +207,12 @@ class Staging:
         return SweepReport(tuple(removed), tuple(held))
 
     def close(self) -> None:
-        """Close what is open.  What is staged stays staged, until its presence ends."""
-        for staged in self._staged.values():
-            self._shut(staged)
+        """Remove what is staged and not prepared: its transaction cannot commit any more."""
+        for entry_id, staged in list(self._staged.items()):
+            if staged.prepared:
+                self._shut(staged)
+            else:
+                self.discard([Entry(entry_id, "")])
 
     def _settle_all(self, groups: list[list[_Staged]]) -> None:
         staged = sorted(itertools.chain(*groups), key=lambda each: each.serial)
