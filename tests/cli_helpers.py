@@ -38,7 +38,7 @@ class Site:
         assert "-v" in args or "Traceback" not in result.output
         return result
 
-    def json(self, *args: str, input: bytes | None = None, code: int = 0) -> Any:
+    def json(self, *args: str, input: bytes | str | None = None, code: int = 0) -> Any:
         return json.loads(self.run(*args, "--json", input=input, code=code).stdout)
 
     def process(self, *args: str, **options: Any) -> subprocess.Popen[bytes]:

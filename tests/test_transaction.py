@@ -24,7 +24,12 @@ from conftest import KEY, PASSWORD, mails_on_disk
 from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.datamanager import TOKEN_NAME, join
 from cpsmailaccess_delivery.envelope import parse_block
-from cpsmailaccess_delivery.errors import NoSuchAccount, SpoolError, UnknownMailbox
+from cpsmailaccess_delivery.errors import (
+    InvalidAccount,
+    NoSuchAccount,
+    SpoolError,
+    UnknownMailbox,
+)
 from cpsmailaccess_delivery.spool import durable
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
@@ -774,18 +779,30 @@ def test_put_back_keeps_the_password(stocked):
     assert kept.connections == 2
 
 
-def test_put_back_after_delete_has_no_password(stocked):
-    with transaction.manager:
-        read = stocked.accounts.get(ALICE)
-        stocked.accounts.delete(ALICE)
+def test_put_back_after_delete_has_no_password_to_keep(stocked):
+    read = stocked.accounts.get(ALICE)
+    stocked.accounts.delete(ALICE)
+    with pytest.raises(InvalidAccount, match="no stored password"):
         stocked.accounts.put(read)
-    assert stocked.vault.get(ALICE).secret is None
+    transaction.abort()
+
+
+@pytest.mark.parametrize(
+    "elsewhere", [{"host": "evil.example"}, {"verify": False}, {"security": "plain"}]
+)
+def test_a_kept_password_goes_nowhere_else(stocked, elsewhere):
+    read = stocked.accounts.get(ALICE)
+    with pytest.raises(InvalidAccount):
+        stocked.accounts.put(read.replace(**elsewhere))
+    stocked.accounts.put(read.replace(port=465, security="tls"))
+    transaction.commit()
+    assert stocked.vault.get(ALICE).port == 465
 
 
 def test_another_mailbox_does_not_get_the_password(stocked):
     """What is hidden belongs to a mailbox: a copy for another one has none to keep."""
     copy = stocked.accounts.get(ALICE).replace(mailbox="eve@example.org")
-    with pytest.raises(NoSuchAccount):
+    with pytest.raises(InvalidAccount, match="no stored password"):
         stocked.accounts.put(copy)
 
 

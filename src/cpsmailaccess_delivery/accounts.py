@@ -10,7 +10,7 @@ from zope.interface import implementer
 from .account import Account, candidates, normalise_mailbox
 from .address import check_address
 from .datamanager import join
-from .errors import NoSuchAccount, UnknownMailbox
+from .errors import InvalidAccount, NoSuchAccount, UnknownMailbox
 from .interfaces import IAccounts
 
 #: Accounts are published before the mails that need them.
@@ -31,6 +31,7 @@ class Accounts:
         if not isinstance(account, Account):
             raise TypeError(f"put takes an Account, not {type(account).__name__}")
         if account.secret is not None and account.secret.hidden:
+            self._check_kept(account)
             account = account.replace(password=self._kept_secret(account.mailbox))
         self._change(account.mailbox, account)
 
@@ -71,6 +72,22 @@ class Accounts:
                 return account.without_secret() if account is not None else None
         found: Account | None = self._store.peek(mailbox)
         return found
+
+    def _check_kept(self, account: Account) -> None:
+        """A password that nobody can read must not be sent elsewhere to be read there."""
+        before = self._look(account.mailbox)
+        if before is None or before.secret is None:
+            raise InvalidAccount(
+                f"account {account.mailbox}: has no stored password to keep: give the password"
+            )
+        weaker = (account.security == "plain" and before.security != "plain") or (
+            account.verify is False and before.verify is not False
+        )
+        if account.host != before.host or weaker:
+            raise InvalidAccount(
+                f"account {account.mailbox}: the stored password is for {before.host}, as securely"
+                " as now: give it again for another host, or for less security"
+            )
 
     def _kept_secret(self, mailbox: str) -> Any:
         for changed, account in reversed(self._pending()):

@@ -34,14 +34,7 @@ class Attempt:
         self.lease = lease
         self.sender: str = lease.envelope.sender
         self.message: bytes = lease.message
-        done = lease.outcomes
-        self.recipients: tuple[str, ...] = lease.envelope.recipients
-        if done:
-            self.recipients = tuple(
-                recipient
-                for recipient in self.recipients
-                if recipient not in done or done[recipient].state not in FINAL
-            )
+        self.recipients = _open_recipients(lease.envelope.recipients, lease.outcomes)
 
     @property
     def entry(self) -> Entry:
@@ -109,6 +102,17 @@ def worst(outcomes: Mapping[str, Outcome]) -> State:
 
 #: Every recipient was accepted: nothing to remember but the journal's line.
 ACCEPTED = Settlement(State.ACCEPTED)
+
+
+def _open_recipients(
+    recipients: tuple[str, ...], outcomes: Mapping[str, Outcome]
+) -> tuple[str, ...]:
+    """Return who is tried now: who is not settled.  Nobody: a person retries a refused mail."""
+    if not outcomes:
+        return recipients
+    states = {r: outcomes[r].state if r in outcomes else State.QUEUED for r in recipients}
+    unsettled = tuple(r for r in recipients if states[r] not in FINAL)
+    return unsettled or tuple(r for r in recipients if states[r] is State.REFUSED)
 
 
 def _unclear(outcomes: Mapping[str, Outcome], recipient: str) -> bool:

@@ -62,6 +62,10 @@ class InvalidEnvelope(SpoolError, ValueError):
     """A spool file whose private block does not follow the rules of `envelope`."""
 
 
+class OutboxClosed(SpoolError):
+    """The outbox was closed; open a new one."""
+
+
 class NoSuchEntry(SpoolError, LookupError):
     """No mail with this id or Message-Id is in the spool."""
 
@@ -91,7 +95,3 @@ class BrokenSeal(VaultError):
 
 class SecretUnavailable(VaultError):
     """``password_from`` names an environment variable or file that is not there."""
-
-
-class OutboxClosed(OutboxError):
-    """The outbox was closed; open a new one."""

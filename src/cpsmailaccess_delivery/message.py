@@ -5,6 +5,7 @@ Every other byte stays as it was given, so that signatures (DKIM, S/MIME, OpenPG
 
 from __future__ import annotations
 
+import platform
 import re
 from email.errors import MessageError
 from email.message import Message
@@ -12,7 +13,8 @@ from email.policy import EmailPolicy
 from email.utils import formatdate, make_msgid
 from typing import Final
 
-from .errors import InvalidMessage, MessageTooLarge
+from .address import ascii_host
+from .errors import InvalidAddress, InvalidMessage, MessageTooLarge
 
 #: Bytes of a message that `send` takes unless the outbox says otherwise.
 DEFAULT_SIZE_LIMIT: Final = 50 * 1024 * 1024
@@ -171,5 +173,8 @@ def _own_message_id(value: bytes | None) -> str | None:
 
 def _new_message_id(sender: str) -> str:
     domain = sender.rpartition("@")[2]
-    usable = domain.isascii() and domain and not domain.startswith("[")
-    return make_msgid(domain=domain if usable else None)[1:-1]
+    try:
+        domain = ascii_host(domain)
+    except InvalidAddress:  # none, or an address literal; never a name look-up, which may hang
+        domain = platform.node() or "localhost"
+    return make_msgid(domain=domain)[1:-1]

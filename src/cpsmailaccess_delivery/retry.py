@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+from .errors import InvalidSettings
+
+_MONTH: Final = 30 * 86400.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +25,22 @@ class Schedule:
     longest: float = 4 * 3600.0
     jitter: float = 0.25
     give_up: float = 5 * 86400.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "first": 0 < self.first <= _MONTH,
+            "factor": 1 <= self.factor <= 100,
+            "longest": 0 < self.longest <= _MONTH,
+            "jitter": 0 <= self.jitter <= 1,
+            "give_up": 0 < self.give_up <= 12 * _MONTH,
+        }
+        for name, holds in rules.items():
+            if not holds:
+                raise InvalidSettings(
+                    f"retry.{name}={getattr(self, name)!r}: first and longest are over 0 and at"
+                    " most 30 days in seconds, factor 1 to 100, jitter 0 to 1, give_up over 0 and"
+                    " at most 360 days"
+                )
 
     def delay(self, attempts: int, chance: float) -> float:
         """Return seconds to wait after this many attempts; `chance` is in [0, 1)."""

@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection
 from typing import Final
 
-from ..errors import SpoolError
+from ..errors import OutboxClosed, SpoolError
 from .durable import make_private, spool_error
 
 _MAILDIR: Final = ("tmp", "new", "cur")
@@ -46,6 +46,11 @@ class Layout:
     def __getitem__(self, name: str) -> int:
         """Return the descriptor of a directory; -1, which every call refuses, once closed."""
         return self._fds.get(name, -1)
+
+    def check_open(self) -> None:
+        """Raises `OutboxClosed`."""
+        if not self._fds:
+            raise OutboxClosed(f"{self.path}: this outbox was closed; make a new Outbox")
 
     def listing(self, name: str) -> list[str]:
         """Return the names in a directory.  Raises `SpoolError`."""
