@@ -181,8 +181,7 @@ class Staging:
                 continue  # published, discarded or swept meanwhile
             found = names.parse_staged(name)
             if found and mode == _COMMITTED:
-                if self._move_to_new(name, found[0]):
-                    os.chmod(names.file_name(found[0]), _PREPARED, dir_fd=self._layout["new"])
+                self._publish_late(name, found[0])
                 continue
             if token not in alive:
                 alive[token] = token == self._presence.token or self._presence.is_alive(token)
@@ -260,6 +259,13 @@ class Staging:
             log.critical("%s: cannot be moved to new/, stays in tmp/: %s", entry.id, error)
             return False
         return True
+
+    def _publish_late(self, name: str, entry: Entry) -> None:
+        if self._move_to_new(name, entry):
+            try:
+                os.chmod(names.file_name(entry), _PREPARED, dir_fd=self._layout["new"])
+            except OSError:
+                pass  # delivered already
 
     def _ids(self) -> set[str]:
         """Return the ids of all visible mails; cur/ between two looks at new/: mails move."""
