@@ -466,6 +466,32 @@ class TestCrashes:
         )
         assert len(names_in(spool, "new")) + len(names_in(spool, "cur")) == 2
 
+    def test_a_mail_that_moves_while_it_seems_to_have_two_names(self, spool, monkeypatch):
+        held = spool.hold(queue(spool).id, "why")
+        again = spool.requeue(held.id)
+        root = Path(spool.location)
+        new, cur = root / "new" / names.file_name(again), root / "cur" / names.file_name(held)
+        real_listdir, real_stat = os.listdir, os.stat
+
+        def both(fd):
+            return real_listdir(fd) or [cur.name]
+
+        def late(path, *args, **kw):
+            """Each name is there when it is looked at: the mail goes to and fro."""
+            if path != cur.name:
+                return real_stat(path, *args, **kw)
+            new.rename(cur)
+            try:
+                return real_stat(path, *args, **kw)
+            finally:
+                cur.rename(new)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", both)
+            patch.setattr(os, "stat", late)
+            list(spool.scan())
+        assert names_in(spool, "new") == [new.name]
+
     def test_a_torn_note_is_forgotten(self, spool):
         after = settle(spool, queue(spool), State.DEFERRED, outcomes={"b@x": DEFERRED}, attempts=1)
         put(spool, "outcomes", after.id, b'{"state": "defer')

@@ -63,6 +63,10 @@ class Layout:
         except OSError as error:
             raise spool_error(f"list {name}/", self.path, error) from error
 
+    def move(self, old: str, old_name: str, new: str, new_name: str) -> None:
+        """Rename a file from one directory to another.  Raises OSError."""
+        os.rename(old_name, new_name, src_dir_fd=self[old], dst_dir_fd=self[new])
+
     def close(self) -> None:
         """Close the descriptors.  Twice is fine."""
         while self._fds:

@@ -10,7 +10,8 @@ What is safe when: what `ILease.settle` did survives the death of the process at
 against a power loss, outcomes of a mail that stays are safe at once too, and removals
 with the next `sync`.
 
-This file is the contract; `staging` has tmp/, `mails` new/ and cur/, `names` what they say.
+This file is the contract; `staging` has tmp/, `listing` and `mails` have new/ and cur/,
+`names` what the names say.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..interfaces import Entry, ISpool, LaneNote, Record, SweepReport
 from . import names
 from .layout import Layout
 from .lease import Lease, is_locked, unlock
+from .listing import Listing
 from .mails import Mails
 from .notes import LaneNotes
 from .outcomes import SideFiles
@@ -67,7 +69,8 @@ class Maildir:
         self._layout = Layout(self.location, beside=_BESIDE)
         self._staging = Staging(self._layout, presence, clock)
         sides = SideFiles(self._layout, scrap=self._staging.scrap)
-        self._mails = Mails(self._layout, sides, clock)
+        self._mails = Mails(self._layout, sides)
+        self._listing = Listing(self._layout, clock)
         self._notes = LaneNotes(Path(self.location) / "lanes")
         self._polling: list[PollingWatch] = []
 
@@ -97,13 +100,13 @@ class Maildir:
 
     def scan(self) -> Iterator[Entry]:
         """See `ISpool`.  What comes or goes while it runs may be told or not."""
-        return self._mails.entries()
+        return iter(self._listing)
 
     def watch(self) -> NotifyWatch | PollingWatch:
         """See `ISpool`."""
         if self._notify:
             try:
-                return NotifyWatch(self._layout, self._mails.entry_of)
+                return NotifyWatch(self._layout, self._listing.entry_of)
             except (ImportError, AttributeError, OSError) as error:
                 log.info("no inotify, looking once a second instead: %s", error)
         watch = PollingWatch(self._layout, self._polling.remove)

@@ -1,11 +1,10 @@
-"""The visible mails: the files of new/ and cur/, and every change of one.
+"""One visible mail: reading it, claiming it, and every change of it.
 
 A crash between two steps of a change leaves what the next reader puts right:
 
 * side file written, mail not renamed: the side counts more attempts, and `claim` lets the
   name follow;
-* mail removed, side file left: an orphan, swept after an hour;
-* two names for one file (a file system that saved half of a rename): the later state stays.
+* mail removed, side file left: an orphan, swept after an hour.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
 from typing import Final
 
 from ..envelope import parse_block
@@ -39,93 +37,14 @@ _NO_MAIL: Final = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
 
 
 class Mails:
-    """What is in new/ and cur/, with its side files.  `clock`: for ids of adopted files."""
+    """The files of new/ and cur/, by their entries, with their side files."""
 
-    def __init__(self, layout: Layout, sides: SideFiles, clock: Callable[[], float]) -> None:
+    def __init__(self, layout: Layout, sides: SideFiles) -> None:
         self._layout = layout
         self._sides = sides
-        self._clock = clock
         self._removed = False  # whether a removal is not synced yet
         self._spent: deque[str] = deque()  # ids of those among them that had a side file
         self._buried: deque[tuple[int, int]] = deque()  # open files without a name
-
-    # Listing
-
-    def entries(self) -> Iterator[Entry]:
-        """Yield the entries, the oldest first.
-
-        Names are let go as they are used: a million of them is most of what a start
-        costs in memory.
-        """
-        new, cur = (sorted(self._layout.listing(name), reverse=True) for name in ("new", "cur"))
-        while new or cur:
-            from_new = not cur or (bool(new) and new[-1] < cur[-1])
-            name = (new if from_new else cur).pop()
-            base = name.partition(":")[0]
-            if any(rest and rest[-1].partition(":")[0] == base for rest in (new, cur)):
-                twins = [("new" if from_new else "cur", name)]
-                for where, rest in (("new", new), ("cur", cur)):
-                    while rest and rest[-1].partition(":")[0] == base:
-                        twins.append((where, rest.pop()))
-                yield from self._resolve(twins)
-            else:
-                entry = self.entry_of("new" if from_new else "cur", name)
-                if entry is not None:
-                    yield entry
-
-    def entry_of(self, where: str, name: str) -> Entry | None:
-        """Return the entry of a file; one that we did not name is made usable, and queued.
-
-        So no name that leaves here holds anything but letters, digits and a few signs,
-        and names and places of states always agree.
-        """
-        if name.startswith("."):
-            return None  # hidden, as in Maildir: zope.sendmail's .sending-, .rejected-
-        return names.parse(name, where) or self._adopt(where, name)
-
-    def _adopt(self, where: str, name: str) -> Entry | None:
-        entry = names.usable_id(name)
-        if entry is None or self._exists("new", entry):
-            entry = Entry(names.new_id(self._clock(), os.urandom(3).hex(), ascii(name)), "")
-        try:
-            self._move(where, name, "new", names.file_name(entry))
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                log.error("%s/%a: is not named as a mail and cannot be: %s", where, name, error)
-            return None
-        log.info("%s/%a: now queued as %s", where, name, entry.id)
-        return entry
-
-    def _resolve(self, twins: list[tuple[str, str]]) -> list[Entry]:
-        """Return the entries of files that share an id: one, when they are one file."""
-        found: dict[int, list[tuple[bool, int, float, str, str]]] = {}
-        for where, name in twins:
-            entry = self.entry_of(where, name)
-            if entry is None:
-                continue
-            where, name = names.folder(entry.state), names.file_name(entry)
-            try:
-                status = os.stat(name, dir_fd=self._layout[where], follow_symlinks=False)
-            except OSError:
-                continue
-            rank = (where == "cur", entry.attempts, entry.due, where, name)
-            found.setdefault(status.st_ino, []).append(rank)
-        entries = []
-        for ranks in found.values():
-            ranks.sort()
-            *earlier, (_, _, _, where, name) = ranks
-            for _, _, _, old_where, old_name in earlier:
-                log.warning("%s/%s: is %s/%s as well; removed", old_where, old_name, where, name)
-                try:
-                    os.unlink(old_name, dir_fd=self._layout[old_where])
-                except OSError as error:
-                    log.error("%s/%s: cannot be removed: %s", old_where, old_name, error)
-            entry = names.parse(name, where)
-            if entry is not None:
-                entries.append(entry)
-        return entries
-
-    # Reading
 
     def read(self, entry: Entry) -> tuple[Record, bytes]:
         """Return a mail.  Raises FileNotFoundError, `InvalidEnvelope`, `SpoolError`."""
@@ -269,7 +188,7 @@ class Mails:
         after = _held(entry)
         try:
             self._sides.write(entry.id, Side(after.state, reason=reason))
-            self._move("tmp", name, "cur", names.file_name(after))
+            self._layout.move("tmp", name, "cur", names.file_name(after))
         except FileNotFoundError:
             return False  # another sweep was faster
         except (OSError, SpoolError) as error:
@@ -283,7 +202,7 @@ class Mails:
             return
         old, new = names.folder(before.state), names.folder(after.state)
         try:
-            self._move(old, names.file_name(before), new, names.file_name(after))
+            self._layout.move(old, names.file_name(before), new, names.file_name(after))
         except OSError as error:
             action = f"change {before.id} from {before.state} to {after.state}"
             raise spool_error(action, self._layout.path, error) from error
@@ -336,21 +255,11 @@ class Mails:
             if generation == forks.generation():
                 forks.drop(fd)
 
-    def _move(self, old: str, old_name: str, new: str, new_name: str) -> None:
-        os.rename(old_name, new_name, src_dir_fd=self._layout[old], dst_dir_fd=self._layout[new])
-
     def _sync(self, name: str) -> None:
         try:
             os.fsync(self._layout[name])
         except OSError as error:
             raise spool_error(f"make {name}/ durable", self._layout.path, error) from error
-
-    def _exists(self, where: str, entry: Entry) -> bool:
-        try:
-            os.stat(names.file_name(entry), dir_fd=self._layout[where], follow_symlinks=False)
-        except OSError:
-            return False
-        return True
 
 
 def _held(entry: Entry) -> Entry:

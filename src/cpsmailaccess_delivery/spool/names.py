@@ -15,7 +15,6 @@ id and has no lane; in the spool it is queued like any other.  A name is *canoni
 
 from __future__ import annotations
 
-import math
 import re
 from sys import intern
 from typing import Final
@@ -84,8 +83,10 @@ def parse(name: str, where: str) -> Entry | None:
 
 def normal(entry: Entry) -> Entry:
     """Return the entry as its name can say it: due in whole milliseconds, never early."""
-    due = entry.due if 0 < entry.due < _LAST_DUE else _LAST_DUE if entry.due > 0 else 0
-    due = float(_number(min(math.ceil(due * 1000) / 1000, _LAST_DUE)))
+    wanted = min(max(entry.due, 0.0), _LAST_DUE)
+    due = float(_number(wanted))
+    if due < wanted:
+        due = float(_number(wanted + 0.001))
     attempts = min(max(entry.attempts, 0), _LAST_ATTEMPT)
     return Entry(entry.id, entry.lane, entry.state, due, attempts)
 
