@@ -1,15 +1,22 @@
 # make run [MAILS=DIR]   send mails through three mailboxes and check what arrived
 # make test              lint and the whole suite
+# make bench [ROUNDS=3] [SCALE=1] [ROWS="plain tls"] [LIMIT=30] [BENCH_DIR=/var/tmp]
+#                        side by side with zope.sendmail and Postfix, see docs/performance.rst
 # make lint, make clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MAILS ?=
+ROUNDS ?= 3
+SCALE ?= 1
+LIMIT ?= 30
+ROWS ?=
+BENCH_DIR ?= /var/tmp
 SETTINGS := setup.py pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint clean
+.PHONY: run test lint bench clean
 
 run: $(VENV)/.demo
 	@PYTHONPATH=examples $(BIN)/python -m demo $(if $(MAILS),"$(MAILS)")
@@ -23,12 +30,17 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/mypy examples/demo
 
+bench: $(VENV)/.bench
+	@benchmarks/install-postfix || echo "without Postfix"
+	@$(BIN)/python -m benchmarks --rounds $(ROUNDS) --scale $(SCALE) --limit $(LIMIT) \
+		--directory $(BENCH_DIR) $(ROWS)
+
 clean:
 	rm -rf $(VENV) build dist var .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -o -name '*.egg-info' -prune | xargs rm -rf
 
 # One environment: what `make test` adds leaves `make run` as it was.
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(SETTINGS) | $(BIN)/python
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(SETTINGS) | $(BIN)/python
 	@echo "Installing cpsmailaccess_delivery[$*] into $(VENV)"
 	@$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[$*]'
 	@touch $@

@@ -49,6 +49,8 @@ setup(
         "zope.sendmail >= 6",
     ],
     extras_require={
+        # What `make bench` needs besides Debian's package postfix.
+        "bench": ["matplotlib >= 3.8", "trustme >= 1.1"],
         # What `make run` and applications' own tests need: certificates made on the spot.
         "demo": ["trustme >= 1.1"],
         "test": [

@@ -1,0 +1,1 @@
+"""This project, zope.sendmail and Postfix side by side: ``make bench``, docs/performance.rst."""
