@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpsmailaccess_delivery.account import Account, Secret
+from cpsmailaccess_delivery.account import HIDDEN, Account, Secret
 from cpsmailaccess_delivery.outcome import Phase
 from cpsmailaccess_delivery.smtp.machine import (
     Closed,
@@ -58,6 +58,8 @@ def account(**changes: Any) -> Account:
         "security": "plain",
         "mails_per_session": 10_000,
     }
+    if "username" in changes:  # sessions get the secret by hand
+        settings["password"] = HIDDEN
     return Account(**{**settings, **changes})
 
 

@@ -13,8 +13,11 @@ import pytest
 import transaction
 
 from cpsmailaccess_delivery import Account, Outbox, State
+from cpsmailaccess_delivery import processor as processor_module
 from cpsmailaccess_delivery.errors import NoSuchEntry
 from cpsmailaccess_delivery.retry import Schedule
+from cpsmailaccess_delivery.scheduler import Scheduler
+from cpsmailaccess_delivery.smtp import mails
 from cpsmailaccess_delivery.testing import SMTPServer
 
 DEADLINE = 20.0
@@ -333,17 +336,191 @@ def test_a_file_that_is_no_mail_is_set_aside(outbox, server):
     assert entry.state == "held"
 
 
-def test_a_poisoned_mail_does_not_block_its_lane(outbox, server):
+def test_a_relay_that_hangs_up_on_one_mail_gets_the_others_later(outbox, server):
     put(outbox, server, connections=1)
     server.on("MAIL", drop=True, match="poison@")
     bad = send(outbox, "poison@x.org", mailbox="alice@example.org")
     good = [send(outbox) for _ in range(3)]
-    processor = outbox.processor()
-    processor.run(forever=False)
+    outbox.processor().run(forever=False)
     assert outbox.status(bad).attempts == 1
-    outbox.queue.hold(bad, "looked at by a person")
+    assert outbox.status(bad).next_try > time.time()
     outbox.processor().run(forever=False)
     assert {outbox.status(message_id).state for message_id in good} == {"accepted"}
+    assert outbox.status(bad).state == "deferred"
+
+
+def test_a_mail_that_we_cannot_put_into_smtp_is_held_alone(outbox, server, monkeypatch):
+    put(outbox, server, connections=1)
+    real = mails.prepare
+
+    def prepare(mail, relay):
+        if b"poison" in mail.message:
+            raise ZeroDivisionError("a bug")
+        return real(mail, relay)
+
+    monkeypatch.setattr(mails, "prepare", prepare)
+    bad = send(outbox, message=MESSAGE + b"poison\r\n")
+    good = [send(outbox) for _ in range(3)]
+    summary = outbox.processor().run(forever=False)
+    assert (summary.accepted, summary.held) == (3, 1)
+    assert outbox.status(bad).state == "held"
+    assert "a bug" in outbox.status(bad).reason
+    assert {outbox.status(message_id).state for message_id in good} == {"accepted"}
+
+
+def test_a_hostile_header_for_a_seven_bit_relay(outbox):
+    with SMTPServer(extensions=()) as server:
+        put(outbox, server)
+        hostile = b"Subject: x\r\nCc: " + b"(" * 5000 + "\u00e9".encode() + b"\r\n\r\nx\r\n"
+        bad, good = send(outbox, message=hostile), send(outbox)
+        outbox.processor().run(forever=False)
+        assert outbox.status(bad).state == "refused"
+        assert outbox.status(good).state == "accepted"
+
+
+def test_login_wanted_for_one_recipient_sends_the_others_one_copy(outbox, server):
+    put(outbox, server)
+    server.on("RCPT", reply="530 5.7.0 authentication required", match="eve@")
+    message_id = send(outbox, to=["bob@x.org", "eve@x.org"])
+    for _ in range(3):
+        outbox.processor().run(forever=False)
+    assert [mail.recipients for mail in server.mails] == [("bob@x.org",)]
+    states = {r: str(o.state) for r, o in outbox.status(message_id).recipients.items()}
+    assert states == {"bob@x.org": "accepted", "eve@x.org": "deferred"}
+
+
+def test_one_refusal_over_many_mails_is_one_failure(outbox, server):
+    put(outbox, server)
+    server.on("MAIL", reply="530 5.7.0 authentication required")
+    with transaction.manager:
+        for _ in range(20):
+            outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+    assert outbox.processor().run(forever=False).waiting == 20
+    (note,) = outbox.spool.lane_notes().values()
+    assert note.failures == 1
+
+
+def test_a_broken_account_stops_nobody_else(outbox, server):
+    put(outbox, server)
+    put(outbox, server, "@broken.example")
+    lost, sent = send(outbox, "a@broken.example"), send(outbox)
+    (path,) = (
+        path
+        for path in Path(outbox.location, "accounts").iterdir()
+        if b"@broken.example" in path.read_bytes()
+    )
+    path.write_bytes(b"{")
+    summary = outbox.processor().run(forever=False)
+    assert (summary.accepted, summary.waiting) == (1, 1)
+    assert outbox.status(sent).state == "accepted"
+    assert outbox.status(lost).state == "deferred"
+
+
+def test_the_note_of_a_lane_ends_with_its_trouble(outbox):
+    with SMTPServer(users={"alice": "right"}) as server:
+        put(outbox, server, username="alice", password="wrong")
+        send(outbox)
+        outbox.processor().run(forever=False)
+        assert outbox.spool.lane_notes()
+        put(outbox, server, username="alice", password="right")
+        assert outbox.processor().run(forever=False).accepted == 1
+        assert outbox.spool.lane_notes() == {}
+
+
+def test_a_person_may_end_the_wait_of_a_lane(outbox):
+    with SMTPServer(users={"alice": "pw"}) as server:
+        server.on("AUTH", reply="535 5.7.8 not now", times=1)
+        put(outbox, server, username="alice", password="pw")
+        processor = outbox.processor()
+        processor.start()
+        message_id = send(outbox)
+        wait_for(lambda: outbox.spool.lane_notes())
+        for key in outbox.spool.lane_notes():
+            outbox.spool.note_lane(key, None)
+        send(outbox)
+        server.wait_for(2, DEADLINE)
+        wait_for(lambda: outbox.status(message_id).state == State.ACCEPTED)
+        assert processor.stop(timeout=DEADLINE)
+
+
+def test_a_secret_that_appears_is_used_by_the_next_drain(outbox, monkeypatch):
+    with SMTPServer(users={"alice": "pw"}) as server:
+        put(outbox, server, username="alice", password_from="env:CPSMAIL_TEST_SECRET")
+        message_id = send(outbox)
+        assert outbox.processor().run(forever=False).waiting == 1
+        assert "CPSMAIL_TEST_SECRET" in outbox.status(message_id).reason
+        monkeypatch.setenv("CPSMAIL_TEST_SECRET", "pw")
+        assert outbox.processor().run(forever=False).accepted == 1
+
+
+def test_a_deferred_mail_is_counted_once(outbox, server):
+    put(outbox, server)
+    server.on("RCPT", reply="450 4.2.0 later")
+    send(outbox)
+    summary = outbox.processor().run(forever=False)
+    assert (summary.deferred, summary.waiting) == (1, 0)
+
+
+def test_a_limit_wakes_its_lane_once(outbox, server, monkeypatch):
+    put(outbox, server, mails_per_minute=60, connections=3)
+    with transaction.manager:
+        for _ in range(40):
+            outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+    asked = []
+    real = Scheduler.wake_at
+    monkeypatch.setattr(
+        Scheduler, "wake_at", lambda self, *args: (asked.append(args), real(self, *args))
+    )
+    processor = outbox.processor()
+    processor.start()
+    server.wait_for(12, DEADLINE)
+    assert processor.stop(timeout=DEADLINE)
+    assert len(asked) < 10
+
+
+def test_removals_are_made_durable_while_it_runs(outbox, server, monkeypatch, running):
+    synced = threading.Event()
+    real = outbox.spool.sync
+    monkeypatch.setattr(outbox.spool, "sync", lambda: (real(), synced.set()))
+    put(outbox, server)
+    send(outbox)
+    server.wait_for(1, DEADLINE)
+    assert synced.wait(DEADLINE)
+
+
+def test_a_processor_that_fails_begins_again(outbox, server, monkeypatch):
+    monkeypatch.setattr(processor_module, "_RESTART", 0.01)
+    real, failures = Scheduler.start, []
+
+    def start(scheduler):
+        if len(failures) < 2:
+            failures.append(1)
+            raise OSError("the disk is away")
+        real(scheduler)
+
+    monkeypatch.setattr(Scheduler, "start", start)
+    put(outbox, server)
+    send(outbox)
+    processor = outbox.processor()
+    processor.start()
+    server.wait_for(1, DEADLINE)
+    assert processor.stop(timeout=DEADLINE)
+    assert len(failures) == 2
+
+
+def test_an_interpreter_that_ends_records_what_the_relay_took(outbox, server):
+    put(outbox, server)
+    server.on("TAKEN", delay=0.5)
+    message_id = send(outbox)
+    code = (
+        "import sys\nfrom cpsmailaccess_delivery import Outbox\n"
+        "Outbox(sys.argv[1]).processor().start()\ninput()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, outbox.location], stdin=subprocess.PIPE)
+    server.wait_for(1, DEADLINE)
+    process.communicate(b"\n", timeout=DEADLINE)  # the main thread ends, not by a signal
+    assert list(outbox.spool.scan()) == []
+    assert outbox.status(message_id).state == "accepted"
 
 
 def test_mails_per_minute(outbox, server):

@@ -602,7 +602,7 @@ def test_wrong_password_is_tried_once():
     rule = lambda line, _: "535 5.7.8 wrong" if line == "LOGIN" else None  # noqa: E731
     drive = Drive(Relay(("AUTH CRAM-MD5 PLAIN",), rule), [letter(1)], **LOGIN).run()
     assert len(drive.relay.logins) == 1
-    assert trouble_of(drive) is Trouble.ACCOUNT
+    assert trouble_of(drive) is Trouble.LOGIN
     assert not drive.given
 
 
@@ -610,7 +610,7 @@ def test_no_login_offered():
     for keywords in ((), ("AUTH GSSAPI",)):
         drive = Drive(Relay(keywords), [letter(1)], **LOGIN).run()
         assert drive.close.failure.phase is Phase.AUTH
-        assert trouble_of(drive) is Trouble.ACCOUNT
+        assert trouble_of(drive) is Trouble.LOGIN
 
 
 @pytest.mark.parametrize("answer", ["334 !!!", "334 ", "334 YQ==", "250 ok", "99 x"])

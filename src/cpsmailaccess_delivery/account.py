@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal, get_args
 
-from .address import ascii_host, check_address, is_loopback
+from .address import ascii_host, check_address, is_loopback, relay_name
 from .errors import InvalidAccount, InvalidAddress
 
 Security = Literal["tls", "starttls", "plain"]
@@ -138,8 +138,7 @@ class Account:
     @property
     def relay(self) -> str:
         """The relay as people write it: ``host:port``."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        return relay_name(self.host, self.port)
 
     def replace(self, **changes: Any) -> Account:
         """Return a copy with these fields changed, checked again."""
@@ -200,6 +199,8 @@ class Account:
             self._refuse("username", self.username, "is needed with a password")
         if self.username is None:
             return
+        if not has_password:  # a login with an empty one would only lock the mailbox
+            self._refuse("username", self.username, "needs password or password_from")
         if (
             not isinstance(self.username, str)
             or not self.username

@@ -104,6 +104,11 @@ def ascii_host(host: object) -> str:
     return text.lower()
 
 
+def relay_name(host: str, port: int) -> str:
+    """Return a relay as people write it: ``host:port``, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether the host, by its text alone, is this machine."""
     try:

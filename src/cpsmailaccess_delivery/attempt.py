@@ -20,8 +20,8 @@ _WORST_FIRST = (
     State.HELD,
     State.UNCLEAR,
     State.REFUSED,
-    State.ACCEPTED,
     State.CANCELLED,
+    State.ACCEPTED,
 )
 
 
@@ -43,12 +43,17 @@ class Attempt:
 
 
 def account_trouble(results: Mapping[str, Result]) -> Result | None:
-    """Return the result that shows that the account must be mended, not the mail."""
-    for result in results.values():
-        verdict = classify(result.phase, result.reply, result.error)
-        if verdict.trouble is Trouble.ACCOUNT:
-            return result
-    return None
+    """Return a result that shows that the account must be mended, not the mail.
+
+    Only when it is so for every recipient: then the mail was not really tried, and nothing
+    has to be recorded of it.
+    """
+    found = None
+    for found in results.values():
+        verdict = classify(found.phase, found.reply, found.error)
+        if verdict.trouble not in (Trouble.ACCOUNT, Trouble.LOGIN):
+            return None
+    return found
 
 
 def outcomes_of(attempt: Attempt, results: Mapping[str, Result], now: float) -> dict[str, Outcome]:

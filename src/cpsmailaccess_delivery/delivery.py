@@ -13,7 +13,14 @@ from .account import Account, normalise_mailbox
 from .address import ascii_host, check_address, check_recipients
 from .datamanager import join
 from .envelope import Envelope, Route
-from .errors import InvalidAccount, InvalidAddress, UnknownMailbox
+from .errors import (
+    InvalidAccount,
+    InvalidAddress,
+    NotQueued,
+    SpoolError,
+    UnknownMailbox,
+    VaultError,
+)
 from .interfaces import Entry, IMailboxDelivery, IMailDelivery
 from .message import DEFAULT_SIZE_LIMIT, complete, to_bytes
 
@@ -74,7 +81,10 @@ class MailboxDelivery:
             staged: Entry = self._spool.stage(envelope, stored)
             return staged
 
-        join(self._manager, self._spool, stage, rank=_RANK)
+        try:
+            join(self._manager, self._spool, stage, rank=_RANK)
+        except SpoolError as error:
+            raise NotQueued(str(error)) from error
         return message_id
 
     def bind(self, mailbox: str) -> BoundDelivery:
@@ -106,6 +116,8 @@ class MailboxDelivery:
             account: Account = self._accounts.find(mailbox)
         except InvalidAccount as error:
             raise UnknownMailbox(str(error)) from None
+        except VaultError as error:
+            raise NotQueued(str(error)) from error
         return account
 
 

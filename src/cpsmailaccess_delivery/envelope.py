@@ -28,7 +28,7 @@ from email.utils import getaddresses
 from typing import Final
 
 from .account import DEFAULT_MAILBOX
-from .address import check_address, check_recipients
+from .address import check_address, check_recipients, relay_name
 from .errors import InvalidAddress, InvalidEnvelope, NoRecipients
 from .message import find_message_id
 
@@ -64,7 +64,7 @@ class Route:
     port: int = 0
 
     def __str__(self) -> str:
-        return self.mailbox or f"{self.host}:{self.port}"
+        return self.mailbox or relay_name(self.host, self.port)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,10 @@ class InvalidEnvelope(SpoolError, ValueError):
     """A spool file whose private block does not follow the rules of `envelope`."""
 
 
+class NotQueued(SendError, SpoolError):
+    """The mail is right, but could not be taken: disk full, permissions, a damaged account."""
+
+
 class OutboxClosed(SpoolError):
     """The outbox was closed; open a new one."""
 

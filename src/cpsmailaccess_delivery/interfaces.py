@@ -350,8 +350,9 @@ class IMailboxDelivery(IQueuedMailDelivery):
         `hostname`, `port`: a relay without login instead of an account.
 
         Returns the Message-Id without angle brackets.  Raises `InvalidAddress`,
-        `NoRecipients`, `UnknownMailbox`, `InvalidMessage`, `MessageTooLarge`,
-        `SpoolError`; nothing is queued then.
+        `NoRecipients`, `UnknownMailbox`, `InvalidMessage`, `MessageTooLarge`, `NotQueued`,
+        all of them `SendError` and `smtplib.SMTPException`; in the explicit mode of
+        transaction its `NoTransaction`.  Nothing is queued then.
         """
 
     def bind(mailbox):

@@ -136,7 +136,7 @@ class Journal:
             thread = self._thread
             self._thread = None
         if thread is not None:
-            atexit.unregister(self.close)
+            atexit.unregister(self.flush)
             self._hurry.set()
             self._wake.set()
             thread.join(_PATIENCE)
@@ -175,7 +175,7 @@ class Journal:
                     self._pending.clear()
                     return
                 self._thread = thread
-                atexit.register(self.close)
+                atexit.register(self.flush)  # not close: a processor may still stop
             self._signalled = True
         self._wake.set()
 

@@ -13,6 +13,7 @@ It runs in the processor's event loop; nothing here blocks but short file operat
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 #: Entries that one session may have before it is worth opening another.
 _BACKLOG = 8
 
+#: Seconds between two looks whether a person has removed the note of a waiting lane.
+_LOOK = 30.0
+
 #: Seconds that an unused session is kept, for the next mail of the same account.
 _IDLE = 10.0
 
@@ -59,6 +63,7 @@ class Lane:
         self._failures = 0
         self._most_sessions: int | None = None  # learned: the relay refused one more
         self._idle_timer: Any = None
+        self._woken_at = math.inf  # seconds since the epoch: the wake-up that is under way
         self._stopping = False
         self._recall_note()
 
@@ -90,13 +95,23 @@ class Lane:
 
     def work(self) -> None:
         """Put the ready entries to work: wake sessions, open what is missing."""
-        if self._stopping or self.waiting or not self.ready:
+        if self._stopping or not self.ready:
             return
+        if self.waiting:
+            if self._scheduler.lane_note(self.key) is not None:
+                self._look_again()
+                return
+            self._forget_trouble()
         for session in list(self._sessions):
             session.wake()
         while self.ready and self._wants_session() and self._scheduler.may_connect(self):
             if not self._open_session():
                 break
+
+    def wake(self) -> None:
+        """What `_wake_at` asked for."""
+        self._woken_at = math.inf
+        self.work()
 
     def stop(self) -> None:
         """Take nothing more; finish what is past the end of data, give back the rest."""
@@ -111,8 +126,8 @@ class Lane:
         for session in list(self._sessions):
             session.abort()
 
-    def quit_idle(self) -> None:
-        """Close the sessions politely; ready entries open new ones."""
+    def quit(self) -> None:
+        """Close the sessions when they have finished what is in flight."""
         for session in list(self._sessions):
             session.quit()
 
@@ -121,48 +136,45 @@ class Lane:
         if not self.route.mailbox or self._version == self._current_version():
             return
         self._forget_trouble()
-        self.quit_idle()
+        self.quit()
         self.work()
 
     # What sessions call: `smtp.session.Source`
 
     def next_mail(self) -> Attempt | None:
         while self.ready and not self._stopping and self._may_send():
-            entry = self.ready.popleft()
-            attempt = self._scheduler.claim(entry, self)
+            attempt = self._scheduler.claim(self.ready.popleft(), self)
             if attempt is not None:
                 self.in_flight += 1
                 return attempt
             if self._bucket is not None:
-                self._bucket.tokens += 1.0  # nothing was sent for it
+                self._bucket.give_back()
         if self.idle:
             self._start_idle_timer()
         return None
 
     def mail_done(self, mail: Attempt, results: Mapping[str, Result]) -> None:
         self.in_flight -= 1
-        scheduler = self._scheduler
         trouble = account_trouble(results)
-        if trouble is not None:  # the mail was not really tried
-            mail.lease.release()
-            self.ready.appendleft(mail.entry)
-            self._wait(Trouble.ACCOUNT, f"The relay does not let this account send: {trouble.text}")
-            self.quit_idle()
+        if trouble is not None:
+            self._give_back(mail)
+            self._wait(Trouble.LOGIN, f"The relay does not let this account send: {trouble.text}")
+            self.quit()
             return
-        now = scheduler.now()
-        outcomes = outcomes_of(mail, results, now)
-        settlement = settlement_of(
-            mail, outcomes, schedule=scheduler.schedule, now=now, chance=scheduler.chance()
-        )
-        self._record(mail, outcomes)
         if self._failures and any(r.reply and r.reply.code != 421 for r in results.values()):
             self._forget_trouble()  # the relay works: it has an opinion on this mail
-        scheduler.settle(mail, settlement)
+        try:
+            self._settle(mail, results)
+        except Exception as error:  # a fault of ours; what the relay took is not sent again
+            self._scheduler.set_aside(mail, error)
 
     def mail_unsent(self, mail: Attempt) -> None:
         self.in_flight -= 1
-        mail.lease.release()
-        self.ready.appendleft(mail.entry)
+        self._give_back(mail)
+
+    def mail_broken(self, mail: Attempt, error: Exception) -> None:
+        self.in_flight -= 1
+        self._scheduler.set_aside(mail, error)
 
     def session_ready(self, session: Session) -> None:
         pass  # it asks for mails by itself
@@ -173,12 +185,28 @@ class Lane:
             self._judge(failure)
         self._scheduler.session_over(self)
 
+    def _settle(self, mail: Attempt, results: Mapping[str, Result]) -> None:
+        scheduler = self._scheduler
+        now = scheduler.now()
+        outcomes = outcomes_of(mail, results, now)
+        settlement = settlement_of(
+            mail, outcomes, schedule=scheduler.schedule, now=now, chance=scheduler.chance()
+        )
+        self._record(mail, outcomes)
+        scheduler.settle(mail, settlement)
+
+    def _give_back(self, mail: Attempt) -> None:
+        mail.lease.release()
+        self.ready.appendleft(mail.entry)
+
     # How many sessions
 
     def _wants_session(self) -> bool:
         count = len(self._sessions)
         if not count:
             return True
+        if self._bucket is not None and self._bucket.tokens < 1.0:
+            return False
         account = self._account
         most = self._most_sessions or (account.connections if account else 1)
         return count < most and len(self.ready) > _BACKLOG * count
@@ -214,12 +242,15 @@ class Lane:
         return account
 
     def _current_version(self) -> str:
-        return str(self._scheduler.accounts.version(self.route.mailbox))
+        try:
+            return str(self._scheduler.accounts.version(self.route.mailbox))
+        except VaultError as error:
+            return str(error)  # to load it will fail, and says why; mended, it differs
 
     def _start_idle_timer(self) -> None:
         if self._idle_timer is None:
             if self._scheduler.draining:
-                self._scheduler.loop.call_soon(self.quit_idle)
+                self._scheduler.loop.call_soon(self.quit)
             else:
                 self._idle_timer = self._scheduler.loop.call_later(_IDLE, self._idle_over)
 
@@ -231,7 +262,7 @@ class Lane:
     def _idle_over(self) -> None:
         self._idle_timer = None
         if self.idle:
-            self.quit_idle()
+            self.quit()
 
     # Limits and trouble
 
@@ -240,10 +271,17 @@ class Lane:
             return False
         if self._bucket is None:
             return True
-        wait = self._bucket.take(self._scheduler.now())
+        now = self._scheduler.now()
+        wait = self._bucket.take(now)
         if wait:
-            self._scheduler.wake_at(self._scheduler.now() + wait, self)
+            self._wake_at(now + wait)
         return not wait
+
+    def _wake_at(self, when: float) -> None:
+        """Ask for one wake-up, not one for each session that has nothing to do."""
+        if when < self._woken_at:
+            self._woken_at = when
+            self._scheduler.wake_at(when, self)
 
     def _judge(self, failure: Failure) -> None:
         """A session failed and had delivered nothing."""
@@ -255,6 +293,8 @@ class Lane:
         self._wait(verdict.trouble, explain(self._account, failure))
 
     def _wait(self, trouble: Trouble, reason: str) -> None:
+        if self.waiting:
+            return  # one event, however many mails and sessions tell of it
         scheduler = self._scheduler
         self._failures += 1
         now = scheduler.now()
@@ -273,23 +313,29 @@ class Lane:
                 version=self._version,
             ),
         )
-        scheduler.wake_at(self.wait_until, self)
+        self._look_again()
 
     def _recall_note(self) -> None:
         """Go on waiting where the last processor stopped, but not on a mended account.
 
-        Who drains by hand asks for a try now; only a bad login still waits, so that no
-        mailbox is locked out by our retries.
+        Who drains by hand asks for a try now; only a refused login still waits, so that
+        no mailbox is locked out by our retries.
         """
         note = self._scheduler.lane_note(self.key)
         if note is None:
             return
-        mended = bool(self.route.mailbox) and note.version != self._current_version()
-        if mended or (self._scheduler.draining and note.trouble != Trouble.ACCOUNT):
-            self._failures = 0 if mended else note.failures
+        if self.route.mailbox and note.version != self._current_version():
+            self._scheduler.note_lane(self.key, None)
             return
-        self._failures, self.wait_until, self._version = note.failures, note.until, note.version
-        self._scheduler.wake_at(note.until, self)
+        self._failures, self._version = note.failures, note.version
+        if self._scheduler.draining and note.trouble != Trouble.LOGIN:
+            return
+        self.wait_until = note.until
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Wake up when the wait is over, or soon, to see whether a person has ended it."""
+        self._wake_at(min(self.wait_until, self._scheduler.now() + _LOOK))
 
     def _forget_trouble(self) -> None:
         self._failures = 0

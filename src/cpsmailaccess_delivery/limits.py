@@ -41,6 +41,10 @@ class TokenBucket:
     def burst(self) -> float:
         return max(1.0, self.per_minute / 6)
 
+    def give_back(self) -> None:
+        """Return a token that was not used."""
+        self.tokens += 1.0
+
     def take(self, now: float) -> float:
         """Take one token: return 0.0, or the seconds until there is one."""
         gained = max(0.0, now - self.at) * self.per_minute / 60

@@ -128,7 +128,6 @@ class Outbox:
         self.presence.close()
 
     def _look(self, message_id: str) -> Status | None:
-        self.journal.flush()
         records = self.spool.find(message_id)
         outcomes = self.journal.last_outcomes(message_id)
         notes = {
@@ -136,4 +135,5 @@ class Outbox:
             for record in records
             if (note := self.spool.lane_note(record.entry.lane)) is not None
         }
-        return status_of(message_id, records, notes, outcomes)
+        tried = max((e.attempt for e in self.journal.events(message_id=message_id)), default=0)
+        return status_of(message_id, records, notes, outcomes, tried)

@@ -35,7 +35,8 @@ class Trouble(StrEnum):
 
     NONE = ""
     MAIL = "mail"  # this mail or recipient only
-    ACCOUNT = "account"  # login, certificate, host name: somebody must mend the account
+    ACCOUNT = "account"  # certificate, host name, TLS: somebody must mend the account
+    LOGIN = "login"  # the same, and to try again too often may lock the mailbox
     RELAY = "relay"  # down, busy or silent: all mail of the lane waits
 
 
@@ -52,15 +53,26 @@ REFUSED: Final = Verdict(State.REFUSED, Trouble.MAIL)
 UNCLEAR: Final = Verdict(State.UNCLEAR, Trouble.RELAY)
 _DEFERRED_MAIL: Final = Verdict(State.DEFERRED, Trouble.MAIL)
 _DEFERRED_ACCOUNT: Final = Verdict(State.DEFERRED, Trouble.ACCOUNT)
+_DEFERRED_LOGIN: Final = Verdict(State.DEFERRED, Trouble.LOGIN)
 _DEFERRED_RELAY: Final = Verdict(State.DEFERRED, Trouble.RELAY)
 
 _MAIL_PHASES: Final = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.BODY)
 
-#: Login needed or failed, mechanism too weak, encryption needed: RFC 4954 section 6.
-_LOGIN_CODES: Final = (530, 534, 535, 538)
+#: Login needed or failed, mechanism too weak: RFC 4954 section 6.
+_LOGIN_CODES: Final = (530, 534, 535)
+
+#: Encryption needed; we say it too, of a relay that does not offer STARTTLS.
+_ENCRYPTION_NEEDED: Final = 538
 
 #: Said of a command, not of a mail: syntax, not implemented, bad sequence.
 _PROTOCOL_CODES: Final = (500, 502, 503, 504)
+
+
+#: The CA file of ``verify`` cannot be read.
+_BAD_CA_FILE: Final = (FileNotFoundError, PermissionError, IsADirectoryError)
+
+#: The CA file holds no certificate; TLS from the first byte on a port that expects none.
+_BAD_TLS_SETTINGS: Final = ("NO_CERTIFICATE_OR_CRL_FOUND", "WRONG_VERSION_NUMBER")
 
 
 def classify(
@@ -76,8 +88,10 @@ def classify(
     code = reply.code
     if phase is Phase.BODY and 200 <= code < 300:
         return ACCEPTED
-    if code in _LOGIN_CODES or (phase is Phase.AUTH and 500 <= code < 600):
+    if code == _ENCRYPTION_NEEDED:
         return _DEFERRED_ACCOUNT
+    if code in _LOGIN_CODES or (phase is Phase.AUTH and 500 <= code < 600):
+        return _DEFERRED_LOGIN
     if code == 421 or phase not in _MAIL_PHASES:
         return _DEFERRED_RELAY  # RFC 5321 section 3.8: the session ends
     if 500 <= code < 600:
@@ -93,6 +107,10 @@ def _classify_silence(phase: Phase, error: BaseException | None) -> Verdict:
     if phase is Phase.BODY:
         return UNCLEAR
     if isinstance(error, ssl.SSLCertVerificationError):
+        return _DEFERRED_ACCOUNT
+    if phase is Phase.TLS and isinstance(error, _BAD_CA_FILE):
+        return _DEFERRED_ACCOUNT
+    if isinstance(error, ssl.SSLError) and getattr(error, "reason", "") in _BAD_TLS_SETTINGS:
         return _DEFERRED_ACCOUNT
     if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
         return _DEFERRED_ACCOUNT

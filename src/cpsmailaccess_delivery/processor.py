@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import socket
 import threading
@@ -21,6 +22,12 @@ log = logging.getLogger(__name__)
 
 #: Connections that one processor has at most, over all accounts.
 MAX_SESSIONS = 200
+
+#: Seconds that connections which were dropped have to settle their mails.
+_ABORT_TIMEOUT = 5.0
+
+#: Seconds after which a processor that failed begins again.
+_RESTART = 10.0
 
 #: Name look-ups at the same time.
 _RESOLVERS = 64
@@ -58,18 +65,31 @@ class QueueProcessorThread(threading.Thread):
         self._schedule = schedule or Schedule()
         self._helo_name = helo_name
         self._max_sessions = max_sessions
-        self._lock = threading.Lock()  # guards the two below
-        self._scheduler: Scheduler | None = None
-        self._stopped = False
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._scheduler: Scheduler | None = None  # guarded by the lock
         self.summary = Summary()
 
     def run(self, forever: bool = True) -> Summary:  # type: ignore[override]
         """Deliver until `stop` is called, or once what is due; return what was done.
 
         Mails that are in the queue when it starts or come in meanwhile are tried once.
+        A run for ever that fails begins again; one that drains raises.
         """
-        with asyncio.Runner() as runner:
-            return runner.run(self._deliver(draining=not forever))
+        atexit.register(self.stop)  # else what the relay takes meanwhile would be sent again
+        try:
+            while True:
+                try:
+                    with asyncio.Runner() as runner:
+                        return runner.run(self._deliver(draining=not forever))
+                except Exception:
+                    if not forever:
+                        raise
+                    log.critical("the processor failed, and begins again", exc_info=True)
+                if self._stopped.wait(_RESTART):
+                    return self.summary
+        finally:
+            atexit.unregister(self.stop)
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> bool:
         """Stop: finish what is past the end of data, give back the rest.
@@ -78,46 +98,47 @@ class QueueProcessorThread(threading.Thread):
         was sent by then and not answered is unclear.  Returns whether the thread has ended.
         Callable from any thread, and more than once.
         """
+        self._stopped.set()
         with self._lock:
-            self._stopped = True
-            scheduler = self._scheduler
-            if scheduler is not None:
-                scheduler.loop.call_soon_threadsafe(scheduler.stop)
+            if self._scheduler is not None:
+                self._scheduler.loop.call_soon_threadsafe(self._scheduler.stop)
         if not self.is_alive() or self is threading.current_thread():
             return not self.is_alive()
         self.join(timeout)
         if self.is_alive():
             self.abort()
-            self.join(5.0)
+            self.join(_ABORT_TIMEOUT)
         return not self.is_alive()
 
     def abort(self) -> None:
         """Drop the connections now, see `stop`; also of a `run` in another thread."""
         with self._lock:
             if self._scheduler is not None:
-                scheduler = self._scheduler
-                scheduler.loop.call_soon_threadsafe(scheduler.abort)
+                self._scheduler.loop.call_soon_threadsafe(self._scheduler.abort)
 
     async def _deliver(self, *, draining: bool) -> Summary:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_log_loop_error)
         # Name look-ups block a thread each: a dead resolver must not delay other lanes.
-        loop.set_default_executor(ThreadPoolExecutor(_RESOLVERS, "cpsmail resolver"))
+        resolvers = ThreadPoolExecutor(_RESOLVERS, "cpsmail resolver")
+        loop.set_default_executor(resolvers)
+        if self._helo_name is None:
+            self._helo_name = await loop.run_in_executor(None, own_host_name)
         scheduler = Scheduler(
             self._spool,
             self._accounts,
             self._journal,
             loop=loop,
-            helo_name=self._helo_name or own_host_name(),
+            helo_name=self._helo_name,
             schedule=self._schedule,
             max_sessions=self._max_sessions,
             draining=draining,
         )
+        self.summary = scheduler.summary
         with self._lock:
-            if self._stopped and not draining:
+            if self._stopped.is_set() and not draining:
                 return scheduler.summary
             self._scheduler = scheduler
-        self.summary = scheduler.summary
         try:
             self._sweep()
             scheduler.start()
@@ -128,13 +149,16 @@ class QueueProcessorThread(threading.Thread):
             scheduler.abort()  # nothing to do but after an interrupt: gives back the leases
             scheduler.close()
             self._journal.flush()
+            # The loop waits for its executor when it closes; a hung look-up would hang us.
+            resolvers.shutdown(wait=False, cancel_futures=True)
+            loop.set_default_executor(ThreadPoolExecutor(1))
         return scheduler.summary
 
     def _sweep(self) -> None:
         try:
             report = self._spool.sweep()
             changed = self._accounts.sweep()
-        except OutboxError:
+        except (OutboxError, OSError):
             log.exception("cannot sweep %s", self._spool.location)
             return
         if report.removed or report.held:

@@ -15,10 +15,11 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from .attempt import Attempt
+from .attempt import ACCEPTED, Attempt
 from .envelope import Route
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from .interfaces import Entry, LaneNote, Settlement, State
@@ -53,7 +54,7 @@ class Summary:
     refused: int = 0
     unclear: int = 0
     held: int = 0
-    waiting: int = 0  # not tried: their relay or account is in trouble, or they are not due
+    waiting: int = 0  # not tried: not due, leased elsewhere, or their lane is in trouble
     reasons: dict[str, str] = field(default_factory=dict)  # why lanes wait, by route
 
     def count(self, state: State) -> None:
@@ -100,6 +101,8 @@ class Scheduler:
         self._unsynced = 0
         self._sync_timer: asyncio.TimerHandle | None = None
         self._syncing: asyncio.Future[None] | None = None
+        self._sync_thread = ThreadPoolExecutor(1, "cpsmail sync")
+        self._deferred: set[str] = set()  # tried when draining, and to be tried again
         self._scan: Iterator[Entry] | None = None
         self._watches: list[Any] = []
         self._stopping = False
@@ -137,6 +140,7 @@ class Scheduler:
         if self._sync_timer is not None:
             self._sync_timer.cancel()
         self._retry_unsettled()
+        self._sync_thread.shutdown()
         try:
             self.spool.sync()
         except SpoolError as error:
@@ -171,12 +175,14 @@ class Scheduler:
         return bool(self._unsettled) and not self._stopping
 
     def _count_waiting(self) -> None:
+        waiting: set[str] = set()
         for route, lane in self._lanes.items():
             note = self.spool.lane_note(lane.key) if lane.waiting else None
             if note is not None:
                 self.summary.reasons[route] = note.reason
-            self.summary.waiting += len(lane.ready)
-        self.summary.waiting += sum(isinstance(item, Entry) for _, _, item in self._later)
+            waiting.update(entry.id for entry in lane.ready)
+        waiting.update(item.id for _, _, item in self._later if isinstance(item, Entry))
+        self.summary.waiting = len(waiting - self._deferred)
 
     # Where entries come from
 
@@ -226,7 +232,16 @@ class Scheduler:
     def _scan_step(self) -> None:
         if self._scan is None:
             return
-        step = list(itertools.islice(self._scan, _SCAN_STEP))
+        try:
+            step = list(itertools.islice(self._scan, _SCAN_STEP))
+        except SpoolError as error:
+            self._scan = None
+            if self.draining:
+                self.finished.set_exception(error)
+                return
+            log.error("%s; trying again in %.0f s", error, _LONGEST_SLEEP)
+            self.loop.call_later(_LONGEST_SLEEP, self._rescan)
+            return
         self._offer_all(step)
         if len(step) < _SCAN_STEP:
             self._scan = None
@@ -234,10 +249,14 @@ class Scheduler:
         else:
             self.loop.call_soon(self._scan_step)
 
-    def _offer_all(self, entries: Any) -> None:
+    def _offer_all(self, entries: list[Entry]) -> None:
         dirty: set[Lane] = set()
         for entry in entries:
-            self.offer(entry, dirty)
+            try:
+                self.offer(entry, dirty)
+            except Exception:  # one entry or lane must not stop the others
+                log.exception("%s: cannot be offered; trying again later", entry.id)
+                self._at(self.now() + _LONGEST_SLEEP, entry)
         for lane in dirty:
             lane.work()
 
@@ -288,12 +307,14 @@ class Scheduler:
         due = []
         while self._later and self._later[0][0] <= now:
             due.append(heapq.heappop(self._later)[2])
-        self._offer_all(item for item in due if isinstance(item, Entry))
-        for item in due:
-            if isinstance(item, Lane):
-                item.work()
-        self._arm()
-        self.check_quiet()
+        try:
+            self._offer_all([item for item in due if isinstance(item, Entry)])
+            for item in due:
+                if isinstance(item, Lane):
+                    item.wake()
+        finally:
+            self._arm()
+            self.check_quiet()
 
     # What lanes ask for
 
@@ -310,7 +331,10 @@ class Scheduler:
                 self._at(self.now() + _BUSY, entry)
             return None
         attempt = Attempt(lease)
-        if lease.envelope.route != lane.route and str(lease.envelope.route) != str(lane.route):
+        if not attempt.recipients:  # nobody is left who wants it
+            self.settle(attempt, ACCEPTED)
+            return None
+        if str(lease.envelope.route) != str(lane.route):
             lease.release()
             other = self.lane(lease.envelope.route)
             other.push(entry)
@@ -321,6 +345,8 @@ class Scheduler:
     def settle(self, attempt: Attempt, settlement: Settlement) -> None:
         """Record a settlement; what cannot be written keeps its lease and is tried again."""
         self.summary.count(settlement.state)
+        if self.draining and settlement.due:
+            self._deferred.add(attempt.entry.id)
         try:
             attempt.lease.settle(settlement)
         except SpoolError as error:
@@ -329,6 +355,16 @@ class Scheduler:
                 self.loop.call_later(_UNSETTLED, self._retry_unsettled)
             self._unsettled.append((attempt, settlement))
             return
+        self._removed_one()
+
+    def set_aside(self, attempt: Attempt, error: Exception) -> None:
+        """Hold a mail on which we failed ourselves, so that nothing spins on it."""
+        log.error("%s: held after a fault of ours", attempt.entry.id, exc_info=error)
+        reason = f"a fault in the processor: {type(error).__name__}: {error}"
+        attempts = attempt.entry.attempts + 1
+        self.settle(attempt, Settlement(State.HELD, attempts=attempts, reason=reason))
+
+    def _removed_one(self) -> None:
         self._unsynced += 1
         if self._unsynced == _SYNC_MANY:
             self._sync()
@@ -341,13 +377,14 @@ class Scheduler:
             self._sync_timer = None
         if self._syncing is None and self._unsynced:
             self._unsynced = 0
-            self._syncing = self.loop.run_in_executor(None, self.spool.sync)
+            self._syncing = self.loop.run_in_executor(self._sync_thread, self.spool.sync)
             self._syncing.add_done_callback(self._synced)
 
     def _synced(self, done: asyncio.Future[None]) -> None:
         self._syncing = None
         if not done.cancelled() and (error := done.exception()):
             log.error("%s; a power loss may send mails again", error)
+            self._unsynced += 1  # so that it is tried again
         if self._unsynced and self._sync_timer is None:
             self._sync_timer = self.loop.call_later(_SYNC_SOON, self._sync)
 
@@ -356,6 +393,7 @@ class Scheduler:
         for attempt, settlement in unsettled:
             try:
                 attempt.lease.settle(settlement)
+                self._removed_one()
             except SpoolError:
                 self._unsettled.append((attempt, settlement))
         if self._unsettled:
@@ -381,13 +419,13 @@ class Scheduler:
             self._waiting_lanes.append(lane)
         idle = next((other for other in self._lanes.values() if other.idle), None)
         if idle is not None:
-            idle.quit_idle()
+            idle.quit()
         return False
 
     def session_over(self, lane: Lane) -> None:
         """One session less: the lanes that wait longest may open one."""
         self._sessions -= 1
-        if lane.ready:
+        if lane.ready and lane not in self._waiting_lanes:
             self._waiting_lanes.append(lane)
         while self._waiting_lanes and self._sessions < self._max_sessions:
             self._waiting_lanes.popleft().work()

@@ -82,14 +82,13 @@ def parse(data: bytes) -> Stored:
     if not isinstance(settings, dict) or not settings.keys() <= _PUBLIC:
         raise ValueError("has a setting that is none")
     try:
-        account = Account(**settings)
         sealed = base64.b64decode(document.pop("sealed"), validate=True)
+        has_secret = len(sealed) > _NONCE_SIZE + _TAG_SIZE
+        account = Account(**settings, password=HIDDEN if has_secret else None)
     except (TypeError, binascii.Error):
         raise ValueError("is damaged") from None
     if not isinstance(key_id, str):
         raise ValueError("names no key")
-    if len(sealed) > _NONCE_SIZE + _TAG_SIZE:
-        account = account.replace(password=HIDDEN)
     return Stored(account, key_id, sealed, _canonical(document))
 
 

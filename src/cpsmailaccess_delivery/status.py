@@ -39,11 +39,12 @@ def status_of(
     records: Sequence[Record],
     notes: Mapping[str, LaneNote],
     journal: Mapping[str, Outcome],
+    tried: int = 0,
 ) -> Status | None:
     """Return the status, or None when neither spool nor journal knows the mail.
 
     `records`: from `ISpool.find`.  `notes`: why lanes wait, by lane key.  `journal`: the
-    last outcome of each recipient.
+    last outcome of each recipient; `tried`: attempts, as far as the journal goes back.
     """
     recipients = dict(journal)
     for record in records:
@@ -51,7 +52,7 @@ def status_of(
             recipients[recipient] = record.outcomes.get(recipient, Outcome(State.QUEUED))
     if not recipients:
         return None
-    state, reason, next_try, attempts = worst(recipients), "", 0.0, 0
+    state, reason, next_try, attempts = worst(recipients), "", 0.0, tried
     for record in records:
         entry = record.entry
         note = notes.get(entry.lane)
@@ -62,6 +63,9 @@ def status_of(
             continue  # one of several mails is held: that is what must be said
         elif note is not None and entry.state is State.QUEUED:
             state, reason, next_try = State.DEFERRED, note.reason, note.until
+            for recipient in record.envelope.recipients:
+                if recipients[recipient].state is State.QUEUED:
+                    recipients[recipient] = Outcome(State.DEFERRED, note.reason, note.since)
         else:
             state = State.QUEUED if entry.state is State.QUEUED else state
             reason = reason or record.reason

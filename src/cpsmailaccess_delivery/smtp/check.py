@@ -52,6 +52,9 @@ class _NoMails:
     def mail_unsent(self, mail: Mail) -> None:
         raise NotImplementedError("it has given no mail")
 
+    def mail_broken(self, mail: Mail, error: Exception) -> None:
+        raise NotImplementedError("it has given no mail")
+
     def session_ready(self, session: Session) -> None:
         self.ready = True
         session.quit()

@@ -49,6 +49,9 @@ class Source(Protocol):
     def mail_unsent(self, mail: Any) -> None:
         """Take a mail back that was not tried."""
 
+    def mail_broken(self, mail: Any, error: Exception) -> None:
+        """Take a mail back that cannot be put into SMTP, for a fault of ours."""
+
     def session_ready(self, session: Session) -> None:
         """Greeted, encrypted, logged in."""
 
@@ -275,7 +278,10 @@ class Session(asyncio.BufferedProtocol):
                 if not events:
                     return
             elif machine.wants_mail:
-                events += machine.send(mail)
+                try:
+                    events += machine.send(mail)
+                except Exception as error:  # before anything of it was written
+                    self._tell(source.mail_broken, mail, error)
             else:  # the source has said quit in the meantime
                 self._tell(source.mail_unsent, mail)
 

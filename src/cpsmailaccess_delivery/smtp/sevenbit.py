@@ -35,6 +35,16 @@ _ADDRESSES: Final = frozenset(
 _PKCS7: Final = ("application/pkcs7-mime", "application/x-pkcs7-mime")
 _MAX_DEPTH: Final = 30
 
+#: What the email package raises on hostile MIME.
+_UNREADABLE: Final = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    MessageError,
+    RecursionError,
+)
+
 
 class CannotConvert(Exception):
     """The message cannot be made to fit; the text says why."""
@@ -57,7 +67,7 @@ def fit(message: bytes, *, eightbit: bool, smtputf8: bool) -> tuple[bytes, bool]
         if not keep_header:
             header = _encode_header(header)
         return (header + body if keep_body else crlf(_convert(header + body))), False
-    except (ValueError, LookupError, TypeError, AttributeError, MessageError) as error:
+    except _UNREADABLE as error:
         raise CannotConvert(f"its MIME structure is broken ({error})") from error
 
 
