@@ -30,7 +30,7 @@ log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _ORPHANED: Final = 3600.0  # seconds since a side file was written
-_MAX_BURIED: Final = 128
+_MAX_BURIED: Final = 256
 
 #: What makes a file no mail, rather than the disk no disk: links, sockets, other people's.
 _NO_MAIL: Final = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
