@@ -216,7 +216,7 @@ def account(**login) -> Account:
 
 def test_password_given_or_none():
     assert resolve_secret(account(password="s3cret")) == Secret("s3cret")
-    assert resolve_secret(account()) is None
+    assert resolve_secret(Account(mailbox="a@example.org", host="smtp.example.org")) is None
 
 
 def test_password_from_environment_is_read_at_each_login(monkeypatch):
