@@ -44,19 +44,47 @@ def test_all_is_as_it_must_be(tmp_path, columns):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_are_whole_at_80_columns():
+    done = run(COLUMNS="80")
+    rows = [line for line in done.stdout.splitlines() if " accepted " in line]
+    assert {row.split(" ")[0] for row in rows} >= {path.stem for path in MAILS.glob("*.eml")}
+    mailboxes = set(re.findall(r"^Mailbox (\S+) leaves", done.stdout, re.MULTILINE))
+    assert len(mailboxes) == 3
+    assert {re.findall(r"(\S+) +(?:tls|starttls|plain) ", row)[0] for row in rows} == mailboxes
+
+
 def test_somebody_s_own_mails(tmp_path):
     mail = b"From: me@home.example\nTo: you@home.example, y\xc3\xb6u@home.example\n\nHi\n"
-    (tmp_path / "one.eml").write_bytes(mail)
+    for name in ("one.eml", "TWO.EML", "three.Eml", "no.txt"):
+        (tmp_path / name).write_bytes(mail)
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 of 1 arrived once" in done.stdout
+    assert "3 of 3 arrived once" in done.stdout
+
+
+def test_what_is_no_directory_is_said(tmp_path):
+    (tmp_path / "one.eml").write_bytes(b"From: a@b.example\nTo: a@b.example\n\n")
+    (tmp_path / "empty").mkdir()
+    for name, why in (
+        ("none", "no such directory"),
+        ("one.eml", "is a file"),
+        ("empty", "has no .eml file that can be sent"),
+    ):
+        done = run(tmp_path / name, COLUMNS="400")
+        assert done.returncode == 2
+        assert f"WRONG  {tmp_path / name}: {why}" in done.stdout
+        assert done.stderr == ""
 
 
 def test_what_cannot_be_sent_is_said(tmp_path):
     (tmp_path / "bad.eml").write_bytes(b"To: you@home.example\n\nHi\n")
     (tmp_path / "id.eml").write_bytes(b"From: a@b.example\nTo: a@b.example\nMessage-Id: x\n\n")
+    (tmp_path / "mbox.eml").write_bytes(
+        b"From a@b.example Mon\nFrom: a@b.example\nTo: a@b.example\n"
+    )
     done = run(tmp_path)
     assert done.returncode == 1
+    assert 'WRONG  mbox: begins with the "From " line of an mbox' in done.stdout
     assert "WRONG  bad: has no address in From" in done.stdout
     assert "WRONG  id: could not be sent: Malformed Message-Id" in done.stdout
     (tmp_path / "id.eml").unlink()

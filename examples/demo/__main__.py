@@ -1,7 +1,7 @@
 """``python -m demo [DIR]``: send mails through three mailboxes, and check what arrived.
 
 Exit status: 0, all is as it must be; 1, something is not, and it was said what; 2, there
-is nothing to send.
+is nothing to send, and it was said why.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ def main(arguments: list[str]) -> int:
     """Run the demo; return the exit status."""
     console = Console(highlight=False)
     directory = Path(arguments[0]) if arguments else EXAMPLES
-    mails, unusable = read_mails(directory)
+    try:
+        mails, unusable = read_mails(directory)
+    except FileNotFoundError:
+        return _cannot_read(console, directory, "no such directory")
+    except NotADirectoryError:
+        return _cannot_read(console, directory, "is a file: name the directory that it is in")
+    except OSError as error:
+        return _cannot_read(console, directory, str(error.strerror))
     if directory == EXAMPLES:
         mails.append(make_large_mail())
     troubles = [f"{name}: {why}" for name, why in unusable.items()]
@@ -40,12 +47,16 @@ def main(arguments: list[str]) -> int:
     for trouble in troubles:
         console.print(f"[red]WRONG[/]  {escape(trouble)}")
     if not mails:
-        console.print(f"{escape(str(directory))} has no .eml file that can be sent.")
-        return 2
+        return _cannot_read(console, directory, "has no .eml file that can be sent")
     if troubles:
         return 1
     console.print("[green]All is as it must be.[/]")
     return 0
+
+
+def _cannot_read(console: Console, directory: Path, why: str) -> int:
+    console.print(f"[red]WRONG[/]  {escape(str(directory))}: {escape(why)}")
+    return 2
 
 
 if __name__ == "__main__":

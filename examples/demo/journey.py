@@ -201,9 +201,9 @@ def _state(outbox: Outbox, one: Sent) -> str:
 
 
 def _table(sent: list[Sent]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("mail", overflow="fold", ratio=3)
-    table.add_column("mailbox", overflow="fold", ratio=2)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("mail", overflow="fold")
+    table.add_column("mailbox", overflow="fold")
     table.add_column("relay", overflow="fold")
     table.add_column("outcome", no_wrap=True, min_width=8)
     table.add_column("ms", justify="right")

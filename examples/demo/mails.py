@@ -31,9 +31,12 @@ class Mail:
 
 
 def read_mails(directory: Path) -> tuple[list[Mail], dict[str, str]]:
-    """Return the mails of a directory's ``.eml`` files, and why others are none, by name."""
+    """Return the mails of a directory's ``.eml`` files, and why others are none, by name.
+
+    Raises OSError.
+    """
     mails, unusable = [], {}
-    for path in sorted(directory.glob("*.eml")):
+    for path in sorted(path for path in directory.iterdir() if path.suffix.lower() == ".eml"):
         try:
             mails.append(address(path.stem, path.read_bytes()))
         except (OSError, Unusable) as error:
@@ -43,6 +46,8 @@ def read_mails(directory: Path) -> tuple[list[Mail], dict[str, str]]:
 
 def address(name: str, data: bytes) -> Mail:
     """Return the mail with sender (From) and recipients (To, Cc, Bcc) from its header."""
+    if data.startswith(b"From "):
+        raise Unusable('begins with the "From " line of an mbox, which is no header: remove it')
     end = _HEADER_END.search(data)
     raw = data[: end.start()] if end else data
     try:
