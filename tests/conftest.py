@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transaction
@@ -14,6 +16,27 @@ KEY = bytes(range(32))
 
 #: In every test: no secret may turn up on disk or in a text.
 PASSWORD = "hunter2-is-the-password"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    """A module that is skipped: see `_fail_in_ci`."""
+    return _fail_in_ci((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """A test that is skipped: see `_fail_in_ci`."""
+    return _fail_in_ci((yield))
+
+
+def _fail_in_ci(report: Any) -> Any:
+    """Make a skip a failure when CI=true: what is missing there would go unnoticed."""
+    skipped = report.outcome == "skipped" and not hasattr(report, "wasxfail")
+    if skipped and os.environ.get("CI") == "true":
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"CI=true: nothing may be skipped: {why}"
+    return report
 
 
 @pytest.fixture(autouse=True)
