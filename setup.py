@@ -63,6 +63,8 @@ setup(
             "zope.processlifetime >= 3",
             "zope.testing >= 5",
         ],
+        # What start="IProcessStarting" needs, and who tells it.
+        "zope": ["Zope[wsgi] >= 5.10", "zope.processlifetime"],
     },
     entry_points={"console_scripts": ["cpsmail = cpsmailaccess_delivery.cli:main"]},
 )

@@ -5,20 +5,45 @@ is delivered through its own mailbox's SMTP server, whatever crashes, hangs or r
 its fate can always be looked up.  See README.rst.
 """
 
-from .account import Account, Secret
-from .errors import OutboxError
+from .account import HIDDEN, Account, Secret
+from .errors import (
+    InvalidAccount,
+    InvalidAddress,
+    InvalidMessage,
+    MessageTooLarge,
+    NoRecipients,
+    NoSuchAccount,
+    NoSuchEntry,
+    NotQueued,
+    OutboxError,
+    SendError,
+    UnknownMailbox,
+)
 from .interfaces import Outcome, State
 from .outbox import Outbox
 from .processor import QueueProcessorThread
+from .retry import Schedule
 from .status import Status
 
 __all__ = [
+    "HIDDEN",
     "Account",
+    "InvalidAccount",
+    "InvalidAddress",
+    "InvalidMessage",
+    "MessageTooLarge",
+    "NoRecipients",
+    "NoSuchAccount",
+    "NoSuchEntry",
+    "NotQueued",
     "Outbox",
     "OutboxError",
     "Outcome",
     "QueueProcessorThread",
+    "Schedule",
     "Secret",
+    "SendError",
     "State",
     "Status",
+    "UnknownMailbox",
 ]
