@@ -90,6 +90,7 @@ def test_prompt(site: Site) -> None:
     ("args", "code"),
     [
         (("accounts", "set", ALICE), 65),  # new, and no host
+        (SET, 65),  # a user name, and no password
         (("accounts", "set", "no mailbox", "--host", "h"), 65),
         ((*SET, "--password-from", "vault:x"), 65),
         ((*SET, "--port", "0x10"), 64),
@@ -145,6 +146,28 @@ def test_check(site: Site, tmp_path: Path) -> None:
 
         site.run("accounts", "set", ALICE, "--verify")
         assert "unknown authority" in site.run("accounts", "check", ALICE, code=1).output
+
+
+def test_user_name_without_a_password(site: Site) -> None:
+    assert "--password-prompt" in site.run(*SET, code=65).stderr
+    site.run("accounts", "set", ALICE, "--host", "smtp.example.org")  # no login
+    assert "--password-stdin" in site.run(*SET, code=65).stderr
+    site.run(*SET, "--password-from", "env:ALICE_PASSWORD")
+    site.run("accounts", "set", ALICE, "--username", "another")
+
+
+def test_check_ends_the_wait(site: Site) -> None:
+    with SMTPServer() as server:
+        rule = server.on("GREETING", reply="554 no")
+        site.account(server, mailbox="@example.org")
+        site.send()
+        site.run("drain", code=1)
+        site.run("accounts", "check", ALICE, code=1)
+        assert [mail["state"] for mail in site.json("queue")["mails"]] == ["deferred"]
+        server.forget(rule)
+        site.run("accounts", "check", ALICE)
+        assert site.json("queue")["lanes"] == []
+        assert [mail["state"] for mail in site.json("queue")["mails"]] == ["queued"]
 
 
 def test_check_of_a_sender_whom_another_account_serves(site: Site) -> None:

@@ -12,7 +12,7 @@ import pytest
 from cli_helpers import MAIL, SECRET, Site
 from cpsmailaccess_delivery.cli import checks
 from cpsmailaccess_delivery.envelope import Envelope, Route, digest
-from cpsmailaccess_delivery.interfaces import LaneNote
+from cpsmailaccess_delivery.interfaces import LaneNote, Outcome, Settlement, State
 
 ALICE = "alice@example.org"
 
@@ -63,6 +63,40 @@ def test_access(site: Site) -> None:
     site.path.chmod(0o700)
     (site.path / "accounts" / "link").symlink_to("/etc/passwd")
     assert "symbolic link" in findings(site, "access", code=1)[0][1]
+
+
+def test_queue_that_zope_sendmail_made(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    for name in ("", "new", "cur", "tmp"):
+        (site.path / name).mkdir(mode=0o755)
+        (site.path / name).chmod(0o755)
+    for name in ("1700000000.1.host.2", ".rejected-1700000001.1.host.2", ".sending-1.1.host.2"):
+        path = site.path / "new" / name
+        path.write_bytes(b"X-Zope-From: a@b.c\nX-Zope-To: d@e.f\n" + MAIL)
+        path.chmod(0o644)
+    site.account(mailbox=ALICE)
+    ((level, text),) = findings(site, "access", code=1)  # an old mail is due, too
+    assert (level, "zope.sendmail" in text) == ("warn", True)
+    assert f"chmod -R go= '{site.path}'" in site.run("doctor", code=1).output
+    assert [text.split(" of ")[0] for _, text in findings(site, "leftovers", code=1)] == [
+        "1 .sending-*",
+        "1 .rejected-*",
+    ]
+    site.send()
+    ours = next(path for path in (site.path / "new").iterdir() if ",L=" in path.name)
+    ours.chmod(0o644)
+    assert findings(site, "access", code=1)[0][0] == "fail"
+
+
+def test_advice_for_refused_mails(site: Site) -> None:
+    site.send()
+    with site.outbox() as outbox:
+        (entry,) = outbox.queue.entries()
+        lease = outbox.spool.claim(entry)
+        assert lease is not None
+        outcomes = {"bob@example.net": Outcome(State.REFUSED, "550 no")}
+        lease.settle(Settlement(State.REFUSED, outcomes, attempts=1))
+    assert "--state refused; then retry or cancel" in site.run("doctor").output
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,20 @@ def test_interrupted(site: Site) -> None:
         assert process.returncode == 130, err
         assert b'"interrupted": true' in out
     assert [mail["message_id"] for mail in site.json("queue")["mails"]] == [message_id]
+
+
+def test_interrupt_does_not_last(site: Site) -> None:
+    with SMTPServer() as server:
+        rule = server.on("MAIL", silence=True)
+        site.account(server)
+        site.send()
+        process = site.process("drain")
+        server.wait_until(lambda: rule.hits, DEADLINE)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=DEADLINE)
+        assert process.returncode == 130
+        assert time.monotonic() - begun < 20
 
 
 def test_no_outbox_is_made_by_a_mistyped_path(site: Site) -> None:

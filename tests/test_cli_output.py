@@ -129,6 +129,24 @@ def test_usage(site: Site) -> None:
     assert "\x1b" not in site.run("\x1b[31m", code=64).output
 
 
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        (("queue", "--outbox", "x"), "`cpsmail --outbox ... queue`"),
+        (("accounts", "list", "--set=a=b"), "`cpsmail --set ... accounts list`"),
+        (("queue", "-v"), "`cpsmail -v queue`"),
+        (("queue", "--outbax", "x"), "No such option"),
+        (("show",), "Missing argument"),
+        (("queue", "--state", "x"), "`cpsmail queue --help`"),
+    ],
+)
+def test_usage_is_one_line(site: Site, args: tuple[str, ...], hint: str) -> None:
+    stderr = site.run(*args, code=64).stderr
+    assert stderr.startswith("cpsmail: ")
+    assert stderr.count("\n") == 1
+    assert hint in stderr
+
+
 def test_outbox_option(site: Site, tmp_path: Path) -> None:
     site.account()
     elsewhere = Site(tmp_path / "elsewhere")

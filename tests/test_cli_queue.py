@@ -141,9 +141,131 @@ def test_why_lanes_wait(site: Site) -> None:
         "failures": 3,
     }
     output = site.run("queue").output
-    assert output.splitlines()[1].endswith("in 10m  its lane waits: see below")
+    assert "deferred  *" in output.splitlines()[1]
+    assert "in 10m  refused 4.7.1 " in output.splitlines()[1]
+    assert "\n1 deferred\n" in output
     assert "* waits since 2m, relay in trouble, next try in 10m: refused 4.7.1" in output
     assert "\x1b" not in output
+
+
+def trouble(site: Site, lane: str = "*") -> LaneNote:
+    now = time.time()
+    note = LaneNote(lane, "relay", "nobody listens", now - 120, now + 600)
+    with site.outbox() as outbox:
+        outbox.spool.note_lane(digest(lane), note)
+    return note
+
+
+def test_a_lane_in_trouble_defers_its_mails(site: Site) -> None:
+    message_id = site.send()
+    site.json("send", "-f", "carol@example.org", "x@y.z", input=MAIL)
+    note = trouble(site)
+    queue = site.json("queue")
+    assert queue["counts"] == {"deferred": 1, "queued": 1}
+    mail = queue["mails"][0]
+    assert (mail["state"], mail["reason"], mail["due"]) == ("deferred", note.reason, note.until)
+    assert mail["recipients"] == [
+        {
+            "address": "bob@example.net",
+            "state": "deferred",
+            "reply": note.reason,
+            "at": note.since,
+        }
+    ]
+    assert site.json("show", message_id)["mails"] == [mail]
+    assert site.json("queue", "--state", "deferred")["mails"] == [mail]
+    assert site.json("queue", "--state", "queued")["mails"] == queue["mails"][1:]
+    output = site.run("show", message_id).output
+    assert "state:      deferred: nobody listens" in output
+    assert "lane:       waits, next try in 10m\n" in output
+    with site.outbox() as outbox:
+        status = outbox.status(message_id)
+        assert (status.state, status.reason) == (mail["state"], mail["reason"])
+        assert status.next_try == mail["due"]
+        assert outbox.queue.counts().states == {State.DEFERRED: 1, State.QUEUED: 1}
+
+
+@pytest.mark.parametrize("by", ["name", "--all"])
+def test_retry_ends_the_wait_of_the_lane(site: Site, by: str) -> None:
+    message_id = site.send()
+    site.json("send", "-f", "carol@example.org", "x@y.z", input=MAIL)
+    trouble(site)
+    trouble(site, "carol@example.org")
+    args = (message_id,) if by == "name" else ("--all", "--yes", "--mailbox", "*")
+    assert len(site.json("retry", *args)["mails"]) == 1
+    assert [lane["route"] for lane in site.json("queue")["lanes"]] == ["carol@example.org"]
+    assert states(site) == ["queued", "deferred"]
+
+
+def test_release_ends_the_wait_of_the_lane(site: Site) -> None:
+    message_id = site.send()
+    site.run("hold", message_id)
+    trouble(site)
+    assert states(site) == ["held"]
+    site.run("release", message_id)
+    assert states(site) == ["queued"]
+    events = [event["event"] for event in site.json("trace", message_id)["events"]]
+    assert events == ["queued", "held", "released"]
+
+
+@pytest.mark.parametrize("command", ["retry", "release"])
+def test_refused_mail_is_tried_again(tmp_path: Path, command: str) -> None:
+    site = Site(tmp_path)
+    with SMTPServer() as server:
+        rule = server.on("RCPT", reply="550 5.1.1 no such user", match="carol@")
+        site.account(server)
+        message_id = site.send("bob@example.net", "carol@example.net")
+        site.run("drain", code=1)
+        assert states(site) == ["refused"]
+        server.forget(rule)
+        site.run(command, message_id)
+        site.run("drain")
+        assert [mail.recipients for mail in server.mails] == [
+            ("bob@example.net",),
+            ("carol@example.net",),
+        ]
+    assert states(site) == []
+    events = site.json("trace", message_id)["events"]
+    assert [e["event"] for e in events if e["recipient"] == "carol@example.net"] == [
+        *("queued", "refused", "retried" if command == "retry" else "released", "accepted"),
+    ]
+
+
+def test_mail_that_was_given_up_is_tried_again(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    with SMTPServer() as server:
+        rule = server.on("RCPT", reply="450 4.2.0 later")
+        site.account(server)
+        message_id = site.send()
+        impatient = ("--set", "retry.give_up=0.001", "drain")
+        site.run(*impatient, code=1)
+        for _ in range(10):  # it has a few tries, however old it is
+            if states(site) == ["deferred"]:
+                site.run("retry", message_id)
+                site.run(*impatient, code=1)
+        assert states(site) == ["refused"]
+        server.forget(rule)
+        site.run("retry", message_id)
+        site.run(*impatient)
+        assert len(server.mails) == 1
+
+
+def test_relay_of_ipv6(site: Site) -> None:
+    import transaction
+
+    with site.outbox() as outbox, transaction.manager:
+        outbox.delivery.send("a@b.c", ["d@e.f"], MAIL, hostname="::1", port=25)
+    for name in ("[::1]:25", "[0:0::1]:25"):
+        (mail,) = site.json("queue", "--mailbox", name)["mails"]
+        assert mail["relay"] == "[::1]:25"
+
+
+def test_limit_of_json(site: Site) -> None:
+    for _ in range(3):
+        site.send()
+    answer = site.json("queue", "--limit", "2")
+    assert (len(answer["mails"]), answer["more"], answer["counts"]) == (2, 1, {"queued": 3})
+    assert site.json("queue", "--limit", "0")["more"] == 0
 
 
 def test_show(site: Site) -> None:
@@ -209,7 +331,7 @@ def test_cancel(site: Site) -> None:
     assert site.run("cancel", message_id).output.startswith("cancelled ")
     assert [mail["message_id"] for mail in site.json("queue")["mails"]] == [other]
     events = site.json("trace", message_id)["events"]
-    assert [event["event"] for event in events] == ["cancelled"]
+    assert [event["event"] for event in events] == ["queued", "cancelled"]
     assert "cancelled" in site.run("show", message_id).output
     answer = site.json("cancel", message_id, other, code=66)
     assert [mail["message_id"] for mail in answer["mails"]] == [other]
@@ -281,7 +403,22 @@ def test_trace(tmp_path: Path) -> None:
     output = site.run("trace", message_id).output
     assert "\x1b" not in output
     assert "5.1.1" in output
+    assert events[0]["event"] == "queued"
+    assert events[0]["at"] == mail["queued_at"]  # though it has left the queue
     site.run("trace", "nobody@example.net", code=66)
+
+
+def test_trace_of_what_was_not_tried(site: Site) -> None:
+    message_id = site.send()
+    site.send("carol@example.net")
+    mail = site.json("queue")["mails"][0]
+    for name in (message_id, "Bob@Example.net", mail["id"]):
+        (event,) = site.json("trace", name)["events"]
+        assert (event["event"], event["at"], event["id"]) == (
+            *("queued", mail["queued_at"], mail["id"]),
+        )
+        assert (event["recipient"], event["attempt"]) == ("bob@example.net", 0)
+    assert len(site.json("trace", "alice@example.org")["events"]) == 2
 
 
 def test_show_what_was_delivered(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cli_helpers import DEADLINE, Site
+from cpsmailaccess_delivery.envelope import digest
+from cpsmailaccess_delivery.interfaces import LaneNote
 from cpsmailaccess_delivery.testing import SMTPServer
 
 
@@ -97,6 +100,21 @@ def test_dead_by_kill_then_drained(site: Site, running: Running) -> None:
         server.forget(rule)
         assert site.run("drain").output.startswith("1 accepted")
         assert len(server.mails) == 1
+
+
+def test_log_begins_with_what_waits(site: Site) -> None:
+    note = LaneNote("*", "relay", "nobody \x1b listens", time.time(), time.time() + 600)
+    with site.outbox() as outbox:
+        outbox.spool.note_lane(digest("*"), note)
+    process = site.process("run")
+    try:
+        running = Running(process)
+        running.wait_for(b"INFO * waits already, next try in 10m: nobody \\x1b listens")
+        process.send_signal(signal.SIGTERM)
+        assert running.end() == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_makes_the_outbox(site: Site, running: Running) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from .attempt import FINAL
+from .envelope import lane_key
 from .errors import NoSuchEntry
-from .interfaces import Entry, Record, State
+from .interfaces import Entry, LaneNote, Outcome, Record, State
 from .journal import Event
 
 
@@ -26,10 +27,47 @@ class Counts:
     oldest: float
 
 
+#: What a person did to let a mail go, as it stands in the journal.
+_RETRIED: Final = "retried"
+_RELEASED: Final = "released"
+
+
+def entry_as_seen(entry: Entry, note: LaneNote | None) -> Entry:
+    """Return an entry as people see it; `note`: why its lane waits, or None.
+
+    What is queued, or due, in a lane that is in trouble is deferred until its next probe.
+    Not for the spool, which knows the entry by what it is.
+    """
+    if note is None or not (entry.state is State.QUEUED or _is_tried_again(entry)):
+        return entry
+    state = State.DEFERRED if entry.state is State.QUEUED else entry.state
+    return replace(entry, state=state, due=max(entry.due, note.until))
+
+
+def record_as_seen(record: Record, note: LaneNote | None) -> Record:
+    """Return the same of a mail that was opened, with the lane's reason; see `status`."""
+    entry = entry_as_seen(record.entry, note)
+    if note is None or entry.state is record.entry.state:
+        return replace(record, entry=entry)
+    waits = Outcome(State.DEFERRED, note.reason, note.since)
+    untried = dict.fromkeys(record.envelope.recipients, waits)
+    return replace(record, entry=entry, outcomes={**untried, **record.outcomes}, reason=note.reason)
+
+
+def is_due(seen: Entry, now: float) -> bool:
+    """Tell whether a processor would take a mail now; from `entry_as_seen`."""
+    return (seen.state is State.QUEUED or _is_tried_again(seen)) and seen.due <= now
+
+
+def _is_tried_again(entry: Entry) -> bool:
+    return entry.state is State.DEFERRED or (entry.state is State.UNCLEAR and entry.due > 0)
+
+
 class Queue:
     """Look at the mails in the spool, and decide on single ones.
 
-    A mail is named by its entry id or its Message-Id; a Message-Id may name several.
+    A mail is named by its entry id or its Message-Id, which may name several, or is given
+    as an entry of `entries`, which saves looking for it.
     """
 
     def __init__(self, spool: Any, journal: Any, clock: Callable[[], float] = time.time) -> None:
@@ -38,7 +76,10 @@ class Queue:
         self._clock = clock
 
     def entries(self, state: State | None = None) -> Iterator[Entry]:
-        """Yield what is in the spool, the oldest first, without opening anything."""
+        """Yield what is in the spool, the oldest first, without opening anything.
+
+        `state`: the spool's own; see `entry_as_seen`.
+        """
         for entry in self._spool.scan():
             if state is None or entry.state is state:
                 yield entry
@@ -52,17 +93,22 @@ class Queue:
                 continue
 
     def counts(self) -> Counts:
+        """Count the mails as people see them."""
         now = self._clock()
+        notes = self._spool.lane_notes()
         states: Counter[State] = Counter()
         oldest = 0.0
         for entry in self._spool.scan():
-            states[entry.state] += 1
-            if entry.state in (State.QUEUED, State.DEFERRED) and entry.due <= now:
+            seen = entry_as_seen(entry, notes.get(entry.lane))
+            states[seen.state] += 1
+            if is_due(seen, now):
                 oldest = min(oldest or now, entry.staged_at or now)
         return Counts(dict(states), oldest)
 
-    def find(self, name: str) -> list[Record]:
+    def find(self, name: str | Entry) -> list[Record]:
         """Return the mails of this entry id or Message-Id.  Raises `NoSuchEntry`."""
+        if isinstance(name, Entry):
+            return [self._spool.load(name.id)]
         name = name.strip().removeprefix("<").removesuffix(">")
         records: list[Record] = self._spool.find(name)
         return records or [self._spool.load(name)]
@@ -72,15 +118,19 @@ class Queue:
         message: bytes = self._spool.read_message(record.entry.id)
         return message
 
-    def retry(self, name: str) -> list[Record]:
-        """Make mails due now, whatever held them.  Raises `NoSuchEntry`, `EntryBusy`."""
-        records = self.find(name)
-        for record in records:
-            self._spool.requeue(record.entry.id)
-            self._note(record, "retried")
-        return records
+    def retry(self, name: str | Entry) -> list[Record]:
+        """Make mails due now, whatever held them.  Raises `NoSuchEntry`, `EntryBusy`.
 
-    def hold(self, name: str, reason: str) -> list[Record]:
+        A lane in trouble that they wait for is tried again, too; recipients that were
+        refused are, when nobody else of the mail is open.
+        """
+        return self._let_go(self.find(name), _RETRIED)
+
+    def release(self, name: str | Entry) -> list[Record]:
+        """Do the same with what was set aside; for the journal that is another word."""
+        return self._let_go(self.find(name), _RELEASED)
+
+    def hold(self, name: str | Entry, reason: str) -> list[Record]:
         """Set mails aside until they are retried.  Raises `NoSuchEntry`, `EntryBusy`."""
         records = self.find(name)
         for record in records:
@@ -88,7 +138,7 @@ class Queue:
             self._note(record, State.HELD, reason)
         return records
 
-    def cancel(self, name: str) -> list[Record]:
+    def cancel(self, name: str | Entry) -> list[Record]:
         """Remove mails that are not delivered yet.  Raises `NoSuchEntry`, `EntryBusy`."""
         records = self.find(name)
         for record in records:
@@ -97,12 +147,22 @@ class Queue:
         self._journal.flush()
         return records
 
+    def _let_go(self, records: list[Record], kind: str) -> list[Record]:
+        for record in records:
+            # First: a processor that hears of the mail must find its lane free.
+            self._spool.note_lane(lane_key(record.envelope.route), None)
+            self._spool.requeue(record.entry.id)
+            self._note(record, kind)
+        return records
+
     def _note(self, record: Record, kind: str, reply: str = "") -> None:
-        envelope = record.envelope
-        for recipient in envelope.recipients:
-            outcome = record.outcomes.get(recipient)
-            if outcome is not None and outcome.state in FINAL:
-                continue
+        envelope, outcomes = record.envelope, record.outcomes
+        concerned = [
+            r for r in envelope.recipients if r not in outcomes or outcomes[r].state not in FINAL
+        ]
+        if not concerned and kind in (_RETRIED, _RELEASED):  # they are tried again
+            concerned = [r for r in outcomes if outcomes[r].state is State.REFUSED]
+        for recipient in concerned:
             self._journal.record(
                 Event(
                     at=self._clock(),

@@ -69,9 +69,19 @@ def _show_usage(error: click.UsageError) -> None:
     if isinstance(error, _NO_ARGUMENTS):
         error.show()  # is the help
         return
-    if error.ctx is not None:
-        click.echo(error.ctx.get_usage(), err=True)
-    complain(error.format_message())
+    message = error.format_message().rstrip(".")
+    context = error.ctx
+    if context is None:
+        complain(message)
+        return
+    command = context.command_path.partition(" ")[2]
+    if isinstance(error, click.NoSuchOption) and context.parent is not None:
+        option = next((o for o in cli.params if error.option_name in o.opts), None)
+        if isinstance(option, click.Option):
+            before = error.option_name + ("" if option.is_flag else " ...")
+            usage = f"cpsmail {before} {command}"
+            message = f"{error.option_name} stands before the command: `{usage}`"
+    complain(f"{message}; see `{f'cpsmail {command}'.strip()} --help`")
 
 
 def _report(error: BaseException, verbose: bool) -> None:

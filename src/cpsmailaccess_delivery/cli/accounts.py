@@ -12,7 +12,7 @@ import click
 import transaction
 
 from ..account import Account, Secret, normalise_mailbox
-from ..envelope import digest
+from ..envelope import Route, lane_key
 from ..errors import InvalidAccount, NoSuchAccount
 from .app import EX_NO, App, confirmed, json_option, pass_app, yes_option
 from .output import complain, emit, say, table
@@ -111,6 +111,8 @@ def set_(
         changes.update(password=_read_password(password_prompt, mailbox), password_from=None)
     with app.outbox(make=True) as outbox, transaction.manager:
         existing = _existing(outbox, mailbox)
+        if changes.get("username") and not _has_password(existing, changes):
+            changes["password"] = _missing_password(mailbox)
         account = _changed(existing, mailbox, changes)
         outbox.accounts.put(account)
     if as_json:
@@ -128,7 +130,7 @@ def check(app: App, mailbox: str, as_json: bool) -> int:
     """Connect, verify TLS and log in, as a delivery would; send nothing.
 
     MAILBOX may also be a sender whom another account serves (@domain, *).
-    Exit code 0: works; 1: does not.
+    Exit code 0: works, and mails that wait for this account are tried again; 1: does not.
     """
     from ..password import resolve_secret
     from ..processor import own_host_name
@@ -138,8 +140,10 @@ def check(app: App, mailbox: str, as_json: bool) -> int:
         served_by = _existing(outbox, mailbox) or outbox.accounts.find(mailbox)
         account = outbox.vault.get(served_by.mailbox)
         secret = resolve_secret(account)
-    helo_name = app.settings().helo_name or own_host_name()
-    report = try_account(account, secret, helo_name=helo_name)
+        helo_name = app.settings().helo_name or own_host_name()
+        report = try_account(account, secret, helo_name=helo_name)
+        if report.ok:  # what waits for this account need not wait any longer
+            outbox.spool.note_lane(lane_key(Route(account.mailbox)), None)
     if as_json:
         failure = report.failure
         emit(
@@ -171,7 +175,7 @@ def remove(app: App, mailbox: str, yes: bool, as_json: bool) -> int:
     """Remove an account.  Mails that wait for it keep waiting until it is set again."""
     with app.outbox() as outbox:
         account = outbox.accounts.get(mailbox)
-        lane = digest(account.mailbox)
+        lane = lane_key(Route(account.mailbox))
         waiting = sum(entry.lane == lane for entry in outbox.queue.entries())
         if waiting:
             complain(f"warning: {waiting} mails in the queue are routed as {account.mailbox}")
@@ -208,6 +212,23 @@ def _changed(existing: Account | None, mailbox: str, changes: dict[str, Any]) ->
     if security != existing.security and "port" not in changes:
         changes["port"] = 0  # the one that belongs to it
     return existing.replace(**changes)
+
+
+def _has_password(existing: Account | None, changes: dict[str, Any]) -> bool:
+    if changes.get("password") is not None or changes.get("password_from") is not None:
+        return True
+    return existing is not None and not (
+        existing.password is None and existing.password_from is None
+    )
+
+
+def _missing_password(mailbox: str) -> Secret:
+    if sys.stdin.isatty():
+        return _read_password(True, mailbox)
+    raise InvalidAccount(
+        f"account {mailbox}: --username needs a password: say --password-prompt,"
+        " --password-stdin or --password-from"
+    )
 
 
 def _read_password(prompt: bool, mailbox: str) -> Secret:

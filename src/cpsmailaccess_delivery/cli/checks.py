@@ -1,4 +1,8 @@
-"""What the doctor looks at.  Each check yields findings, and changes nothing."""
+"""What the doctor looks at.  Each check yields findings.
+
+None changes what is there; two write a file of their own and remove it again, to see
+whether that works.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from ..envelope import Envelope, Route
 from ..errors import OutboxError, SecretUnavailable
 from ..interfaces import State
 from ..password import resolve_secret
-from ..spool.names import presence_of
+from ..spool.names import parse, presence_of
 from .output import age
 
 if TYPE_CHECKING:
@@ -34,6 +38,14 @@ _LATE, _STALLED = 600.0, 4 * 3600.0
 
 #: Seconds between our clock and the file system's, or a mail's, that matter.
 _DRIFT, _WRONG = 5.0, 60.0
+
+
+#: What a person may do with a mail that waits for one.
+_DECISIONS: Final = {
+    State.HELD: "release or cancel",
+    State.UNCLEAR: "release or cancel",
+    State.REFUSED: "retry or cancel",
+}
 
 
 class Level(StrEnum):
@@ -76,7 +88,8 @@ def _check_access(outbox: Outbox) -> _Findings:
             f"{root} belongs to user {owner}, we are {os.geteuid()}",
             ("run cpsmail and the applications as one user"),
         )
-    looked = open_ = foreign = 0
+    old = _is_old_queue(root)
+    looked = open_ = foreign = readable = 0
     for path in islice(_walk(root), _SAMPLE):
         try:
             status = path.lstat()
@@ -85,6 +98,8 @@ def _check_access(outbox: Outbox) -> _Findings:
         looked += 1
         if stat.S_ISLNK(status.st_mode):
             yield Level.FAIL, f"{path} is a symbolic link", "put the directory or file there itself"
+        elif old and not status.st_mode & 0o022 and _is_old(path, root):
+            readable += status.st_mode & 0o077 != 0
         elif status.st_mode & 0o077:
             open_ += 1
             if open_ == 1:
@@ -98,7 +113,13 @@ def _check_access(outbox: Outbox) -> _Findings:
         yield Level.FAIL, f"... and {open_ - 1} more files and directories", ""
     if foreign:
         yield Level.FAIL, f"{foreign} files belong to other users", f"chown -R them to user {owner}"
-    if not open_ and not foreign:
+    if readable:
+        yield (
+            Level.WARN,
+            f"others may read {readable} files and directories, as zope.sendmail makes them",
+            f"chmod -R go= '{root}'",
+        )
+    if not open_ and not foreign and not readable:
         yield Level.OK, f"{looked} files and directories are ours alone", ""
 
 
@@ -179,9 +200,9 @@ def _check_oldest(outbox: Outbox) -> _Findings:
         level = Level.FAIL if waits > _STALLED else Level.WARN if waits > _LATE else Level.OK
         advice = "" if level is Level.OK else "does `cpsmail run` run? `cpsmail queue` says more"
         yield level, f"the oldest mail that is due was queued {age(waits)} ago", advice
-    for state in (State.HELD, State.UNCLEAR, State.REFUSED):
+    for state in _DECISIONS:
         if number := counts.states.get(state, 0):
-            advice = f"cpsmail queue --state {state}; then release or cancel"
+            advice = f"cpsmail queue --state {state}; then {_DECISIONS[state]}"
             yield Level.WARN, f"{number} mails are {state}, and wait for a person", advice
 
 
@@ -218,8 +239,42 @@ def _check_leftovers(outbox: Outbox) -> _Findings:
     if changes:
         advice = "put these accounts again: `cpsmail accounts list` shows what is in force"
         yield Level.WARN, f"processes died and left {changes} changes of accounts", advice
-    if not mails and not changes:
+    others = list(_left_by_zope_sendmail(root))
+    yield from others
+    if not mails and not changes and not others:
         yield Level.OK, "dead processes left nothing", ""
+
+
+def _left_by_zope_sendmail(root: Path) -> _Findings:
+    hidden = [name for folder in ("new", "cur") for name in _names(root / folder)]
+    for prefix, advice in (
+        (".sending-", "when no zope.sendmail processor runs any more, remove them"),
+        (
+            ".rejected-",
+            "it gave up on them: remove them, or rename them without the prefix to send",
+        ),
+    ):
+        if number := sum(name.startswith(prefix) for name in hidden):
+            yield Level.WARN, f"{number} {prefix}* of zope.sendmail in new/ are left alone", advice
+
+
+def _is_old_queue(root: Path) -> bool:
+    """Tell whether zope.sendmail made this Maildir: by umask; we make all but the root 0700."""
+    try:
+        return all((root / name).lstat().st_mode & 0o055 for name in ("new", "cur", "tmp"))
+    except FileNotFoundError:
+        return False
+
+
+def _is_old(path: Path, root: Path) -> bool:
+    """Tell whether zope.sendmail made a file or directory of such a queue."""
+    folders = [root / name for name in ("new", "cur", "tmp")]
+    if path == root or path in folders:
+        return True
+    if path.parent not in folders or ",P=" in path.name:
+        return False
+    entry = parse(path.name, path.parent.name)
+    return entry is None or not entry.lane
 
 
 def _check_processes(outbox: Outbox) -> _Findings:

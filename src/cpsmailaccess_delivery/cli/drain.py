@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..interfaces import State
+from ..queue import is_due
 from .app import EX_INTERRUPTED, EX_NO, App, json_option, pass_app
 from .output import emit, say
 from .run import StopSignal, stop_timeout_option
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 #: Seconds between two looks at how far it is.
 _LOOK = 0.1
 
+#: Seconds that mails past the end of data have after a signal: somebody sits and waits.
+_STOP_TIMEOUT = 5.0
+
 #: Seconds that dropping the connections takes at most.
 _ABORTED = 5.0
 
 
 @click.command()
-@stop_timeout_option
+@stop_timeout_option(_STOP_TIMEOUT)
 @json_option
 @pass_app
 def drain(app: App, stop_timeout: float, as_json: bool) -> int:
@@ -98,11 +101,7 @@ def _progress(outbox: Outbox, *, shown: bool) -> Iterator[Callable[[Summary], No
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     now = time.time()
-    waiting = (State.QUEUED, State.DEFERRED, State.UNCLEAR)
-    total = sum(
-        entry.state in waiting and entry.due <= now and (entry.state is State.QUEUED or entry.due)
-        for entry in outbox.queue.entries()
-    )
+    total = sum(is_due(entry, now) for entry in outbox.queue.entries())
     columns = (TextColumn("delivering"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("", total=total)

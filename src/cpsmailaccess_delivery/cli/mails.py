@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..account import normalise_mailbox
+from ..address import ascii_host, relay_name
 from ..envelope import digest
-from ..errors import InvalidAccount
-from ..interfaces import Entry, LaneNote, Outcome, Record, State
+from ..errors import InvalidAccount, InvalidAddress
+from ..interfaces import Entry, LaneNote, Outcome, Record
 from ..status import Status
 
 
@@ -19,7 +20,7 @@ def mail_json(record: Record) -> dict[str, Any]:
         **entry_json(record.entry),
         "message_id": envelope.message_id,
         "mailbox": route.mailbox,
-        "relay": f"{route.host}:{route.port}" if route.host else "",
+        "relay": relay_name(route.host, route.port) if route.host else "",
         "sender": envelope.sender,
         "recipients": [
             outcome_json(recipient, record.outcomes.get(recipient))
@@ -76,12 +77,10 @@ def note_json(key: str, note: LaneNote) -> dict[str, Any]:
     }
 
 
-def why(record: Record, note: LaneNote | None) -> str:
+def why(record: Record) -> str:
     """Return in a few words why a mail is still here; "" when it is simply its turn."""
     if record.reason:
         return record.reason
-    if note is not None and record.entry.state in (State.QUEUED, State.DEFERRED):
-        return "its lane waits: see below"
     replies = [outcome.reply for outcome in record.outcomes.values() if outcome.reply]
     return replies[-1] if replies else ""
 
@@ -93,4 +92,13 @@ def lane_of(name: str) -> str:
     try:
         return digest(normalise_mailbox(name))
     except InvalidAccount:
-        return digest(name)
+        return digest(_relay(name))
+
+
+def _relay(name: str) -> str:
+    """Return a relay in the spelling of routes: see `relay_name`."""
+    host, _, port = name.rpartition(":")
+    try:
+        return relay_name(ascii_host(host), int(port))
+    except (InvalidAddress, ValueError):
+        return name

@@ -6,13 +6,14 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import InvalidEnvelope, NoSuchEntry
-from ..interfaces import Entry, Record, State
+from ..interfaces import Entry, LaneNote, Record, State
+from ..queue import entry_as_seen, is_due, record_as_seen
 from .app import App, json_option, pass_app
 from .mails import entry_json, lane_of, mail_json, note_json, status_json, why
 from .output import age, clean_lines, emit, moment, say, table, upcoming
@@ -49,14 +50,29 @@ def selection(function: Any) -> Any:
     )(function)
 
 
-def select(outbox: Outbox, states: tuple[str, ...], mailbox: str | None) -> Iterator[Entry]:
-    """Yield the entries that `selection` asks for, the oldest first."""
+def selector(
+    outbox: Outbox, states: tuple[str, ...], mailbox: str | None
+) -> Callable[[Entry, Entry], bool]:
+    """Return what tells whether `selection` asks for an entry, given it and how it is seen."""
     lane = lane_of(mailbox) if mailbox is not None else None
-    for entry in outbox.queue.entries():
-        if states and entry.state not in states:
-            continue
-        if lane is None or _lane(outbox, entry) == lane:
-            yield entry
+
+    def wanted(entry: Entry, seen: Entry) -> bool:
+        if states and seen.state not in states:
+            return False
+        return lane is None or _lane(outbox, entry) == lane
+
+    return wanted
+
+
+def select(outbox: Outbox, states: tuple[str, ...], mailbox: str | None) -> list[Entry]:
+    """Return the entries that `selection` asks for, the oldest first."""
+    wanted = selector(outbox, states, mailbox)
+    notes = outbox.spool.lane_notes()
+    return [
+        entry
+        for entry in outbox.queue.entries()
+        if wanted(entry, entry_as_seen(entry, notes.get(entry.lane)))
+    ]
 
 
 @click.command()
@@ -64,33 +80,41 @@ def select(outbox: Outbox, states: tuple[str, ...], mailbox: str | None) -> Iter
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
+    default=_LIMIT,
+    show_default=True,
     metavar="N",
-    help=f"Show so many mails at most, 0 for all.  [default: {_LIMIT}; all with --json]",
+    help="Show so many mails at most, 0 for all.",
 )
 @json_option
 @pass_app
 def queue(
-    app: App, states: tuple[str, ...], mailbox: str | None, limit: int | None, as_json: bool
+    app: App, states: tuple[str, ...], mailbox: str | None, limit: int, as_json: bool
 ) -> None:
-    """List the mails in the queue, how many there are, and why lanes wait."""
-    if limit is None:
-        limit = 0 if as_json else _LIMIT
+    """List the mails in the queue, how many there are, and why lanes wait.
+
+    A mail whose lane is in trouble is deferred, until the lane's next try.
+    """
+    now = time.time()
+    counts: Counter[str] = Counter()
+    mails: list[tuple[Entry, Record | None]] = []
+    oldest = 0.0
     with app.outbox() as outbox:
-        counts: Counter[str] = Counter()
-        mails: list[tuple[Entry, Record | None]] = []
-        for entry in select(outbox, states, mailbox):
-            counts[entry.state] += 1
+        notes = outbox.spool.lane_notes()
+        wanted = selector(outbox, states, mailbox)
+        for entry in outbox.queue.entries():
+            seen = entry_as_seen(entry, notes.get(entry.lane))
+            if is_due(seen, now):
+                oldest = min(oldest or now, entry.staged_at or now)
+            if not wanted(entry, seen):
+                continue
             if not limit or len(mails) < limit:
                 try:
-                    mails.append((entry, outbox.spool.load(entry.id)))
-                except InvalidEnvelope:
-                    mails.append((entry, None))
+                    mails.append((seen, _opened(outbox, entry, notes)))
                 except NoSuchEntry:
-                    counts[entry.state] -= 1  # delivered while we looked
-        notes = outbox.spool.lane_notes()
-        oldest = outbox.queue.counts().oldest
+                    continue  # delivered while we looked
+            counts[seen.state] += 1
         location = outbox.location
-    counts += Counter()  # without those that fell to zero
+    more = counts.total() - len(mails)
     if as_json:
         emit(
             {
@@ -99,13 +123,12 @@ def queue(
                 "oldest_due": oldest or None,
                 "lanes": [note_json(key, note) for key, note in sorted(notes.items())],
                 "mails": [mail_json(r) if r else _unreadable_json(e) for e, r in mails],
+                "more": more,
             }
         )
         return
-    now = time.time()
     if mails:
-        table(_COLUMNS, (_row(entry, record, notes, now) for entry, record in mails))
-    more = counts.total() - len(mails)
+        table(_COLUMNS, (_row(entry, record, now) for entry, record in mails))
     if more > 0:
         say(f"... and {more} more: --limit 0 shows all")
     listed = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
@@ -152,6 +175,7 @@ def show(app: App, name: str, headers: bool, raw: bool, as_json: bool) -> None:
             _print_raw(outbox.queue.message(records[0]))
             return
         texts = [_header(outbox.queue.message(r)) if headers else None for r in records]
+        records = [record_as_seen(r, outbox.spool.lane_note(r.entry.lane)) for r in records]
         if as_json:
             emit({"mails": [_with_header(r, text) for r, text in zip(records, texts, strict=True)]})
             return
@@ -166,19 +190,24 @@ def _lane(outbox: Outbox, entry: Entry) -> str:
     if entry.lane:
         return entry.lane
     try:  # a file that zope.sendmail, or somebody by hand, put there
-        return lane_of(str(outbox.spool.load(entry.id).envelope.route))
+        return lane_of(str(outbox.queue.find(entry)[0].envelope.route))
     except (NoSuchEntry, InvalidEnvelope):
         return ""
 
 
-def _row(entry: Entry, record: Record | None, notes: Any, now: float) -> tuple[object, ...]:
+def _opened(outbox: Outbox, entry: Entry, notes: Mapping[str, LaneNote]) -> Record | None:
+    """Return a mail as it is seen; None: it cannot be read.  Raises `NoSuchEntry`."""
+    try:
+        (record,) = outbox.queue.find(entry)
+    except InvalidEnvelope:
+        return None
+    return record_as_seen(record, notes.get(entry.lane))
+
+
+def _row(entry: Entry, record: Record | None, now: float) -> tuple[object, ...]:
     queued = age(now - entry.staged_at) if entry.staged_at else ""
-    due = ""
-    if entry.state in (State.QUEUED, State.DEFERRED) or (
-        entry.state is State.UNCLEAR and entry.due
-    ):
-        note = notes.get(entry.lane)
-        due = upcoming(max(entry.due, note.until if note else 0.0), now)
+    waits = entry.due or entry.state in (State.QUEUED, State.DEFERRED)
+    due = upcoming(entry.due, now) if waits else ""
     if record is None:
         unreadable = "its private block cannot be read"
         return (entry.id, entry.state, "", "", "", queued, entry.attempts, due, unreadable)
@@ -192,14 +221,16 @@ def _row(entry: Entry, record: Record | None, notes: Any, now: float) -> tuple[o
         queued,
         entry.attempts,
         due,
-        why(record, notes.get(entry.lane)),
+        why(record),
     )
 
 
 def _print_record(outbox: Outbox, record: Record) -> None:
     entry, envelope = record.entry, record.envelope
     note = outbox.spool.lane_note(entry.lane)
-    now = time.time()
+    lane = f"waits, next try {upcoming(note.until, time.time())}" if note else ""
+    if note and note.reason != record.reason:
+        lane += f": {note.reason}"
     lines = {
         "id": entry.id,
         "message-id": envelope.message_id,
@@ -210,7 +241,7 @@ def _print_record(outbox: Outbox, record: Record) -> None:
         "due": moment(entry.due),
         "attempts": entry.attempts,
         "size": f"{record.size} bytes",
-        "lane": f"waits, next try {upcoming(note.until, now)}: {note.reason}" if note else "",
+        "lane": lane,
     }
     for label, value in lines.items():
         if value != "":

@@ -6,13 +6,15 @@ import logging
 import os
 import signal
 import threading
+import time
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import click
 
 from ..processor import STOP_TIMEOUT
 from .app import EX_SOFTWARE, App, pass_app
+from .output import upcoming
 
 log = logging.getLogger(__name__)
 
@@ -22,18 +24,20 @@ _LOOK = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-stop_timeout_option = click.option(
-    "--stop-timeout",
-    type=click.FloatRange(min=0),
-    default=STOP_TIMEOUT,
-    show_default=True,
-    metavar="SECONDS",
-    help="What is past the end of data may take so long after a signal.",
-)
+def stop_timeout_option(default: float) -> Any:
+    """Give a command ``--stop-timeout``."""
+    return click.option(
+        "--stop-timeout",
+        type=click.FloatRange(min=0),
+        default=default,
+        show_default=True,
+        metavar="SECONDS",
+        help="What is past the end of data may take so long after a signal.",
+    )
 
 
 @click.command()
-@stop_timeout_option
+@stop_timeout_option(STOP_TIMEOUT)
 @click.option("-v", "--verbose", is_flag=True, help="Log more; show tracebacks.")
 @pass_app
 def run(app: App, stop_timeout: float, verbose: bool) -> int:
@@ -45,9 +49,12 @@ def run(app: App, stop_timeout: float, verbose: bool) -> int:
     app.verbose = app.verbose or verbose
     app.log(service=True)
     with app.outbox(make=True) as outbox, StopSignal() as stop:
+        log.info("delivering %s, process %d", outbox.location, os.getpid())
+        for note in outbox.spool.lane_notes().values():
+            when = upcoming(note.until, time.time())
+            log.info("%s waits already, next try %s: %s", note.route, when, note.reason)
         processor = outbox.processor()
         processor.start()
-        log.info("delivering %s, process %d", outbox.location, os.getpid())
         while not stop.wait(_LOOK) and processor.is_alive():
             pass
         if not stop.is_set():

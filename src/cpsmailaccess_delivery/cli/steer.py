@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
-from ..interfaces import Record, State
+from ..interfaces import Entry, Record, State
 from .app import (
     EX_DATAERR,
     EX_NO,
@@ -22,16 +21,16 @@ from .app import (
     yes_option,
 )
 from .mails import mail_json
-from .output import complain, emit, say, upcoming
+from .output import complain, emit, say
 from .queue import select, selection
 
 if TYPE_CHECKING:
     from ..outbox import Outbox
 
-_Act = Callable[["Outbox", str], list[Record]]
+_Act = Callable[["Outbox", str | Entry], list[Record]]
 
 #: What `release` lets go; `retry` is for the others, but takes these too.
-_RELEASABLE: Final = (State.HELD, State.UNCLEAR)
+_RELEASABLE: Final = (State.HELD, State.UNCLEAR, State.REFUSED)
 
 
 def _steering(function: Any) -> Any:
@@ -47,8 +46,9 @@ def _steering(function: Any) -> Any:
 @_steering
 @pass_app
 def retry(app: App, /, **choice: Any) -> int:
-    """Make mails due now, whatever they waited for.
+    """Make mails due now, whatever they waited for, a relay in trouble too.
 
+    Of a mail that was refused, the recipients that were refused are tried again.
     --all without --state: those that are deferred.
     """
     return _steer(app, "retried", lambda o, name: o.queue.retry(name), ("deferred",), **choice)
@@ -71,7 +71,7 @@ def hold(app: App, /, reason: str, **choice: Any) -> int:
 @_steering
 @pass_app
 def release(app: App, /, **choice: Any) -> int:
-    """Let mails go that are held or unclear: they are due now.
+    """Let mails go that are held, unclear or refused: they are due now.
 
     An unclear mail may have arrived already, and then arrives twice.
     --all without --state: those that are held.
@@ -108,32 +108,34 @@ def _steer(
     if not every and (states or mailbox is not None):
         raise click.UsageError("--state and --mailbox belong to --all")
     with app.outbox() as outbox:
+        wanted: Sequence[str | Entry] = names
         if every:
-            names = tuple(entry.id for entry in select(outbox, states or usual, mailbox))
-            question = f"{len(names)} mails will be {done}; go on?"
-            if names and not yes and not confirmed(question):
+            wanted = select(outbox, states or usual, mailbox)
+            question = f"{len(wanted)} mails will be {done}; go on?"
+            if wanted and not yes and not confirmed(question):
                 complain("nothing was changed")
                 return EX_NO
-        records, failures = _act_on_all(outbox, names, act, gone_is_fine=every)
+        records, failures = _act_on_all(outbox, wanted, act, gone_is_fine=every)
         if as_json:
             mails = [mail_json(record) for record in records]
             emit({"action": done, "mails": mails, "failures": failures})
         else:
-            _say_done(outbox, records, done, every)
+            _say_done(records, done, every)
             for failure in failures:
                 complain(failure["error"])
     return failures[-1]["code"] if failures else 0
 
 
 def _act_on_all(
-    outbox: Outbox, names: tuple[str, ...], act: _Act, *, gone_is_fine: bool
+    outbox: Outbox, wanted: Sequence[str | Entry], act: _Act, *, gone_is_fine: bool
 ) -> tuple[list[Record], list[dict[str, Any]]]:
     """Return the mails as they were, and what could not be done."""
     records: list[Record] = []
     failures: list[dict[str, Any]] = []
-    for name in names:
+    for mail in wanted:
+        name = mail.id if isinstance(mail, Entry) else mail
         try:
-            records += act(outbox, name)
+            records += act(outbox, mail)
         except NoSuchEntry as error:
             if not gone_is_fine:
                 failures.append({"name": name, "error": str(error), "code": EX_NOINPUT})
@@ -144,27 +146,20 @@ def _act_on_all(
     return records, failures
 
 
-def _say_done(outbox: Outbox, records: list[Record], done: str, every: bool) -> None:
+def _say_done(records: list[Record], done: str, every: bool) -> None:
     if every:
         say(f"{len(records)} mails {done}")
-    else:
-        for record in records:
-            say(f"{done} {record.entry.id} to {', '.join(record.envelope.recipients)}")
-    if done not in ("retried", "released"):
         return
-    notes = outbox.spool.lane_notes()
-    for key in {record.entry.lane for record in records} & set(notes):
-        note = notes[key]
-        say(f"{note.route} waits, next try {upcoming(note.until, time.time())}: {note.reason}")
+    for record in records:
+        say(f"{done} {record.entry.id} to {', '.join(record.envelope.recipients)}")
 
 
 class _NotHeld(Exception):
     pass
 
 
-def _release(outbox: Outbox, name: str) -> list[Record]:
-    records = outbox.queue.find(name)
-    for record in records:
+def _release(outbox: Outbox, mail: str | Entry) -> list[Record]:
+    for record in outbox.queue.find(mail):
         if record.entry.state not in _RELEASABLE:
             raise _NotHeld(f"{record.entry.id} is {record.entry.state}, not held: see retry")
-    return outbox.queue.retry(name)
+    return outbox.queue.release(mail)
