@@ -225,7 +225,7 @@ class SpoolContract:
         assert spool.claim(entry) is None
         assert not spool.leased(entry)
         with pytest.raises(NoSuchEntry):
-            spool.load(entry.id)
+            spool.load(entry)
         spool.sync()
 
     @pytest.mark.parametrize("state", [State.DEFERRED, State.HELD, State.UNCLEAR, State.REFUSED])
@@ -237,7 +237,7 @@ class SpoolContract:
         )
         assert after == Entry(entry.id, entry.lane, state, 17.25, 1)
         assert list(spool.scan()) == [after]
-        record = spool.load(entry.id)
+        record = spool.load(entry)
         assert record.entry == after
         assert record.envelope == envelope()
         assert record.outcomes == outcomes
@@ -265,7 +265,7 @@ class SpoolContract:
         entry = settle(
             spool, entry, State.DEFERRED, outcomes={"carol@example.net": DEFERRED}, attempts=2
         )
-        assert set(spool.load(entry.id).outcomes) == {"bob@example.net", "carol@example.net"}
+        assert set(spool.load(entry).outcomes) == {"bob@example.net", "carol@example.net"}
 
     def test_a_due_time_is_never_early(self, spool):
         after = settle(spool, queue(spool), State.DEFERRED, due=17.00049, attempts=1)
@@ -303,30 +303,60 @@ class SpoolContract:
 
     def test_read_message(self, spool):
         entry = queue(spool)
-        assert spool.read_message(entry.id) == MESSAGE
+        assert spool.read_message(entry) == MESSAGE
+
+    @pytest.mark.parametrize("entry_id", ["", "nobody", "../new", "a/b", "\0", "\udc80", "x" * 999])
+    def test_look_up_of_an_unknown_id(self, spool, entry_id):
+        queue(spool)
+        with pytest.raises(NoSuchEntry):
+            spool.look_up(entry_id)
+
+    def test_look_up_tells_what_the_mail_is_now(self, spool):
+        entry = queue(spool)
+        queue(spool, "other@x")
+        assert spool.look_up(entry.id) == entry
+        after = settle(spool, entry, State.DEFERRED, due=17.25, attempts=1)
+        assert spool.look_up(entry.id) == after
+        settle(spool, after, State.ACCEPTED)
+        with pytest.raises(NoSuchEntry):
+            spool.look_up(entry.id)
 
     @pytest.mark.parametrize("call", ["load", "read_message", "requeue", "cancel", "hold"])
-    @pytest.mark.parametrize("entry_id", ["", "nobody", "../new", "a/b", "\0", "\udc80", "x" * 999])
-    def test_no_such_entry(self, spool, call, entry_id):
+    def test_of_a_mail_that_is_gone(self, spool, call):
+        entry = queue(spool)
+        settle(spool, entry, State.ACCEPTED)
         more = ["why"] if call == "hold" else []
         with pytest.raises(NoSuchEntry):
-            getattr(spool, call)(entry_id, *more)
+            getattr(spool, call)(entry, *more)
+
+    @pytest.mark.parametrize("call", ["load", "read_message", "requeue", "cancel", "hold"])
+    def test_a_stale_entry_names_the_mail_as_it_is_now(self, spool, call):
+        entry = queue(spool)
+        after = settle(spool, entry, State.DEFERRED, due=17.25, attempts=1)
+        result = getattr(spool, call)(entry, *(["why"] if call == "hold" else []))
+        if call in ("load", "cancel"):
+            assert result.entry == after
+        elif call == "read_message":
+            assert result == MESSAGE
+        else:
+            state = State.HELD if call == "hold" else State.QUEUED
+            assert list(spool.scan()) == [result] == [Entry(entry.id, entry.lane, state, 0.0, 1)]
 
     def test_hold_and_requeue(self, spool):
         entry = queue(spool)
-        held = spool.hold(entry.id, "the boss wants to read it")
+        held = spool.hold(entry, "the boss wants to read it")
         assert held.state is State.HELD
-        assert spool.load(entry.id).reason == "the boss wants to read it"
+        assert spool.load(entry).reason == "the boss wants to read it"
         assert spool.claim(entry) is None
-        again = spool.requeue(entry.id)
+        again = spool.requeue(entry)
         assert again == entry
-        assert spool.load(entry.id).reason == ""
+        assert spool.load(entry).reason == ""
 
     def test_requeue_keeps_outcomes_and_attempts(self, spool):
         entry = queue(spool)
         outcomes = {"bob@example.net": ACCEPTED, "carol@example.net": UNCLEAR}
         settle(spool, entry, State.UNCLEAR, outcomes=outcomes, attempts=3)
-        again = spool.requeue(entry.id)
+        again = spool.requeue(entry)
         assert (again.state, again.attempts, again.due) == (State.QUEUED, 3, 0.0)
         assert list(spool.scan()) == [again]
         lease = spool.claim(again)
@@ -337,19 +367,19 @@ class SpoolContract:
     def test_hold_keeps_outcomes(self, spool):
         entry = queue(spool)
         settle(spool, entry, State.DEFERRED, outcomes={"bob@example.net": ACCEPTED}, attempts=1)
-        spool.hold(entry.id, "why")
-        record = spool.load(entry.id)
+        spool.hold(entry, "why")
+        record = spool.load(entry)
         assert record.outcomes == {"bob@example.net": ACCEPTED}
         assert (record.entry.attempts, record.reason) == (1, "why")
 
     def test_cancel(self, spool):
         entry = queue(spool)
         settle(spool, entry, State.DEFERRED, outcomes={"bob@example.net": REFUSED}, attempts=1)
-        record = spool.cancel(entry.id)
+        record = spool.cancel(entry)
         assert record.outcomes == {"bob@example.net": REFUSED}
         assert list(spool.scan()) == []
         with pytest.raises(NoSuchEntry):
-            spool.cancel(entry.id)
+            spool.cancel(entry)
 
     @pytest.mark.parametrize("call", ["requeue", "cancel", "hold"])
     def test_what_is_being_delivered_is_left_alone(self, spool, call):
@@ -357,10 +387,10 @@ class SpoolContract:
         lease = spool.claim(entry)
         more = ["why"] if call == "hold" else []
         with pytest.raises(EntryBusy):
-            getattr(spool, call)(entry.id, *more)
-        assert spool.load(entry.id).entry == entry
+            getattr(spool, call)(entry, *more)
+        assert spool.load(entry).entry == entry
         lease.release()
-        getattr(spool, call)(entry.id, *more)
+        getattr(spool, call)(entry, *more)
 
     def test_lane_notes(self, spool):
         note = LaneNote("alice@example.org", "account", "535", since=1.0, until=2.0)
@@ -386,9 +416,9 @@ class SpoolContract:
 
     def test_a_watch_tells_of_released_mails(self, spool):
         entry = queue(spool)
-        spool.hold(entry.id, "why")
+        spool.hold(entry, "why")
         watch = spool.watch()
-        again = spool.requeue(entry.id)
+        again = spool.requeue(entry)
         assert again in told(watch)
         watch.close()
 

@@ -136,7 +136,7 @@ class TestLayout:
             os.umask(old)
         (path,) = Path(spool.location, "cur").iterdir()
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert spool.load(entry.id).envelope == envelope()
+        assert spool.load(entry).envelope == envelope()
         spool.close()
         presence.close()
 
@@ -212,6 +212,12 @@ class TestLayout:
         spool.sync()
         assert len(os.listdir("/proc/self/fd")) == before
 
+    @pytest.mark.parametrize("call", ["load", "read_message", "requeue", "cancel", "hold"])
+    def test_who_has_the_entry_needs_no_listing(self, spool, monkeypatch, call):
+        entry = queue(spool)
+        monkeypatch.setattr(os, "listdir", None)
+        getattr(spool, call)(entry, *(["why"] if call == "hold" else []))
+
 
 class TestForeignFiles:
     def test_of_zope_sendmail(self, spool):
@@ -227,7 +233,7 @@ class TestForeignFiles:
         )
         assert names_in(spool, "cur") == ["1700000000.42.host.123:1,deferred,9,1"]
         assert list(spool.scan()) == [after]
-        assert spool.requeue(after.id).id == entry.id
+        assert spool.requeue(after).id == entry.id
         lease = spool.claim(Entry(entry.id, "", State.QUEUED, 0.0, 1))
         assert lease.outcomes == {"bob@example.net": DEFERRED}
         lease.release()
@@ -275,7 +281,7 @@ class TestForeignFiles:
         name = names.file_name(entry)
         put(spool, "cur", name + ":2,S", ZOPE_SENDMAIL)  # adopted, it would be `name`
         assert len(list(spool.scan())) == 2
-        assert spool.load(entry.id).envelope == envelope()
+        assert spool.load(entry).envelope == envelope()
 
     @pytest.mark.parametrize(
         "data", [b"", b"\n", b"Subject: x\n\n", b"X-Zope-Envelope: 2\n\n", b"\xff" * 5000]
@@ -289,8 +295,8 @@ class TestForeignFiles:
         assert spool.claim(held) is None
         assert list(spool.scan()) == [held]
         with pytest.raises(InvalidEnvelope):
-            spool.load(held.id)
-        spool.cancel(held.id)
+            spool.load(held)
+        spool.cancel(held)
         assert list(spool.scan()) == []
 
     def test_links_are_not_followed(self, spool, tmp_path):
@@ -299,7 +305,7 @@ class TestForeignFiles:
         Path(spool.location, "new", "link").symlink_to(secret)
         (entry,) = spool.scan()
         with pytest.raises(InvalidEnvelope):
-            spool.load(entry.id)
+            spool.load(entry)
         assert spool.claim(entry) is None
         (held,) = spool.scan()
         assert held.state is State.HELD
@@ -409,7 +415,7 @@ class TestRaces:
             return real(path, *args, **kw)
 
         monkeypatch.setattr(os, "open", slow)
-        assert spool.load(entry.id).entry.state is State.DEFERRED
+        assert spool.load(entry).entry.state is State.DEFERRED
 
 
 class TestCrashes:
@@ -429,12 +435,12 @@ class TestCrashes:
         assert spool.claim(entry) is None  # the name follows instead
         (after,) = spool.scan()
         assert (after.state, after.attempts) == (State.REFUSED, 1)
-        assert spool.load(entry.id).outcomes == outcomes
+        assert spool.load(entry).outcomes == outcomes
 
     def test_requeued_after_that_it_is_not_refused_again(self, spool, monkeypatch):
         self.test_side_written_mail_not_renamed(spool, monkeypatch)
         (after,) = spool.scan()
-        again = spool.requeue(after.id)
+        again = spool.requeue(after)
         lease = spool.claim(again)
         assert lease is not None
         lease.release()
@@ -467,8 +473,8 @@ class TestCrashes:
         assert len(names_in(spool, "new")) + len(names_in(spool, "cur")) == 2
 
     def test_a_mail_that_moves_while_it_seems_to_have_two_names(self, spool, monkeypatch):
-        held = spool.hold(queue(spool).id, "why")
-        again = spool.requeue(held.id)
+        held = spool.hold(queue(spool), "why")
+        again = spool.requeue(held)
         root = Path(spool.location)
         new, cur = root / "new" / names.file_name(again), root / "cur" / names.file_name(held)
         real_listdir, real_stat = os.listdir, os.stat
@@ -509,11 +515,11 @@ class TestCrashes:
         assert spool.claim(after) is None
         (held,) = spool.scan()
         assert held.state is State.HELD
-        assert "damaged" in spool.load(held.id).reason
+        assert "damaged" in spool.load(held).reason
         assert path.read_bytes() == data
-        again = spool.requeue(held.id)
+        again = spool.requeue(held)
         assert spool.claim(again) is None
-        spool.cancel(held.id)
+        spool.cancel(held)
         assert list(spool.scan()) == []
 
     def test_orphaned_outcomes_are_swept_when_old(self, spool):
@@ -619,10 +625,10 @@ class TestDurability:
     def test_of_what_a_person_decides(self, spool, calls):
         entry = queue(spool)
         calls.clear()
-        spool.hold(entry.id, "why")
+        spool.hold(entry, "why")
         assert calls[-2:] == ["rename new/* cur/*", "fsync cur/"]
         calls.clear()
-        spool.cancel(entry.id)
+        spool.cancel(entry)
         assert calls[:2] == ["unlink cur/*", "fsync new/"]
 
     def test_outcomes_are_named_by_address_in_plain_json(self, spool):
@@ -630,7 +636,7 @@ class TestDurability:
         after = settle(spool, queue(spool), State.DEFERRED, outcomes=outcomes, attempts=1)
         path = Path(spool.location, "outcomes", after.id)
         assert json.loads(path.read_bytes())["outcomes"]["bob@example.net"][0] == "accepted"
-        assert spool.load(after.id).outcomes == outcomes
+        assert spool.load(after).outcomes == outcomes
 
 
 class TestFaults:
@@ -644,7 +650,7 @@ class TestFaults:
         real = os.writev
         monkeypatch.setattr(os, "writev", lambda fd, parts: real(fd, [bytes(parts[0])[:7]]))
         entry = queue(spool)
-        assert spool.read_message(entry.id) == MESSAGE
+        assert spool.read_message(entry) == MESSAGE
 
     @pytest.mark.parametrize("call", ["fchmod", "fsync"])
     def test_prepare_fails_and_leaves_nothing(self, spool, monkeypatch, call):
@@ -730,7 +736,7 @@ class TestFaults:
             assert spool.claim(entry) is None
         (held,) = spool.scan()
         assert held.state is State.HELD
-        assert "ermission" in spool.load(held.id).reason
+        assert "ermission" in spool.load(held).reason
 
     def test_more_mails_than_files_may_be_open(self, spool):
         entries = [spool.stage(envelope(f"{n}@x"), MESSAGE) for n in range(400)]

@@ -223,11 +223,11 @@ class TestSweep:
         assert spool.sweep().held == ()
         kill(child)
         assert spool.sweep().held == (entry_id,)
-        record = spool.load(entry_id)
+        record = spool.load(spool.look_up(entry_id))
         assert record.entry.state is State.HELD
         assert record.reason.startswith("in doubt: ")
         assert spool.sweep().held == ()
-        again = spool.requeue(entry_id)
+        again = spool.requeue(record.entry)
         lease = spool.claim(again)
         assert lease.message == MESSAGE
         lease.release()

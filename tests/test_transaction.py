@@ -45,7 +45,7 @@ def send(outbox: Outbox, name: str = "1") -> str:
 
 def sent(outbox: Outbox) -> list[str]:
     """The names of the mails that a processor can see, the oldest first."""
-    found = [outbox.spool.load(entry.id).envelope.message_id for entry in outbox.spool.scan()]
+    found = [outbox.spool.load(entry).envelope.message_id for entry in outbox.spool.scan()]
     return [message_id.removesuffix("@example.org") for message_id in found]
 
 

@@ -198,22 +198,32 @@ class ISpool(Interface):
     def find(message_id: str) -> list[Record]:
         """Return the mails with this Message-Id (no angle brackets): often one, or none."""
 
-    def load(entry_id: str) -> Record:
-        """Return one mail.  Raises `NoSuchEntry`, `InvalidEnvelope`."""
+    def look_up(entry_id: str) -> Entry:
+        """Return the entry of an id that a person typed.  Raises `NoSuchEntry`.
 
-    def read_message(entry_id: str) -> bytes:
-        """Return the message of one mail as it is stored.  Raises `NoSuchEntry`."""
+        Lists the spool.  So do the next five, once, when the mail has changed since its
+        entry was told: what they do, they do to the mail as it is now.
+        """
 
-    def requeue(entry_id: str) -> Entry:
+    def load(entry: Entry) -> Record:
+        """Return one mail as it is now.  Raises `NoSuchEntry`, `InvalidEnvelope`."""
+
+    def read_message(entry: Entry) -> bytes:
+        """Return the message of one mail as it is stored.
+
+        Raises `NoSuchEntry`, `InvalidEnvelope`.
+        """
+
+    def requeue(entry: Entry) -> Entry:
         """Make one mail due now: retry a deferred one, release a held or unclear one.
 
         Raises `NoSuchEntry`, `EntryBusy`.
         """
 
-    def hold(entry_id: str, reason: str) -> Entry:
+    def hold(entry: Entry, reason: str) -> Entry:
         """Set one mail aside until it is requeued.  Raises `NoSuchEntry`, `EntryBusy`."""
 
-    def cancel(entry_id: str) -> Record:
+    def cancel(entry: Entry) -> Record:
         """Remove one mail that is not being delivered.  Raises `NoSuchEntry`, `EntryBusy`."""
 
     def sweep() -> SweepReport:

@@ -88,7 +88,7 @@ class Queue:
         """Yield the same, opened.  What vanishes meanwhile, or cannot be read, is left out."""
         for entry in self.entries(state):
             try:
-                yield self._spool.load(entry.id)
+                yield self._spool.load(entry)
             except (NoSuchEntry, ValueError):
                 continue
 
@@ -108,14 +108,14 @@ class Queue:
     def find(self, name: str | Entry) -> list[Record]:
         """Return the mails of this entry id or Message-Id.  Raises `NoSuchEntry`."""
         if isinstance(name, Entry):
-            return [self._spool.load(name.id)]
+            return [self._spool.load(name)]
         name = name.strip().removeprefix("<").removesuffix(">")
         records: list[Record] = self._spool.find(name)
-        return records or [self._spool.load(name)]
+        return records or [self._spool.load(self._spool.look_up(name))]
 
     def message(self, record: Record) -> bytes:
         """Return the message as it is stored.  Raises `NoSuchEntry`."""
-        message: bytes = self._spool.read_message(record.entry.id)
+        message: bytes = self._spool.read_message(record.entry)
         return message
 
     def retry(self, name: str | Entry) -> list[Record]:
@@ -134,7 +134,7 @@ class Queue:
         """Set mails aside until they are retried.  Raises `NoSuchEntry`, `EntryBusy`."""
         records = self.find(name)
         for record in records:
-            self._spool.hold(record.entry.id, reason)
+            self._spool.hold(record.entry, reason)
             self._note(record, State.HELD, reason)
         return records
 
@@ -142,7 +142,7 @@ class Queue:
         """Remove mails that are not delivered yet.  Raises `NoSuchEntry`, `EntryBusy`."""
         records = self.find(name)
         for record in records:
-            self._spool.cancel(record.entry.id)
+            self._spool.cancel(record.entry)
             self._note(record, State.CANCELLED)
         self._journal.flush()
         return records
@@ -151,7 +151,7 @@ class Queue:
         for record in records:
             # First: a processor that hears of the mail must find its lane free.
             self._spool.note_lane(lane_key(record.envelope.route), None)
-            self._spool.requeue(record.entry.id)
+            self._spool.requeue(record.entry)
             self._note(record, kind)
         return records
 

@@ -210,7 +210,7 @@ class Scheduler:
     def _find_lane(self, entry: Entry) -> Lane | None:
         """Open one entry to learn its route: the first of its lane, or one we did not name."""
         try:
-            return self.lane(self.spool.load(entry.id).envelope.route)
+            return self.lane(self.spool.load(entry).envelope.route)
         except InvalidEnvelope:
             self.spool.claim(entry)  # sets it aside
             self.summary.held += 1

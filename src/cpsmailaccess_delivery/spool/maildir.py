@@ -145,17 +145,28 @@ class Maildir:
                 records.append(record)
         return records
 
-    def load(self, entry_id: str) -> Record:
+    def look_up(self, entry_id: str) -> Entry:
         """See `ISpool`."""
-        return self._read(self._look_up(entry_id))[0]
+        for _ in range(2):  # it may move from cur/ to new/ between the two listings
+            for entry in self.scan():
+                if entry.id == entry_id:
+                    return entry
+        raise NoSuchEntry(
+            f"{self.location}: no mail has the id {entry_id!r}: delivered, cancelled or never"
+            " committed"
+        )
 
-    def read_message(self, entry_id: str) -> bytes:
+    def load(self, entry: Entry) -> Record:
         """See `ISpool`."""
-        return self._read(self._look_up(entry_id))[1]
+        return self._read(entry)[0]
 
-    def requeue(self, entry_id: str) -> Entry:
+    def read_message(self, entry: Entry) -> bytes:
         """See `ISpool`."""
-        entry, fd = self._take(entry_id)
+        return self._read(entry)[1]
+
+    def requeue(self, entry: Entry) -> Entry:
+        """See `ISpool`."""
+        entry, fd = self._take(entry)
         try:
             after = self._mails.requeue(entry)
         finally:
@@ -163,17 +174,17 @@ class Maildir:
         self._tell([after])
         return after
 
-    def hold(self, entry_id: str, reason: str) -> Entry:
+    def hold(self, entry: Entry, reason: str) -> Entry:
         """See `ISpool`."""
-        entry, fd = self._take(entry_id)
+        entry, fd = self._take(entry)
         try:
             return self._mails.hold(entry, reason, sync=True)
         finally:
             unlock(fd)
 
-    def cancel(self, entry_id: str) -> Record:
+    def cancel(self, entry: Entry) -> Record:
         """See `ISpool`."""
-        entry, fd = self._take(entry_id)
+        entry, fd = self._take(entry)
         try:
             try:
                 record = self._read(entry)[0]
@@ -225,25 +236,16 @@ class Maildir:
             try:
                 return self._mails.read(entry)
             except FileNotFoundError:
-                entry = self._look_up(entry.id)
+                entry = self.look_up(entry.id)
         raise NoSuchEntry(f"{self.location}: {entry.id} moves all the time; try again")
 
-    def _look_up(self, entry_id: str) -> Entry:
-        for _ in range(2):  # it may move from cur/ to new/ between the two listings
-            for entry in self.scan():
-                if entry.id == entry_id:
-                    return entry
-        raise NoSuchEntry(
-            f"{self.location}: no mail has the id {entry_id!r}: delivered, cancelled or never"
-            " committed"
-        )
-
-    def _take(self, entry_id: str) -> tuple[Entry, int]:
+    def _take(self, entry: Entry) -> tuple[Entry, int]:
+        """Lock a mail, wherever it has moved; return what it is now, and the locked file."""
         for _ in range(_LOOK_UPS):
-            entry = self._look_up(entry_id)
             locked = self._mails.lock(entry)
             if locked is not None:
                 return entry, locked[0]
             if self.leased(entry):
-                break  # else it has moved
-        raise EntryBusy(f"{entry_id}: is being delivered right now; try again in a moment")
+                break
+            entry = self.look_up(entry.id)
+        raise EntryBusy(f"{entry.id}: is being delivered right now; try again in a moment")

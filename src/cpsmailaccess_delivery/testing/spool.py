@@ -112,32 +112,36 @@ class MemorySpool:
             mails = list(self._visible.values())
         return [_record(mail) for mail in mails if mail.envelope.message_id == message_id]
 
-    def load(self, entry_id: str) -> Record:
+    def look_up(self, entry_id: str) -> Entry:
         """See `ISpool`."""
-        return _record(self._get(entry_id))
+        return self._get(entry_id).entry
 
-    def read_message(self, entry_id: str) -> bytes:
+    def load(self, entry: Entry) -> Record:
         """See `ISpool`."""
-        return self._get(entry_id).message
+        return _record(self._get(entry.id))
 
-    def requeue(self, entry_id: str) -> Entry:
+    def read_message(self, entry: Entry) -> bytes:
+        """See `ISpool`."""
+        return self._get(entry.id).message
+
+    def requeue(self, entry: Entry) -> Entry:
         """See `ISpool`."""
         with self._lock:
-            mail = self._idle(entry_id)
+            mail = self._idle(entry)
             return self.change(mail, replace(mail.entry, state=State.QUEUED, due=0.0))
 
-    def hold(self, entry_id: str, reason: str) -> Entry:
+    def hold(self, entry: Entry, reason: str) -> Entry:
         """See `ISpool`."""
         with self._lock:
-            mail = self._idle(entry_id)
+            mail = self._idle(entry)
             mail.reason = reason
             return self.change(mail, replace(mail.entry, state=State.HELD, due=0.0))
 
-    def cancel(self, entry_id: str) -> Record:
+    def cancel(self, entry: Entry) -> Record:
         """See `ISpool`."""
         with self._lock:
-            mail = self._idle(entry_id)
-            del self._visible[entry_id]
+            mail = self._idle(entry)
+            del self._visible[entry.id]
             return _record(mail)
 
     def note_lane(self, key: str, note: LaneNote | None) -> None:
@@ -186,10 +190,10 @@ class MemorySpool:
             raise NoSuchEntry(f"{self.location} no mail has the id {entry_id!r}")
         return mail
 
-    def _idle(self, entry_id: str) -> _Mail:
-        mail = self._get(entry_id)
+    def _idle(self, entry: Entry) -> _Mail:
+        mail = self._get(entry.id)
         if mail.leased:
-            raise EntryBusy(f"{entry_id}: is being delivered right now; try again in a moment")
+            raise EntryBusy(f"{entry.id}: is being delivered right now; try again in a moment")
         return mail
 
 
