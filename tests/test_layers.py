@@ -71,6 +71,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "datamanager.py",
         "delivery.py",
         "attempt.py",
+        "circuit.py",
         "lanes.py",
         "scheduler.py",
         "processor.py",

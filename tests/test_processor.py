@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transaction
 
-from cpsmailaccess_delivery import Account, Outbox, State
+from cpsmailaccess_delivery import Account, Outbox, State, lanes
 from cpsmailaccess_delivery import processor as processor_module
-from cpsmailaccess_delivery.errors import NoSuchEntry
+from cpsmailaccess_delivery import scheduler as scheduler_module
+from cpsmailaccess_delivery.errors import NoSuchEntry, SpoolError
+from cpsmailaccess_delivery.interfaces import LaneNote
 from cpsmailaccess_delivery.retry import Schedule
 from cpsmailaccess_delivery.scheduler import Scheduler
 from cpsmailaccess_delivery.smtp import mails
-from cpsmailaccess_delivery.testing import SMTPServer
+from cpsmailaccess_delivery.spool.mails import Mails
+from cpsmailaccess_delivery.testing import ServerThread, SMTPServer
 
 DEADLINE = 20.0
 SOON = Schedule(first=0.01, jitter=0.0)
@@ -521,6 +526,234 @@ def test_an_interpreter_that_ends_records_what_the_relay_took(outbox, server):
     process.communicate(b"\n", timeout=DEADLINE)  # the main thread ends, not by a signal
     assert list(outbox.spool.scan()) == []
     assert outbox.status(message_id).state == "accepted"
+
+
+def test_a_relay_that_greets_and_hangs_up_is_not_asked_at_once_again(outbox, server):
+    put(outbox, server)
+    server.on("EHLO", reply=b"250 relay.test\r\n421 4.3.2 closing\r\n")
+    message_id = send(outbox)
+    assert outbox.processor().run(forever=False).waiting == 1
+    assert server.sessions <= 2
+    assert outbox.status(message_id).state == "deferred"
+
+
+def test_closing_the_outbox_ends_a_run_in_another_thread(outbox, server):
+    put(outbox, server)
+    server.on("TAKEN", delay=0.5, times=1)
+    message_id = send(outbox)
+    thread = threading.Thread(target=outbox.processor().run, args=(False,))
+    thread.start()
+    server.wait_for(1, DEADLINE)
+    outbox.close()
+    thread.join(DEADLINE)
+    with Outbox(outbox.location) as again:
+        assert again.processor().run(forever=False).accepted == 0
+        assert again.status(message_id).state == "accepted"
+    assert len(server.mails) == 1
+
+
+def test_waiting_lanes_get_the_connections_of_silent_relays(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(scheduler_module, "_RELIEF", 0.05)
+    with (
+        ServerThread() as thread,
+        Outbox(tmp_path / "outbox", schedule=NEVER, max_sessions=3) as outbox,
+    ):
+        silent = [SMTPServer(thread=thread) for _ in range(6)]
+        for number, relay in enumerate(silent):
+            relay.start()
+            relay.on("GREETING", silence=True)
+            put(outbox, relay, f"@silent{number}.example", command_timeout=60)
+            send(outbox, f"a@silent{number}.example")
+        put(outbox, server)
+        send(outbox)
+        processor = outbox.processor()
+        processor.start()
+        server.wait_for(1, DEADLINE)
+        assert processor.stop(timeout=DEADLINE)
+        for relay in silent:
+            relay.stop()
+
+
+def test_idle_sessions_make_room_for_waiting_lanes(tmp_path, monkeypatch):
+    monkeypatch.setattr(lanes, "_IDLE", 1000)
+    with (
+        ServerThread() as thread,
+        Outbox(tmp_path / "outbox", schedule=NEVER, max_sessions=1) as outbox,
+    ):
+        relays = [SMTPServer(thread=thread) for _ in range(5)]
+        processor = outbox.processor()
+        processor.start()
+        for number, relay in enumerate(relays):
+            relay.start()
+            put(outbox, relay, f"@relay{number}.example")
+            send(outbox, f"a@relay{number}.example")
+        for relay in relays:
+            relay.wait_for(1, DEADLINE)
+        assert processor.stop(timeout=DEADLINE)
+        for relay in relays:
+            relay.stop()
+
+
+def test_many_lanes_without_a_secret_leave_their_connections(tmp_path, server):
+    with Outbox(tmp_path / "outbox", schedule=NEVER, max_sessions=1) as outbox:
+        with transaction.manager:
+            for number in range(300):
+                mailbox = f"a{number}@lost.example"
+                outbox.accounts.put(
+                    Account(
+                        mailbox=mailbox,
+                        host=server.host,
+                        port=server.port,
+                        security="plain",
+                        username="a",
+                        password_from="env:CPSMAIL_NOT_SET",
+                    )
+                )
+                outbox.delivery.send(mailbox, ["bob@example.net"], MESSAGE)
+        put(outbox, server)
+        send(outbox)
+        summary = outbox.processor().run(forever=False)
+        assert (summary.accepted, summary.waiting) == (1, 300)
+
+
+def test_a_mail_that_vanishes_in_flight_is_settled(outbox, server):
+    put(outbox, server)
+    server.on("TAKEN", delay=0.5)
+    send(outbox)
+    processor = outbox.processor()
+    processor.start()
+    server.wait_for(1, DEADLINE)
+    for path in Path(outbox.location, "new").iterdir():
+        path.unlink()
+    assert processor.stop(timeout=DEADLINE)
+    assert processor.summary.accepted == 1
+
+
+@pytest.mark.parametrize("note", ['{"until": null}', "[]", "{", '{"until": "soon"}'])
+def test_a_damaged_lane_note_stops_nobody(outbox, server, note):
+    put(outbox, server)
+    message_id = send(outbox)
+    (entry,) = outbox.spool.scan()
+    directory = Path(outbox.location, "lanes")
+    directory.mkdir(exist_ok=True)
+    (directory / entry.lane).write_text(note)
+    assert outbox.processor().run(forever=False).accepted == 1
+    assert outbox.status(message_id).state == "accepted"
+
+
+def test_a_lane_note_that_is_a_pipe_stops_nobody(outbox, server):
+    put(outbox, server)
+    send(outbox)
+    (entry,) = outbox.spool.scan()
+    directory = Path(outbox.location, "lanes")
+    directory.mkdir(exist_ok=True)
+    os.mkfifo(directory / entry.lane)
+    assert outbox.processor().run(forever=False).accepted == 1
+
+
+def test_files_that_are_no_mails_and_a_huge_one_stop_nobody(outbox, server):
+    put(outbox, server)
+    new = Path(outbox.location, "new")
+    with open(new / "0000.huge", "wb") as stream:
+        stream.truncate(1 << 40)
+    (new / "0001.link").symlink_to("/etc/passwd")
+    send(outbox)
+    summary = outbox.processor().run(forever=False)
+    assert (summary.accepted, summary.held) == (1, 2)
+
+
+def test_a_removed_presence_file_loses_no_committed_mail(outbox, server):
+    put(outbox, server)
+    for path in Path(outbox.location, "presence").iterdir():
+        path.unlink()
+    with Outbox(outbox.location) as other:
+        outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+        other.spool.sweep()
+        transaction.commit()
+        assert other.processor().run(forever=False).accepted == 1
+        outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+        for path in Path(outbox.location, "tmp").iterdir():
+            path.unlink()  # somebody tidies too much
+        with pytest.raises(SpoolError, match="removed"):
+            transaction.commit()
+        transaction.abort()
+
+
+def test_a_clock_that_is_put_back_does_not_stop_a_lane(outbox, server):
+    put(outbox, server)
+    message_id = send(outbox)
+    (entry,) = outbox.spool.scan()
+    year = 365 * 86400
+    note = LaneNote("alice@example.org", "relay", "down", time.time(), time.time() + year)
+    version = outbox.vault.version("alice@example.org")
+    outbox.spool.note_lane(entry.lane, replace(note, version=version))
+    processor = outbox.processor()
+    processor.start()
+    server.wait_for(1, DEADLINE)
+    assert processor.stop(timeout=DEADLINE)
+    assert outbox.status(message_id).state == "accepted"
+
+
+def test_after_an_unclear_mail_one_at_a_time(outbox, server):
+    put(outbox, server, connections=1)
+    server.mails_per_session = 1
+    rule = server.on("TAKEN", drop=True, after=2)
+    with transaction.manager:
+        for _ in range(30):
+            outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+    first = outbox.processor().run(forever=False)
+    server.forget(rule)
+    assert first.unclear <= 8 + 3
+    for _ in range(12):
+        outbox.processor().run(forever=False)
+    assert sum(entry.state == "queued" for entry in outbox.spool.scan()) == 0
+
+
+def test_a_full_disk_stops_sending_until_there_is_room(outbox, server, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_UNSETTLED", 0.2)
+    put(outbox, server)
+    full = threading.Event()
+    full.set()
+    real = Mails.remove
+
+    def remove(self, entry, *, has_side):
+        if full.is_set():
+            raise SpoolError("no space left on device")
+        real(self, entry, has_side=has_side)
+
+    monkeypatch.setattr(Mails, "remove", remove)
+    with transaction.manager:
+        for _ in range(200):
+            outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+    processor = outbox.processor()
+    processor.start()
+    server.wait_for(8, DEADLINE)
+    wait_for(lambda: len(server.mails) >= 8)
+    assert len(server.mails) < 100
+    full.clear()
+    server.wait_for(200, DEADLINE)
+    wait_for(lambda: not list(outbox.spool.scan()))
+    assert processor.stop(timeout=DEADLINE)
+    assert len(server.mails) == 200  # each once
+
+
+def test_a_lane_that_is_made_while_stopping_sends_nothing(outbox, server):
+    put(outbox, server)
+    server.on("TAKEN", delay=1.0, times=1)
+    with SMTPServer() as late:
+        put(outbox, late, "@late.example")
+        processor = outbox.processor()
+        processor.start()
+        send(outbox)
+        server.wait_for(1, DEADLINE)
+        stopper = threading.Thread(target=processor.stop)
+        stopper.start()
+        wait_for(processor._stopped.is_set)
+        send(outbox, "a@late.example")
+        stopper.join(DEADLINE)
+        assert not processor.is_alive()
+        assert late.sessions == 0
 
 
 def test_mails_per_minute(outbox, server):

@@ -240,7 +240,8 @@ def mailbox_key(address: str) -> str:
     a sender who writes ``Alice@`` must not leave through another account than ``alice@``.
     """
     local, _, domain = address.rpartition("@")
-    return f"{local.lower()}@{_domain_key(domain)}"
+    local = local.encode().lower().decode()  # ASCII only: the Kelvin sign is no k
+    return f"{local}@{_domain_key(domain)}"
 
 
 def _domain_key(domain: str) -> str:

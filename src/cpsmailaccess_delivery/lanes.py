@@ -12,34 +12,34 @@ It runs in the processor's event loop; nothing here blocks but short file operat
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .account import Account
 from .attempt import Attempt, account_trouble, outcomes_of, settlement_of
+from .circuit import Circuit
 from .envelope import Route, lane_key
 from .errors import VaultError
-from .interfaces import Entry, LaneNote, Outcome
+from .interfaces import Entry, Outcome, State
 from .journal import Event
 from .limits import TokenBucket, mails_per_minute
 from .outcome import Trouble, classify
 from .password import resolve_secret
 from .smtp.events import Failure, Result
 from .smtp.explain import explain
+from .smtp.machine import WINDOW
 from .smtp.session import Session
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
 
-log = logging.getLogger(__name__)
-
 #: Entries that one session may have before it is worth opening another.
 _BACKLOG = 8
 
-#: Seconds between two looks whether a person has removed the note of a waiting lane.
+#: Seconds between two looks whether a person has ended the wait of a lane.
 _LOOK = 30.0
 
 #: Seconds that an unused session is kept, for the next mail of the same account.
@@ -54,23 +54,32 @@ class Lane:
         self.key = lane_key(route)
         self.ready: deque[Entry] = deque()
         self.in_flight = 0
-        self.wait_until = 0.0  # seconds since the epoch
         self._scheduler = scheduler
         self._sessions: set[Session] = set()
+        self._quitting: set[Session] = set()  # those that we have told to
         self._account: Account | None = None
         self._version = ""
         self._bucket: TokenBucket | None = None
-        self._failures = 0
         self._most_sessions: int | None = None  # learned: the relay refused one more
-        self._idle_timer: Any = None
+        self._careful = False  # learned: one mail at a time in the next session
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._woken_at = math.inf  # seconds since the epoch: the wake-up that is under way
         self._stopping = False
-        self._recall_note()
+        self.circuit = Circuit(
+            self.key,
+            str(route),
+            scheduler.spool,
+            schedule=scheduler.schedule,
+            version=self._current_version,
+            now=scheduler.now,
+            chance=scheduler.chance,
+        )
+        self.circuit.recall(draining=scheduler.draining)
 
     def __repr__(self) -> str:
         return (
             f"<Lane {self.route} ready={len(self.ready)} in_flight={self.in_flight}"
-            f" sessions={len(self._sessions)} failures={self._failures}>"
+            f" sessions={len(self._sessions)} {self.circuit!r}>"
         )
 
     @property
@@ -78,16 +87,16 @@ class Lane:
         """Nothing is on its way, and nothing can be sent now."""
         if self.in_flight or self._sessions:
             return False
-        return not self.ready or self._stopping or self.waiting
+        return not self.ready or self._stopping or self.circuit.is_open
 
     @property
     def idle(self) -> bool:
         """Sessions are open, and there is nothing for them to do."""
-        return bool(self._sessions) and not self.in_flight and not self.ready
+        return len(self._sessions) > len(self._quitting) and not self.in_flight and not self.ready
 
     @property
-    def waiting(self) -> bool:
-        return self.wait_until > self._scheduler.now()
+    def has_sessions(self) -> bool:
+        return bool(self._sessions)
 
     def push(self, entry: Entry) -> None:
         """Add an entry; `work` follows."""
@@ -97,11 +106,10 @@ class Lane:
         """Put the ready entries to work: wake sessions, open what is missing."""
         if self._stopping or not self.ready:
             return
-        if self.waiting:
-            if self._scheduler.lane_note(self.key) is not None:
-                self._look_again()
-                return
-            self._forget_trouble()
+        self.circuit.look()
+        if self.circuit.is_open:
+            self._wake_at(min(self.circuit.until, self._scheduler.now() + _LOOK))
+            return
         for session in list(self._sessions):
             session.wake()
         while self.ready and self._wants_session() and self._scheduler.may_connect(self):
@@ -129,13 +137,28 @@ class Lane:
     def quit(self) -> None:
         """Close the sessions when they have finished what is in flight."""
         for session in list(self._sessions):
+            self._quitting.add(session)
             session.quit()
+
+    def longest_silence(self, now: float) -> tuple[float, Session | None]:
+        """Return for how long a session has waited for its relay, in seconds, and which.
+
+        `now`: of the loop's clock.  The session that waits longest.
+        """
+        found = ((session.silence(now), session) for session in self._sessions)
+        return max(found, key=lambda pair: pair[0], default=(0.0, None))
+
+    def yield_to_others(self, session: Session, silence: float) -> None:
+        """Give up the connection to a silent relay: other lanes have none."""
+        self.circuit.open(Trouble.RELAY, f"silent for {silence:.0f} s, while others wait")
+        self._quitting.add(session)
+        session.stop()
 
     def account_changed(self) -> None:
         """Look whether the account is another now; if so, try at once with the new one."""
         if not self.route.mailbox or self._version == self._current_version():
             return
-        self._forget_trouble()
+        self.circuit.close()
         self.quit()
         self.work()
 
@@ -150,7 +173,7 @@ class Lane:
             if self._bucket is not None:
                 self._bucket.give_back()
         if self.idle:
-            self._start_idle_timer()
+            self._has_nothing_to_do()
         return None
 
     def mail_done(self, mail: Attempt, results: Mapping[str, Result]) -> None:
@@ -158,11 +181,12 @@ class Lane:
         trouble = account_trouble(results)
         if trouble is not None:
             self._give_back(mail)
-            self._wait(Trouble.LOGIN, f"The relay does not let this account send: {trouble.text}")
+            reason = f"The relay does not let this account send: {trouble.text}"
+            self.circuit.open(Trouble.LOGIN, reason)
             self.quit()
             return
-        if self._failures and any(r.reply and r.reply.code != 421 for r in results.values()):
-            self._forget_trouble()  # the relay works: it has an opinion on this mail
+        if self.circuit.failed and any(r.reply and r.reply.code != 421 for r in results.values()):
+            self.circuit.close()  # the relay works: it has an opinion on this mail
         try:
             self._settle(mail, results)
         except Exception as error:  # a fault of ours; what the relay took is not sent again
@@ -181,8 +205,15 @@ class Lane:
 
     def session_closed(self, session: Session, failure: Failure | None) -> None:
         self._sessions.discard(session)
-        if failure is not None and not session.accepted and not self._stopping:
+        ours = session in self._quitting or self._stopping
+        self._quitting.discard(session)
+        if self._careful and session.accepted > _BACKLOG:
+            self._careful = False
+        if failure is not None and not session.accepted and not ours:
             self._judge(failure)
+        elif failure is None and not session.answered and self.ready and not ours:
+            # Else a relay that greets and hangs up would be asked again at once, for ever.
+            self.circuit.open(Trouble.RELAY, "the relay closes the connection before any mail")
         self._scheduler.session_over(self)
 
     def _settle(self, mail: Attempt, results: Mapping[str, Result]) -> None:
@@ -192,6 +223,8 @@ class Lane:
         settlement = settlement_of(
             mail, outcomes, schedule=scheduler.schedule, now=now, chance=scheduler.chance()
         )
+        if settlement.state is State.UNCLEAR:
+            self._careful = True  # a relay that hangs up must not make others unclear, too
         self._record(mail, outcomes)
         scheduler.settle(mail, settlement)
 
@@ -203,10 +236,11 @@ class Lane:
 
     def _wants_session(self) -> bool:
         count = len(self._sessions)
+        if self._bucket is not None and (wait := self._bucket.wait(self._scheduler.now())):
+            self._wake_at(self._scheduler.now() + wait)
+            return False
         if not count:
             return True
-        if self._bucket is not None and self._bucket.tokens < 1.0:
-            return False
         account = self._account
         most = self._most_sessions or (account.connections if account else 1)
         return count < most and len(self.ready) > _BACKLOG * count
@@ -216,12 +250,17 @@ class Lane:
             account = self._load_account()
             secret = resolve_secret(account)
         except VaultError as error:
-            self._wait(Trouble.ACCOUNT, str(error))
+            self.circuit.open(Trouble.ACCOUNT, str(error))
             self._scheduler.session_over(self)
             return False
         self._cancel_idle_timer()
         session = Session(
-            account, secret, self, helo_name=self._scheduler.helo_name, loop=self._scheduler.loop
+            account,
+            secret,
+            self,
+            helo_name=self._scheduler.helo_name,
+            loop=self._scheduler.loop,
+            window=1 if self._careful else WINDOW,
         )
         self._sessions.add(session)
         session.connect()
@@ -242,17 +281,18 @@ class Lane:
         return account
 
     def _current_version(self) -> str:
+        if not self.route.mailbox:
+            return ""
         try:
             return str(self._scheduler.accounts.version(self.route.mailbox))
         except VaultError as error:
             return str(error)  # to load it will fail, and says why; mended, it differs
 
-    def _start_idle_timer(self) -> None:
-        if self._idle_timer is None:
-            if self._scheduler.draining:
-                self._scheduler.loop.call_soon(self.quit)
-            else:
-                self._idle_timer = self._scheduler.loop.call_later(_IDLE, self._idle_over)
+    def _has_nothing_to_do(self) -> None:
+        if self._scheduler.draining or self._scheduler.lanes_wait:
+            self._scheduler.loop.call_soon(self._idle_over)
+        elif self._idle_timer is None:
+            self._idle_timer = self._scheduler.loop.call_later(_IDLE, self._idle_over)
 
     def _cancel_idle_timer(self) -> None:
         if self._idle_timer is not None:
@@ -267,7 +307,7 @@ class Lane:
     # Limits and trouble
 
     def _may_send(self) -> bool:
-        if self.wait_until and self.waiting:
+        if self.circuit.is_open or self._scheduler.disk_full:
             return False
         if self._bucket is None:
             return True
@@ -285,62 +325,12 @@ class Lane:
 
     def _judge(self, failure: Failure) -> None:
         """A session failed and had delivered nothing."""
-        if self._sessions:  # others of this lane work: the relay wants fewer of us
-            self._most_sessions = len(self._sessions)
+        if len(self._sessions) > len(self._quitting):
+            self._most_sessions = len(self._sessions)  # others work: it wants fewer of us
             return
         verdict = classify(failure.phase, failure.reply, failure.error)
         assert self._account is not None  # noqa: S101 - a session had it
-        self._wait(verdict.trouble, explain(self._account, failure))
-
-    def _wait(self, trouble: Trouble, reason: str) -> None:
-        if self.waiting:
-            return  # one event, however many mails and sessions tell of it
-        scheduler = self._scheduler
-        self._failures += 1
-        now = scheduler.now()
-        self.wait_until = now + scheduler.schedule.delay(self._failures, scheduler.chance())
-        log.warning("%s: %s; next try in %.0f s", self.route, reason, self.wait_until - now)
-        note = scheduler.lane_note(self.key)
-        scheduler.note_lane(
-            self.key,
-            LaneNote(
-                route=str(self.route),
-                trouble=str(trouble),
-                reason=reason,
-                since=note.since if note else now,
-                until=self.wait_until,
-                failures=self._failures,
-                version=self._version,
-            ),
-        )
-        self._look_again()
-
-    def _recall_note(self) -> None:
-        """Go on waiting where the last processor stopped, but not on a mended account.
-
-        Who drains by hand asks for a try now; only a refused login still waits, so that
-        no mailbox is locked out by our retries.
-        """
-        note = self._scheduler.lane_note(self.key)
-        if note is None:
-            return
-        if self.route.mailbox and note.version != self._current_version():
-            self._scheduler.note_lane(self.key, None)
-            return
-        self._failures, self._version = note.failures, note.version
-        if self._scheduler.draining and note.trouble != Trouble.LOGIN:
-            return
-        self.wait_until = note.until
-        self._look_again()
-
-    def _look_again(self) -> None:
-        """Wake up when the wait is over, or soon, to see whether a person has ended it."""
-        self._wake_at(min(self.wait_until, self._scheduler.now() + _LOOK))
-
-    def _forget_trouble(self) -> None:
-        self._failures = 0
-        self.wait_until = 0.0
-        self._scheduler.note_lane(self.key, None)
+        self.circuit.open(verdict.trouble, explain(self._account, failure))
 
     def _record(self, mail: Attempt, outcomes: Mapping[str, Outcome]) -> None:
         envelope, attempt = mail.lease.envelope, mail.entry.attempts + 1

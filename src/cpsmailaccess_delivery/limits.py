@@ -47,10 +47,16 @@ class TokenBucket:
 
     def take(self, now: float) -> float:
         """Take one token: return 0.0, or the seconds until there is one."""
+        wait = self.wait(now)
+        if not wait:
+            self.tokens -= 1.0
+        return wait
+
+    def wait(self, now: float) -> float:
+        """Return the seconds until there is a token."""
         gained = max(0.0, now - self.at) * self.per_minute / 60
         self.tokens = min(self.burst, self.tokens + gained)
         self.at = now
         if self.tokens >= 1.0:
-            self.tokens -= 1.0
             return 0.0
         return (1.0 - self.tokens) * 60 / self.per_minute

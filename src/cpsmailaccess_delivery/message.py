@@ -19,6 +19,9 @@ from .errors import InvalidAddress, InvalidMessage, MessageTooLarge
 #: Bytes of a message that `send` takes unless the outbox says otherwise.
 DEFAULT_SIZE_LIMIT: Final = 50 * 1024 * 1024
 
+#: Bytes that no message has more of, whatever the limit: files are read in one piece.
+LARGEST: Final = 1024 * 1024 * 1024
+
 # One field of RFC 5322 section 2.2 with its continuation lines, whatever ends its lines.
 _EOL = rb"(?:\r\n|\r|\n)"
 _FIELD = re.compile(

@@ -16,7 +16,7 @@ from .errors import InvalidSettings, NoSuchEntry, OutboxClosed
 from .interfaces import IOutbox
 from .journal import MAX_LAG, Journal
 from .key import KeySource
-from .message import DEFAULT_SIZE_LIMIT
+from .message import DEFAULT_SIZE_LIMIT, LARGEST
 from .processor import MAX_SESSIONS, QueueProcessorThread
 from .queue import Queue
 from .retry import Schedule
@@ -53,6 +53,8 @@ class Outbox:
     ) -> None:
         if isinstance(path, str) and "://" in path:
             raise InvalidSettings(f"outbox {path!r}: this release knows directories only")
+        if not 0 < size_limit <= LARGEST:
+            raise InvalidSettings(f"size_limit={size_limit!r}: is from 1 to {LARGEST} bytes")
         directory = Path(path).absolute()
         self._schedule = schedule
         self._helo_name = helo_name

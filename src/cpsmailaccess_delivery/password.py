@@ -64,6 +64,10 @@ def _from_file(path: str) -> tuple[str, str]:
 
 
 def _checked(text: str, what: str) -> tuple[str, str]:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "", f"{what} is not UTF-8: set it again"
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         return "", f"{what} has a control character: it holds the password alone, in one line"
     return text, ""

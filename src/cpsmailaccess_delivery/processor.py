@@ -30,7 +30,7 @@ _ABORT_TIMEOUT = 5.0
 _RESTART = 10.0
 
 #: Name look-ups at the same time.
-_RESOLVERS = 64
+_RESOLVERS = 256
 
 #: Seconds between being told to stop and dropping the connections, when nobody says.
 STOP_TIMEOUT = 30.0
@@ -66,6 +66,9 @@ class QueueProcessorThread(threading.Thread):
         self._helo_name = helo_name
         self._max_sessions = max_sessions
         self._stopped = threading.Event()
+        self._ended = threading.Event()  # no `run` is under way
+        self._ended.set()
+        self._runner = 0  # the thread of the last `run`
         self._lock = threading.Lock()
         self._scheduler: Scheduler | None = None  # guarded by the lock
         self.summary = Summary()
@@ -77,6 +80,8 @@ class QueueProcessorThread(threading.Thread):
         A run for ever that fails begins again; one that drains raises.
         """
         atexit.register(self.stop)  # else what the relay takes meanwhile would be sent again
+        self._runner = threading.get_ident()
+        self._ended.clear()
         try:
             while True:
                 try:
@@ -89,24 +94,27 @@ class QueueProcessorThread(threading.Thread):
                 if self._stopped.wait(_RESTART):
                     return self.summary
         finally:
+            self._ended.set()
             atexit.unregister(self.stop)
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> bool:
         """Stop: finish what is past the end of data, give back the rest.
 
         `timeout`: seconds after which connections are dropped; a mail whose end of data
-        was sent by then and not answered is unclear.  Returns whether the thread has ended.
-        Callable from any thread, and more than once.
+        was sent by then and not answered is unclear.  Returns whether it has ended, be it
+        the thread or a `run` in another one.  Callable from any thread, and more than once.
         """
         self._stopped.set()
         with self._lock:
             if self._scheduler is not None:
                 self._scheduler.loop.call_soon_threadsafe(self._scheduler.stop)
-        if not self.is_alive() or self is threading.current_thread():
-            return not self.is_alive()
-        self.join(timeout)
-        if self.is_alive():
+        if self._runner == threading.get_ident():
+            return self._ended.is_set()  # a signal handler: it ends when we return
+        if not self._ended.wait(timeout):
             self.abort()
+            if not self._ended.wait(_ABORT_TIMEOUT):
+                return False
+        if self.is_alive() and self is not threading.current_thread():
             self.join(_ABORT_TIMEOUT)
         return not self.is_alive()
 
@@ -172,8 +180,13 @@ class QueueProcessorThread(threading.Thread):
 
 
 def own_host_name() -> str:
-    """Return the name of this host for EHLO, or an address literal when it has none."""
-    name = socket.getfqdn()
+    """Return the name of this host for EHLO, or an address literal when it has none.
+
+    May take as long as a name look-up.
+    """
+    name = socket.gethostname()
+    if "." not in name:
+        name = socket.getfqdn()
     try:
         return ascii_host(name) if "." in name else "[127.0.0.1]"
     except InvalidAddress:

@@ -7,6 +7,7 @@ from typing import Final
 
 from .errors import InvalidSettings
 
+_LEAST_ATTEMPTS: Final = 5
 _MONTH: Final = 30 * 86400.0  # seconds
 
 
@@ -42,6 +43,11 @@ class Schedule:
                     " at most 360 days"
                 )
 
+    @property
+    def longest_delay(self) -> float:
+        """No delay is longer, in seconds."""
+        return max(self.first, self.longest) * (1 + self.jitter)
+
     def delay(self, attempts: int, chance: float) -> float:
         """Return seconds to wait after this many attempts; `chance` is in [0, 1)."""
         exponent = min(max(attempts - 1, 0), 64)
@@ -50,8 +56,9 @@ class Schedule:
     def next_try(self, attempts: int, age: float, now: float, chance: float) -> float | None:
         """Return when to try again (seconds since the epoch); None: give up.
 
-        `age`: seconds since the mail was queued.
+        `age`: seconds since the mail was queued.  One that has waited for a mended account,
+        or since a clock was wrong, still has a few tries.
         """
-        if age >= self.give_up:
+        if age >= self.give_up and attempts >= _LEAST_ATTEMPTS:
             return None
         return now + self.delay(attempts, chance)

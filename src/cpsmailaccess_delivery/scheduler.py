@@ -12,6 +12,8 @@ import heapq
 import itertools
 import logging
 import random
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from typing import Any
 from .attempt import ACCEPTED, Attempt
 from .envelope import Route
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
-from .interfaces import Entry, LaneNote, Settlement, State
+from .interfaces import Entry, Settlement, State
 from .lanes import Lane
 from .retry import Schedule
 
@@ -40,6 +42,17 @@ _UNSETTLED = 5.0
 #: Removals are made durable after so many, or so many seconds, in a thread beside the loop.
 _SYNC_MANY = 64
 _SYNC_SOON = 0.05
+
+#: While lanes wait for a connection: seconds between two looks who could give up one, and
+#: seconds of silence after which a session does.
+_RELIEF = 1.0
+_PATIENCE = 5.0
+
+#: Open files that a session may need: itself, and the leases of what is in flight.
+_FILES_PER_SESSION = 10
+
+#: So many mails that cannot be recorded stop all sending until the disk takes them.
+_MANY_UNSETTLED = 8
 
 #: Longest sleep, in seconds: after it the wall clock is asked again, which may have jumped.
 _LONGEST_SLEEP = 30.0
@@ -94,9 +107,11 @@ class Scheduler:
         self._later: list[tuple[float, int, Entry | Lane]] = []
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
-        self._max_sessions = max_sessions
+        self._max_sessions = min(max_sessions, _affordable_sessions())
         self._sessions = 0
         self._waiting_lanes: deque[Lane] = deque()
+        self._serving = False
+        self._relief: asyncio.TimerHandle | None = None
         self._unsettled: list[tuple[Attempt, Settlement]] = []
         self._unsynced = 0
         self._sync_timer: asyncio.TimerHandle | None = None
@@ -177,7 +192,7 @@ class Scheduler:
     def _count_waiting(self) -> None:
         waiting: set[str] = set()
         for route, lane in self._lanes.items():
-            note = self.spool.lane_note(lane.key) if lane.waiting else None
+            note = self.spool.lane_note(lane.key) if lane.circuit.is_open else None
             if note is not None:
                 self.summary.reasons[route] = note.reason
             waiting.update(entry.id for entry in lane.ready)
@@ -188,6 +203,8 @@ class Scheduler:
 
     def offer(self, entry: Entry, dirty: set[Lane]) -> None:
         """Take notice of an entry; its lane is added to `dirty` when it is due."""
+        if self._stopping:
+            return
         if entry.state in (State.DEFERRED, State.UNCLEAR) and entry.due:
             if entry.due > self.now():
                 self._at(entry.due, entry)
@@ -280,7 +297,10 @@ class Scheduler:
     def _accounts_changed(self) -> None:
         self._watches[1].read()
         for lane in list(self._lanes.values()):
-            lane.account_changed()
+            try:
+                lane.account_changed()
+            except Exception:  # one account must not keep the others from being noticed
+                log.exception("%s: its account cannot be looked at", lane.route)
 
     # Time
 
@@ -326,6 +346,10 @@ class Scheduler:
             log.exception("cannot read %s; trying again later", entry.id)
             self._at(self.now() + _LONGEST_SLEEP, entry)
             return None
+        except Exception as error:  # a fault of ours, or no memory for it: nothing spins on it
+            log.exception("%s: held after a fault of ours", entry.id)
+            self._hold(entry, error)
+            return None
         if lease is None:
             if self.spool.leased(entry):
                 self._at(self.now() + _BUSY, entry)
@@ -364,6 +388,13 @@ class Scheduler:
         attempts = attempt.entry.attempts + 1
         self.settle(attempt, Settlement(State.HELD, attempts=attempts, reason=reason))
 
+    def _hold(self, entry: Entry, error: Exception) -> None:
+        try:
+            self.spool.hold(entry.id, f"a fault in the processor: {type(error).__name__}: {error}")
+            self.summary.held += 1
+        except SpoolError:
+            log.exception("%s: cannot be held", entry.id)
+
     def _removed_one(self) -> None:
         self._unsynced += 1
         if self._unsynced == _SYNC_MANY:
@@ -398,17 +429,20 @@ class Scheduler:
                 self._unsettled.append((attempt, settlement))
         if self._unsettled:
             self.loop.call_later(_UNSETTLED, self._retry_unsettled)
+        if unsettled and not self.disk_full:
+            for lane in list(self._lanes.values()):
+                lane.work()
         self.check_quiet()
 
-    def lane_note(self, key: str) -> LaneNote | None:
-        note: LaneNote | None = self.spool.lane_note(key)
-        return note
+    @property
+    def disk_full(self) -> bool:
+        """Whether so much cannot be recorded that it is better to send nothing."""
+        return len(self._unsettled) >= _MANY_UNSETTLED
 
-    def note_lane(self, key: str, note: LaneNote | None) -> None:
-        try:
-            self.spool.note_lane(key, note)
-        except SpoolError as error:
-            log.warning("cannot note why lane %s waits: %s", key, error)
+    @property
+    def lanes_wait(self) -> bool:
+        """Whether lanes wait for a connection."""
+        return bool(self._waiting_lanes)
 
     def may_connect(self, lane: Lane) -> bool:
         """Whether one session more is within the limit; if not, the lane waits its turn."""
@@ -417,9 +451,7 @@ class Scheduler:
             return True
         if lane not in self._waiting_lanes:
             self._waiting_lanes.append(lane)
-        idle = next((other for other in self._lanes.values() if other.idle), None)
-        if idle is not None:
-            idle.quit()
+        self._relieve()
         return False
 
     def session_over(self, lane: Lane) -> None:
@@ -427,6 +459,46 @@ class Scheduler:
         self._sessions -= 1
         if lane.ready and lane not in self._waiting_lanes:
             self._waiting_lanes.append(lane)
-        while self._waiting_lanes and self._sessions < self._max_sessions:
+        if not self._serving:
+            self._serving = True
+            self.loop.call_soon(self._serve)
+        self.check_quiet()
+
+    def _serve(self) -> None:
+        self._serving = False
+        for _ in range(len(self._waiting_lanes)):
+            if self._sessions >= self._max_sessions:
+                break
             self._waiting_lanes.popleft().work()
         self.check_quiet()
+
+    def _relieve(self) -> None:
+        """Lanes wait: close what is idle, and what has been silent for long."""
+        if self._relief is not None:
+            return
+        now = self.loop.time()
+        silences = []
+        for lane in self._lanes.values():
+            if lane.idle:
+                lane.quit()
+            elif lane.has_sessions:
+                silence, session = lane.longest_silence(now)
+                silences.append((silence, lane, session))
+        silences.sort(key=lambda each: each[0], reverse=True)
+        for silence, lane, session in silences[: len(self._waiting_lanes)]:
+            if session is not None and silence > _PATIENCE:
+                lane.yield_to_others(session, silence)
+        self._relief = self.loop.call_later(_RELIEF, self._relieve_again)
+
+    def _relieve_again(self) -> None:
+        self._relief = None
+        if self._waiting_lanes and not self._stopping:
+            self._relieve()
+
+
+def _affordable_sessions() -> int:
+    """Return how many sessions the limit of open files allows, the application's own aside."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(1, (soft - min(soft // 2, 256)) // _FILES_PER_SESSION)

@@ -67,6 +67,7 @@ class Vault:
         self.location = os.fspath(directory)
         self._keys = key
         self._presence = presence
+        self._staged: dict[str, int] = {}  # token -> process: a forked child commits nothing
 
     def __repr__(self) -> str:
         return f"<Vault {self.location}>"
@@ -129,6 +130,7 @@ class Vault:
                 raise
         except OSError as error:
             raise self._cannot(f"write the account {mailbox}", error) from error
+        self._staged[token] = os.getpid()
         return token
 
     def prepare(self, tokens: Sequence[str]) -> None:
@@ -146,6 +148,9 @@ class Vault:
         for token in tokens:
             path = self._path(token)
             target = self._path(token.partition("-")[0] + _PUBLISHED)
+            if self._staged.pop(token, 0) != os.getpid():
+                log.critical("%s was staged by another process: a fork?  Not published", path)
+                continue
             try:
                 if is_deletion(_read_file(path)):
                     _unlink(target)
@@ -167,6 +172,8 @@ class Vault:
     def discard(self, tokens: Sequence[str]) -> None:
         """See `IAccountStore`."""
         for token in tokens:
+            if self._staged.pop(token, 0) != os.getpid():
+                continue
             try:
                 _unlink(self._path(token))
             except OSError as error:

@@ -24,12 +24,13 @@ from .events import (
     Result,
     StartTls,
 )
-from .mails import SLICE, Mails
+from .mails import SLICE, WINDOW, Mails
 from .opening import State
 from .prepare import Transaction
 from .reply import ProtocolError
 
 __all__ = [
+    "WINDOW",
     "Closed",
     "Event",
     "Failure",

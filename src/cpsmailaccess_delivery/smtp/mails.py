@@ -42,6 +42,7 @@ class Mails(Opening):
     def __init__(self, account: Account, secret: Secret | None, *, helo_name: str) -> None:
         super().__init__(account, secret, helo_name=helo_name)
         self.accepted = 0  # mails that the relay took
+        self.window = WINDOW
         self._flying: deque[Transaction] = deque()  # the oldest first
         self._flying_bytes = 0
         self._left = account.mails_per_session
@@ -51,6 +52,11 @@ class Mails(Opening):
         self._dirty = False  # RSET before the next mail
         self._leaving = False  # no more mails, QUIT after those in flight
         self._cut = False  # the relay waits for data that will not come: no QUIT
+
+    @property
+    def answered(self) -> int:
+        """Mails that the relay has answered for, in one way or another."""
+        return self._done
 
     @property
     def in_flight(self) -> int:
@@ -71,7 +77,7 @@ class Mails(Opening):
         if relay.chunking:
             if self._probing:
                 return False
-            return len(flying) < WINDOW and self._flying_bytes < WINDOW_BYTES
+            return len(flying) < self.window and self._flying_bytes < WINDOW_BYTES
         return len(flying) == 1 and self._expected[0][1] is Phase.BODY
 
     def send(self, mail: Mail) -> list[Event]:

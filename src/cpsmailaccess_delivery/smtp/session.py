@@ -19,7 +19,7 @@ from ..account import Account, Secret
 from ..outcome import Phase
 from .events import Closed, Event, Failure, Mail, MailDone, MailUnsent, Ready, Result, StartTls
 from .hello import Capabilities
-from .machine import Machine, State
+from .machine import WINDOW, Machine, State
 from .tls import client_context
 
 __all__ = ["Failure", "Mail", "Result", "Session", "Source"]
@@ -62,6 +62,7 @@ class Source(Protocol):
 class Session(asyncio.BufferedProtocol):
     """See the module.
 
+    `window`: with CHUNKING, mails that may wait for their replies.
     `secret`: the password, opened; it is read at the login.  `helo_name`: what EHLO
     says of us (RFC 5321 section 4.1.1.1).
     """
@@ -74,12 +75,14 @@ class Session(asyncio.BufferedProtocol):
         *,
         helo_name: str,
         loop: asyncio.AbstractEventLoop,
+        window: int = WINDOW,
     ) -> None:
         self.account = account
         self.peer = ""  # the relay's address, once connected
         self._source = source
         self._loop = loop
         self._machine = Machine(account, secret, helo_name=helo_name)
+        self._machine.window = window
         self._transport: asyncio.Transport | None = None
         self._view = memoryview(b"")
         self._task: asyncio.Task[None] | None = None
@@ -92,6 +95,7 @@ class Session(asyncio.BufferedProtocol):
         self._failure: Failure | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
+        self._asked_at = loop.time()  # when we began to wait for what the deadline is set for
         self._heard = -1  # `Machine.replies` when the deadline was set
         self._waited = False  # for a reply, then
 
@@ -124,6 +128,16 @@ class Session(asyncio.BufferedProtocol):
     def accepted(self) -> int:
         """Mails that the relay took in this session."""
         return self._machine.accepted
+
+    @property
+    def answered(self) -> int:
+        """Mails that the relay has answered for in this session, in one way or another."""
+        return self._machine.answered
+
+    def silence(self, now: float) -> float:
+        """Return for how many seconds the relay has owed us something; `now`: of the loop."""
+        waits = self._task is not None or self._machine.awaiting is not None
+        return now - self._asked_at if waits else 0.0
 
     @property
     def in_flight(self) -> int:
@@ -344,7 +358,8 @@ class Session(asyncio.BufferedProtocol):
         if awaiting is None:
             self._deadline = math.inf
             return
-        self._deadline = when = self._loop.time() + self._patience(awaiting)
+        self._asked_at = self._loop.time()
+        self._deadline = when = self._asked_at + self._patience(awaiting)
         if self._timer is None:
             self._timer = self._loop.call_at(when, self._on_timer)
         elif when < self._timer.when():

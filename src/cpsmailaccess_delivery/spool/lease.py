@@ -12,6 +12,7 @@ open and lock.  There is no time-out, so no clock to trust.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
@@ -19,13 +20,15 @@ from typing import TYPE_CHECKING, Final
 from zope.interface import implementer
 
 from ..envelope import Envelope
-from ..errors import SpoolError
+from ..errors import NoSuchEntry, SpoolError
 from ..interfaces import Entry, ILease, Outcome, Settlement, State
 from . import forks, names
 from .outcomes import Side
 
 if TYPE_CHECKING:
     from .mails import Mails
+
+log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _SETTLED: Final = (State.DEFERRED, State.HELD, State.UNCLEAR, State.REFUSED)
@@ -144,7 +147,12 @@ class Lease:
         after = names.normal(Entry(entry_id, lane, settlement.state, due, attempts))
         outcomes = {**self.outcomes, **settlement.outcomes}
         side = Side(after.state, after.due, after.attempts, settlement.reason, outcomes)
-        self._mails.record(self.entry, after, side)
+        try:
+            self._mails.record(self.entry, after, side)
+        except NoSuchEntry as error:
+            log.warning("%s; nothing is left to be settled", error)
+            self.release()
+            return None
         self.release()
         return after
 

@@ -18,8 +18,9 @@ from collections import deque
 from typing import Final
 
 from ..envelope import parse_block
-from ..errors import InvalidEnvelope, SpoolError
+from ..errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from ..interfaces import Entry, Record, State
+from ..message import LARGEST
 from . import forks, names
 from .durable import read_all, spool_error
 from .layout import Layout
@@ -29,6 +30,7 @@ from .outcomes import NOTHING, DamagedSide, Side, SideFiles
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_MAX_BLOCK: Final = 8 * 1024 * 1024  # bytes of a private block, and some
 _ORPHANED: Final = 3600.0  # seconds since a side file was written
 _MAX_BURIED: Final = 256
 
@@ -119,13 +121,16 @@ class Mails:
             return None
         if side is not None and side.attempts > entry.attempts:
             # Somebody died between the two steps of `record`: take the second.
-            self.rename(entry, Entry(entry.id, entry.lane, side.state, side.due, side.attempts))
+            after = Entry(entry.id, entry.lane, side.state, side.due, side.attempts)
+            self.rename(entry, names.normal(after))
             return None
         return Lease(self, fd, entry, envelope=envelope, message=data[offset:], side=side)
 
     def _content(self, fd: int, status: os.stat_result) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise InvalidEnvelope("this is no file: a mail is a regular file")
+        if status.st_size > LARGEST + _MAX_BLOCK:
+            raise InvalidEnvelope(f"{status.st_size:,} bytes: larger than any mail")
         return read_all(fd, status.st_size)
 
     # Changing: the caller holds the lock
@@ -137,6 +142,8 @@ class Mails:
         """
         try:
             os.unlink(names.file_name(entry), dir_fd=self._layout[names.folder(entry.state)])
+        except FileNotFoundError:
+            log.warning("%s: somebody has removed it already", entry.id)
         except OSError as error:
             raise spool_error(f"remove {entry.id}", self._layout.path, error) from error
         self._removed = True
@@ -203,6 +210,8 @@ class Mails:
         old, new = names.folder(before.state), names.folder(after.state)
         try:
             self._layout.move(old, names.file_name(before), new, names.file_name(after))
+        except FileNotFoundError:
+            raise NoSuchEntry(f"{before.id}: somebody has removed it") from None
         except OSError as error:
             action = f"change {before.id} from {before.state} to {after.state}"
             raise spool_error(action, self._layout.path, error) from error

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import secrets
+import stat
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from ..interfaces import LaneNote
 
 log = logging.getLogger(__name__)
 
+_MAX_SIZE = 64 * 1024  # bytes
 _KEY = re.compile(r"[0-9a-f]{16}\Z")
 
 
@@ -34,10 +37,10 @@ class LaneNotes:
             return None
         path = self._directory / key
         try:
-            return LaneNote(**json.loads(path.read_bytes()))
+            return _load(_read(path))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             log.warning("ignoring the lane note %s: %s", path, error)
             return None
 
@@ -66,3 +69,27 @@ class LaneNotes:
         except OSError as error:
             raise SpoolError(f"cannot read {self._directory}: {error.strerror}") from error
         return {name: note for name in names if (note := self.read(name)) is not None}
+
+
+def _read(path: Path) -> bytes:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(path, flags), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise ValueError("is no regular file")
+        return stream.read(_MAX_SIZE)
+
+
+def _load(data: bytes) -> LaneNote:
+    fields = json.loads(data)
+    note = LaneNote(
+        route=str(fields["route"]),
+        trouble=str(fields["trouble"]),
+        reason=str(fields["reason"]),
+        since=float(fields["since"]),
+        until=float(fields["until"]),
+        failures=int(fields["failures"]),
+        version=str(fields["version"]),
+    )
+    if not (math.isfinite(note.since) and math.isfinite(note.until) and note.failures > 0):
+        raise ValueError("has numbers that are none")
+    return note

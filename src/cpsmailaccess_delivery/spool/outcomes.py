@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from .layout import Layout
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 _FINAL: Final = (State.ACCEPTED, State.REFUSED, State.UNCLEAR)
+_STATES: Final = ("queued", "deferred", "held", "unclear", "refused")
 _SYNCED: Final = 0o400
 _NOTE: Final = 0o600
 
@@ -144,10 +146,13 @@ def _dump(side: Side) -> bytes:
 
 def _load(data: bytes) -> Side:
     fields = json.loads(data)
+    due, attempts = float(fields["due"]), int(fields["attempts"])
+    if fields["state"] not in _STATES or not math.isfinite(due) or not 0 <= attempts < 1_000_000:
+        raise ValueError("says what is never written")
     return Side(
         state=State(fields["state"]),
-        due=float(fields["due"]),
-        attempts=int(fields["attempts"]),
+        due=due,
+        attempts=attempts,
         reason=str(fields["reason"]),
         outcomes={
             address: Outcome(State(state), str(reply), float(at))

@@ -35,8 +35,12 @@ class Presence:
 
     @property
     def token(self) -> str:
-        """16 hexadecimal digits, for names of files that this process stages."""
-        if self._generation != forks.generation():
+        """16 hexadecimal digits, for names of files that this process stages.
+
+        Another one after a fork, and after somebody has removed our file: without it we
+        would be taken for dead.
+        """
+        if self._generation != forks.generation() or not os.path.exists(self._path(self._token)):
             self._appear()
         return self._token
 

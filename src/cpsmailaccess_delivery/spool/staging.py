@@ -121,6 +121,12 @@ class Staging:
                 if each.fd >= 0:
                     os.fchmod(each.fd, _PREPARED)
             self._settle(staged)
+            for each in staged:
+                os.stat(each.name, dir_fd=self._layout["tmp"], follow_symlinks=False)
+        except FileNotFoundError:
+            raise SpoolError(
+                f"{self._layout.path}: somebody has removed a mail from tmp/ before its commit"
+            ) from None
         except OSError as error:
             raise spool_error("make mails durable", self._layout.path, error) from error
         finally:
