@@ -181,12 +181,11 @@ def chart(results: Results, path: Path) -> None:
         bars = axis.barh(names, values, color=[_COLOURS.get(who, "#7fbf7b") for who in names])
         capped = [any(turn.get("capped") for turn in turns[who]) for who in names]
         labels = [
-            f"{'~' if over else ''}{value:,.0f}" if value >= 100 else f"{value:.2g}"
+            ("~" if over else "") + (f"{value:,.0f}" if value >= 100 else f"{value:.2g}")
             for value, over in zip(values, capped, strict=True)
         ]
         axis.bar_label(bars, labels, padding=3, fontsize=8)
-        axis.set_xscale("log")
-        axis.set_xlim(right=max(values) * 4)
+        axis.set_xlim(right=max(values) * 1.25)
         axis.invert_yaxis()
         axis.set_title(row.title, fontsize=8)
         better = "more" if row.more_is_better else "less"
