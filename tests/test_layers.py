@@ -56,7 +56,7 @@ ROWS: dict[int, tuple[str, ...]] = {
     2: (
         "spool/*",
         "vault.py",
-        "vault_watch.py",
+        "watch.py",
         "seal.py",
         "key.py",
         "password.py",

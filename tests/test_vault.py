@@ -17,13 +17,13 @@ import pytest
 from zope.interface.verify import verifyObject
 
 from cpsmailaccess_delivery import vault as vault_module
-from cpsmailaccess_delivery import vault_watch
 from cpsmailaccess_delivery.account import HIDDEN, Account
 from cpsmailaccess_delivery.envelope import digest
 from cpsmailaccess_delivery.errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
 from cpsmailaccess_delivery.interfaces import IAccountStore, IWatch
 from cpsmailaccess_delivery.key import KeySource
 from cpsmailaccess_delivery.vault import Vault
+from cpsmailaccess_delivery.watch import PollingWatch
 
 PASSWORD = "hunter2-is-the-password"
 DEADLINE = 30.0
@@ -516,7 +516,7 @@ def wait(watch: IWatch) -> None:
 def test_watch(vault, polling):
     put(vault, account("*"))
     if polling:
-        watch = vault_watch.PollingWatch(vault.location, interval=0.01)
+        watch = PollingWatch(vault.location, (".",), interval=0.01)
         assert verifyObject(IWatch, watch)
     else:
         watch = vault.watch()
@@ -536,5 +536,5 @@ def test_watch_falls_back(vault, monkeypatch):
     put(vault, account())
     monkeypatch.setitem(sys.modules, "inotify_simple", None)
     watch = vault.watch()
-    assert isinstance(watch, vault_watch.PollingWatch)
+    assert isinstance(watch, PollingWatch)
     watch.close()

@@ -319,7 +319,7 @@ class IAccountStore(Interface):
         """Remove changes staged by dead processes; return their mailboxes."""
 
     def watch() -> IWatch:
-        """Return a watch whose `read` gives nothing but None: something changed."""
+        """Return a watch that tells no entries: `read` gives None when something changed."""
 
 
 class IAccounts(Interface):

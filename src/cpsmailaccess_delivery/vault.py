@@ -32,7 +32,7 @@ from .errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
 from .interfaces import IAccountStore
 from .key import Key, KeySource
 from .seal import MAX_SIZE, Stored, deletion, is_deletion, parse, seal, staged_mailbox, unseal
-from .vault_watch import NotifyWatch, PollingWatch, watch_directory
+from .watch import NotifyWatch, PollingWatch, watch_folders
 
 __all__ = ["Presence", "Vault"]
 
@@ -204,7 +204,7 @@ class Vault:
         """See `IAccountStore`."""
         try:
             _make_directory(Path(self.location))
-            return watch_directory(self.location)
+            return watch_folders(self.location, (".",))
         except OSError as error:
             raise self._cannot("watch the accounts", error) from error
 

@@ -16,7 +16,6 @@ This file is the contract; `staging` has tmp/, `listing` and `mails` have new/ a
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from zope.interface import implementer
 from ..envelope import Envelope, digest
 from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
 from ..interfaces import Entry, ISpool, LaneNote, Record, SweepReport
+from ..watch import NotifyWatch, PollingWatch, watch_folders
 from . import names
 from .layout import Layout
 from .lease import Lease, is_locked, unlock
@@ -37,9 +37,6 @@ from .notes import LaneNotes
 from .outcomes import SideFiles
 from .presence import Presence
 from .staging import Staging
-from .watch import NotifyWatch, PollingWatch
-
-log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 #: What an outbox has in the same directory.
 _BESIDE: Final = ("presence", "accounts", "lanes", "journal.sqlite")
@@ -104,13 +101,15 @@ class Maildir:
 
     def watch(self) -> NotifyWatch | PollingWatch:
         """See `ISpool`."""
-        if self._notify:
-            try:
-                return NotifyWatch(self._layout, self._listing.entry_of)
-            except (ImportError, AttributeError, OSError) as error:
-                log.info("no inotify, looking once a second instead: %s", error)
-        watch = PollingWatch(self._layout, self._polling.remove)
-        self._polling.append(watch)
+        watch = watch_folders(
+            self.location,
+            ("new", "cur"),
+            self._listing.entry_of,
+            notify=self._notify,
+            on_close=self._polling.remove,
+        )
+        if isinstance(watch, PollingWatch):
+            self._polling.append(watch)
         return watch
 
     def claim(self, entry: Entry) -> Lease | None:

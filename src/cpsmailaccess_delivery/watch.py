@@ -1,7 +1,4 @@
-"""How a processor learns at once that a mail is there: inotify, or looking.
-
-Only complete files are told of: moved in, closed after writing, or linked.
-"""
+"""How a processor learns at once that something changed in directories: inotify, or looking."""
 
 from __future__ import annotations
 
@@ -9,39 +6,63 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from zope.interface import implementer
 
-from ..interfaces import Entry, IWatch
-from .layout import Layout
+from .interfaces import Entry, IWatch
 
-log = logging.getLogger("cpsmailaccess_delivery.spool")
+log = logging.getLogger(__name__)
 
-#: Returns the entry of (folder, name), or None; gives files that we did not name a usable one.
+#: Returns the entry of (folder, name), or None: there is none to tell of.
 EntryOf = Callable[[str, str], Entry | None]
 
-_FOLDERS: Final = ("new", "cur")
 _INTERVAL: Final = 1.0  # seconds between two looks, where there is no inotify
+
+
+def watch_folders(
+    root: str,
+    folders: Sequence[str],
+    entry_of: EntryOf | None = None,
+    *,
+    notify: bool = True,
+    on_close: Callable[[PollingWatch], None] = lambda watch: None,
+) -> NotifyWatch | PollingWatch:
+    """Return a watch on folders of a directory.  Raises OSError.
+
+    `entry_of`: what is told of a file that is complete; None: only that something changed.
+    It polls without `notify`, and where there is no inotify (left: a limit per user).
+    `on_close`: see `PollingWatch`.
+    """
+    if notify:
+        try:
+            return NotifyWatch(root, folders, entry_of)
+        except (ImportError, AttributeError, OSError) as error:
+            log.info("no inotify for %s, looking once a second instead: %s", root, error)
+    return PollingWatch(root, folders, on_close)
 
 
 @implementer(IWatch)
 class NotifyWatch:
-    """See `IWatch`.  Raises ImportError or OSError where there is no inotify (left)."""
+    """See `IWatch`.  Raises ImportError or OSError where there is no inotify (left).
 
-    def __init__(self, layout: Layout, entry_of: EntryOf) -> None:
+    Only complete files are told of: moved in, closed after writing, or linked.
+    """
+
+    def __init__(self, root: str, folders: Sequence[str], entry_of: EntryOf | None) -> None:
         from inotify_simple import INotify, flags
 
-        self._layout = layout
+        self._root = root
         self._entry_of = entry_of
         self._flags = flags
         self._notify = INotify(nonblocking=True)
-        wanted = flags.MOVED_TO | flags.CLOSE_WRITE | flags.CREATE | flags.ONLYDIR
+        wanted = flags.MOVED_TO | flags.ONLYDIR
+        wanted |= flags.CLOSE_WRITE | flags.CREATE if entry_of else flags.MOVED_FROM | flags.DELETE
         try:
             self._folders = {
-                self._notify.add_watch(os.path.join(layout.path, name), wanted): name
-                for name in _FOLDERS
+                self._notify.add_watch(os.path.join(root, folder), wanted): folder
+                for folder in folders
             }
         except OSError:
             self._notify.close()
@@ -55,7 +76,7 @@ class NotifyWatch:
         """See `IWatch`."""
         entries: dict[Entry, None] = {}  # once each, in order
         lost = self._flags.Q_OVERFLOW | self._flags.IGNORED | self._flags.UNMOUNT
-        complete = True
+        complete = self._entry_of is not None
         for event in self._notify.read(timeout=0):
             if event.mask & lost:
                 complete = False
@@ -70,10 +91,12 @@ class NotifyWatch:
         self._notify.close()
 
     def _entry(self, event: Any) -> Entry | None:
+        if self._entry_of is None:
+            return None
         folder = self._folders[event.wd]
         if event.mask & self._flags.CREATE:
             try:
-                status = os.stat(event.name, dir_fd=self._layout[folder], follow_symlinks=False)
+                status = os.lstat(os.path.join(self._root, folder, event.name))
             except OSError:
                 return None
             if status.st_nlink < 2:
@@ -83,16 +106,20 @@ class NotifyWatch:
 
 @implementer(IWatch)
 class PollingWatch:
-    """See `IWatch`.  What this process does is told at once, the rest is looked for.
+    """See `IWatch`.  What `tell` is told is passed on at once, the rest is looked for.
 
     A thread looks, because a descriptor must become readable and nothing else would
-    make it so; it reads two time stamps, and touches nothing.
+    make it so; it reads time stamps, and touches nothing.
     """
 
     def __init__(
-        self, layout: Layout, on_close: Callable[[PollingWatch], None], interval: float = _INTERVAL
+        self,
+        root: str,
+        folders: Sequence[str],
+        on_close: Callable[[PollingWatch], None] = lambda watch: None,
+        interval: float = _INTERVAL,
     ) -> None:
-        self._layout = layout
+        self._paths = [os.path.join(root, folder) for folder in folders]
         self._on_close = on_close
         self._told: deque[Entry] = deque()
         self._stale = False
@@ -146,11 +173,11 @@ class PollingWatch:
 
     def _look(self) -> list[int]:
         stamps = []
-        for name in _FOLDERS:
+        for path in self._paths:
             try:
-                stamps.append(os.fstat(self._layout[name]).st_mtime_ns)
+                stamps.append(os.stat(path).st_mtime_ns)
             except OSError:
-                stamps.append(0)  # closed meanwhile
+                stamps.append(0)  # gone for now
         return stamps
 
     def _wake(self) -> None:
