@@ -765,3 +765,18 @@ def test_mails_per_minute(outbox, server):
     at = sorted(mail.at for mail in server.mails)
     assert len(at) == 11
     assert at[10] - at[0] > 0.5  # not asserted from above: machines may be slow
+
+
+def test_a_mail_that_we_fail_to_claim_is_held(outbox, server, monkeypatch):
+    def claim(entry):
+        raise MemoryError("too much")
+
+    put(outbox, server)
+    message_id = send(outbox)
+    monkeypatch.setattr(outbox.spool, "claim", claim)
+    assert outbox.processor().run(forever=False).held == 1
+    status = outbox.status(message_id)
+    assert (status.state, status.reason) == (
+        "held",
+        "a fault in the processor: MemoryError: too much",
+    )

@@ -390,7 +390,7 @@ class Scheduler:
 
     def _hold(self, entry: Entry, error: Exception) -> None:
         try:
-            self.spool.hold(entry.id, f"a fault in the processor: {type(error).__name__}: {error}")
+            self.spool.hold(entry, f"a fault in the processor: {type(error).__name__}: {error}")
             self.summary.held += 1
         except SpoolError:
             log.exception("%s: cannot be held", entry.id)
