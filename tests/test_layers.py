@@ -57,6 +57,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "spool/*",
         "vault.py",
         "watch.py",
+        "files.py",
         "seal.py",
         "key.py",
         "password.py",

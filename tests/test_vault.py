@@ -188,7 +188,7 @@ def test_modes_whatever_the_umask(tmp_path, vault, open_umask):
 
 def test_prepare_syncs_files_then_directory(vault, monkeypatch):
     synced = []
-    monkeypatch.setattr(vault_module, "_sync", lambda path: synced.append(Path(path)))
+    monkeypatch.setattr(vault_module, "sync_path", lambda path: synced.append(Path(path)))
     token = vault.stage("alice@example.org", account())
     synced.clear()
     vault.prepare([token])

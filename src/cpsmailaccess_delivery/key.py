@@ -14,11 +14,11 @@ import hashlib
 import os
 import secrets
 import stat
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
 from .errors import VaultError, WrongKey
+from .files import make_private, sync_path, write_new
 
 KEY_SIZE: Final = 32  # bytes
 VARIABLE: Final = "CPSMAIL_KEY"
@@ -96,23 +96,16 @@ class KeySource:
         directory = self._file.parent
         text = base64.b64encode(secrets.token_bytes(KEY_SIZE)) + b"\n"
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{self._file.name}.", dir=directory)
+            make_private(str(directory))
+            name = str(self._file.with_name(f".{self._file.name}.{secrets.token_hex(4)}"))
+            write_new(name, text, sync=True)
             try:
-                with open(handle, "wb") as stream:
-                    stream.write(text)
-                    stream.flush()
-                    os.fsync(handle)
                 os.link(name, self._file)
             except FileExistsError:
                 pass
             finally:
                 os.unlink(name)
-            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_path(str(directory))
         except OSError as error:
             raise VaultError(
                 f"cannot make the key file {self._file}: {error.strerror}: let this user write"

@@ -29,6 +29,7 @@ from zope.interface import implementer
 from .account import Account
 from .envelope import digest
 from .errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
+from .files import make_private, sync_path, write_new
 from .interfaces import IAccountStore
 from .key import Key, KeySource
 from .seal import MAX_SIZE, Stored, deletion, is_deletion, parse, seal, staged_mailbox, unseal
@@ -120,14 +121,8 @@ class Vault:
         if len(data) > MAX_SIZE:
             raise VaultError(f"account {mailbox}: has {len(data)} bytes of settings: shorten them")
         try:
-            _make_directory(Path(self.location))
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                with open(handle, "wb") as stream:
-                    stream.write(data)
-            except OSError:
-                os.unlink(path)
-                raise
+            self._make()
+            write_new(path, data)
         except OSError as error:
             raise self._cannot(f"write the account {mailbox}", error) from error
         self._staged[token] = os.getpid()
@@ -137,9 +132,9 @@ class Vault:
         """See `IAccountStore`.  Raises `VaultError`."""
         try:
             for token in tokens:
-                _sync(self._path(token))
+                sync_path(self._path(token))
             if tokens:
-                _sync(self.location)
+                sync_path(self.location)
         except OSError as error:
             raise self._cannot("make changes of accounts durable", error) from error
 
@@ -153,7 +148,7 @@ class Vault:
                 continue
             try:
                 if is_deletion(_read_file(path)):
-                    _unlink(target)
+                    Path(target).unlink(missing_ok=True)
                     os.unlink(path)
                 else:
                     os.replace(path, target)
@@ -165,7 +160,7 @@ class Vault:
                 )
         try:
             if tokens:
-                _sync(self.location)
+                sync_path(self.location)
         except OSError as error:
             log.error("cannot sync %s: %s: see to the disk", self.location, error.strerror)
 
@@ -175,7 +170,7 @@ class Vault:
             if self._staged.pop(token, 0) != os.getpid():
                 continue
             try:
-                _unlink(self._path(token))
+                Path(self._path(token)).unlink(missing_ok=True)
             except OSError as error:
                 log.error("cannot remove %s: %s", self._path(token), error.strerror)
 
@@ -203,10 +198,14 @@ class Vault:
     def watch(self) -> NotifyWatch | PollingWatch:
         """See `IAccountStore`."""
         try:
-            _make_directory(Path(self.location))
+            self._make()
             return watch_folders(self.location, (".",))
         except OSError as error:
             raise self._cannot("watch the accounts", error) from error
+
+    def _make(self) -> None:
+        make_private(os.path.dirname(self.location))  # the outbox, or what is one later
+        make_private(self.location)
 
     def _path(self, name: str) -> str:
         return f"{self.location}/{name}"
@@ -293,27 +292,3 @@ def _read_file(path: str) -> bytes:
         return os.read(handle, MAX_SIZE + 1)
     finally:
         os.close(handle)
-
-
-def _make_directory(path: Path) -> None:
-    """Make a directory and those above it, durably, 0700 whatever the umask grants."""
-    if path.is_dir():
-        return
-    _make_directory(path.parent)
-    path.mkdir(mode=0o700, exist_ok=True)
-    _sync(str(path.parent))
-
-
-def _sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass

@@ -48,47 +48,6 @@ def spool_error(action: str, where: str, error: OSError) -> SpoolError:
     return SpoolError(f"{where}: cannot {action}: {error.strerror or error}; {way_out}")
 
 
-def make_private(path: str) -> bool:
-    """Make a directory for its owner only, whatever the umask; return whether it was missing.
-
-    One that is there keeps its mode: it is its administrator's.
-    """
-    if os.path.isdir(path):
-        return False
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        if os.path.isdir(path):
-            return False  # another process was faster
-        raise
-    os.chmod(path, 0o700)
-    return True
-
-
-def write_all(fd: int, *parts: bytes) -> None:
-    """Write all parts, whatever the system takes at a time."""
-    left = [memoryview(part) for part in parts]
-    while left:
-        done = os.writev(fd, left)
-        while left and done >= len(left[0]):
-            done -= len(left.pop(0))
-        if left:
-            left[0] = left[0][done:]
-
-
-def read_all(fd: int, size: int) -> bytes:
-    """Return a file as one bytes.  `size`: what fstat said; files of a spool do not grow."""
-    data = os.read(fd, size + 1)
-    if len(data) >= size or not data:
-        return data
-    parts = [data]  # over 2 GiB, or a signal
-    while data:
-        data = os.read(fd, size + 1)
-        parts.append(data)
-    return b"".join(parts)
-
-
 def settle_files(fds: Sequence[int], directory: int) -> None:
     """Make these new files of one directory durable, with their names.
 

@@ -12,7 +12,8 @@ from collections.abc import Collection
 from typing import Final
 
 from ..errors import OutboxClosed, SpoolError
-from .durable import make_private, spool_error
+from ..files import make_private
+from .durable import spool_error
 
 _MAILDIR: Final = ("tmp", "new", "cur")
 _OUTCOMES: Final = "outcomes"
@@ -31,11 +32,9 @@ class Layout:
         try:
             self._refuse_others(beside)
             make_private(path)
-            made = [make_private(os.path.join(path, name)) for name in (*_MAILDIR, _OUTCOMES)]
             for name in (*_MAILDIR, _OUTCOMES):
+                make_private(os.path.join(path, name))
                 self._fds[name] = self._open(name)
-            if any(made):
-                self._sync_parents()
         except OSError as error:
             self.close()
             raise spool_error("use this directory as a spool", path, error) from error
@@ -99,12 +98,3 @@ class Layout:
                 f"{self.path}/{name}: is a symbolic link or a file; a spool has a directory"
                 " there: move what it points to into its place"
             ) from None
-
-    def _sync_parents(self) -> None:
-        """Let the directories themselves survive: a mail is as safe as the way to it."""
-        for path in (self.path, os.path.dirname(os.path.abspath(self.path))):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)

@@ -19,10 +19,11 @@ from typing import Final
 
 from ..envelope import parse_block
 from ..errors import InvalidEnvelope, NoSuchEntry, SpoolError
+from ..files import read_all
 from ..interfaces import Entry, Record, State
 from ..message import LARGEST
 from . import forks, names
-from .durable import read_all, spool_error
+from .durable import spool_error
 from .layout import Layout
 from .lease import Lease, lock_file, unlock
 from .outcomes import NOTHING, DamagedSide, Side, SideFiles

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import SpoolError
+from ..files import make_private, write_new
 from ..interfaces import LaneNote
 
 log = logging.getLogger(__name__)
@@ -51,11 +52,9 @@ class LaneNotes:
             if note is None:
                 path.unlink(missing_ok=True)
                 return
-            self._directory.mkdir(mode=0o700, exist_ok=True)
-            temporary = path.with_name(f".{key}.{secrets.token_hex(4)}")
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as stream:
-                json.dump(asdict(note), stream)
+            make_private(str(self._directory))
+            temporary = str(path.with_name(f".{key}.{secrets.token_hex(4)}"))
+            write_new(temporary, json.dumps(asdict(note)).encode())
             os.rename(temporary, path)
         except OSError as error:
             raise SpoolError(f"cannot write {path}: {error.strerror}") from error

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ..errors import SpoolError
+from ..files import read_all, write_new
 from ..interfaces import Outcome, State
-from .durable import read_all, spool_error, write_all
+from .durable import spool_error
 from .layout import Layout
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
@@ -95,20 +96,10 @@ class SideFiles:
     def write(self, entry_id: str, side: Side, *, sync: bool = False) -> None:
         """Replace the side of a mail; durable when it is binding, or with `sync`."""
         sync = sync or side.binding
-        name = self._scrap(entry_id)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        name, mode = self._scrap(entry_id), _SYNCED if sync else _NOTE
         try:
-            fd = os.open(name, flags, _SYNCED if sync else _NOTE, dir_fd=self._layout["tmp"])
-            try:
-                os.fchmod(fd, _SYNCED if sync else _NOTE)
-                write_all(fd, _dump(side))
-                if sync:
-                    os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.rename(
-                name, entry_id, src_dir_fd=self._layout["tmp"], dst_dir_fd=self._layout["outcomes"]
-            )
+            write_new(name, _dump(side), mode=mode, sync=sync, dir_fd=self._layout["tmp"])
+            self._layout.move("tmp", name, "outcomes", entry_id)
             if sync:
                 os.fsync(self._layout["outcomes"])
         except OSError as error:

@@ -12,8 +12,9 @@ import os
 import time
 from typing import Final
 
+from ..files import make_private
 from . import forks
-from .durable import make_private, spool_error
+from .durable import spool_error
 
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _FORGOTTEN: Final = 3600.0  # seconds: an unfinished file is only touched when this old

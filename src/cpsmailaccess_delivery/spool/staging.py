@@ -27,9 +27,10 @@ from typing import Final
 
 from ..envelope import Envelope, format_block, lane_key
 from ..errors import SpoolError
+from ..files import read_all, write_all
 from ..interfaces import Entry, SweepReport
 from . import forks, names
-from .durable import GroupSync, read_all, settle_files, spool_error, write_all
+from .durable import GroupSync, settle_files, spool_error
 from .layout import Layout
 from .presence import Presence
 
