@@ -107,7 +107,9 @@ class Scheduler:
         self._later: list[tuple[float, int, Entry | Lane]] = []
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
-        self._max_sessions = min(max_sessions, _affordable_sessions())
+        files = _open_files()
+        self._max_sessions = min(max_sessions, max(1, files // _FILES_PER_SESSION))
+        self._sync_many = max(1, min(_SYNC_MANY, files // 8))
         self._sessions = 0
         self._waiting_lanes: deque[Lane] = deque()
         self._serving = False
@@ -206,7 +208,8 @@ class Scheduler:
         if self._stopping:
             return
         if entry.state in (State.DEFERRED, State.UNCLEAR) and entry.due:
-            if entry.due > self.now():
+            # Later than any delay: the clock was ahead when that was written.
+            if 0 < entry.due - self.now() <= self.schedule.longest_delay:
                 self._at(entry.due, entry)
                 return
         elif entry.state is not State.QUEUED:
@@ -397,7 +400,7 @@ class Scheduler:
 
     def _removed_one(self) -> None:
         self._unsynced += 1
-        if self._unsynced == _SYNC_MANY:
+        if self._unsynced >= self._sync_many:
             self._sync()
         elif self._sync_timer is None:
             self._sync_timer = self.loop.call_later(_SYNC_SOON, self._sync)
@@ -444,11 +447,18 @@ class Scheduler:
         """Whether lanes wait for a connection."""
         return bool(self._waiting_lanes)
 
+    @property
+    def _crowded(self) -> bool:
+        """Whether lanes may have one session only, so that each may have its first."""
+        return bool(self._waiting_lanes) or 2 * self._sessions >= self._max_sessions
+
     def may_connect(self, lane: Lane) -> bool:
         """Whether one session more is within the limit; if not, the lane waits its turn."""
-        if self._sessions < self._max_sessions:
+        if self._sessions < self._max_sessions and not (lane.has_sessions and self._crowded):
             self._sessions += 1
             return True
+        if lane.has_sessions:
+            return False
         if lane not in self._waiting_lanes:
             self._waiting_lanes.append(lane)
         self._relieve()
@@ -496,9 +506,9 @@ class Scheduler:
             self._relieve()
 
 
-def _affordable_sessions() -> int:
-    """Return how many sessions the limit of open files allows, the application's own aside."""
+def _open_files() -> int:
+    """Return how many files we may have open, the application's own aside."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return sys.maxsize
-    return max(1, (soft - min(soft // 2, 256)) // _FILES_PER_SESSION)
+    return soft - min(soft // 2, 256)

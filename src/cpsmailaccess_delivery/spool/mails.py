@@ -147,9 +147,9 @@ class Mails:
             log.warning("%s: somebody has removed it already", entry.id)
         except OSError as error:
             raise spool_error(f"remove {entry.id}", self._layout.path, error) from error
-        self._removed = True
         if has_side:
             self._spent.append(entry.id)
+        self._removed = True  # last: see `sync`
 
     def bury(self, fd: int) -> None:
         """Close the file of a removed mail with the next `sync`.
@@ -219,11 +219,11 @@ class Mails:
 
     def sync(self) -> None:
         """Make removals safe against a power loss, and forget what was kept in case of one."""
-        spent = len(self._spent)
         self._close_buried(len(self._buried))
         if not self._removed:
             return
         self._removed = False
+        spent = len(self._spent)  # all of them were removed before the flag was taken down
         try:
             for name in ("new", "cur", "tmp"):
                 self._sync(name)
