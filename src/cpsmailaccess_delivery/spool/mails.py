@@ -158,7 +158,7 @@ class Mails:
         """
         self._buried.append((forks.generation(), fd))
         if len(self._buried) > _MAX_BURIED:
-            self._close_buried(1)  # nobody calls `sync`
+            self._close_buried()  # nobody calls `sync`
 
     def record(self, before: Entry, after: Entry, side: Side) -> None:
         """Write what is known of a mail, then let its name follow."""
@@ -219,7 +219,7 @@ class Mails:
 
     def sync(self) -> None:
         """Make removals safe against a power loss, and forget what was kept in case of one."""
-        self._close_buried(len(self._buried))
+        self._close_buried()
         if not self._removed:
             return
         self._removed = False
@@ -254,16 +254,19 @@ class Mails:
 
     def close(self) -> None:
         """Close what is open; not a `sync`."""
-        self._close_buried(len(self._buried))
+        self._close_buried()
 
-    def _close_buried(self, number: int) -> None:
-        for _ in range(number):
+    def _close_buried(self) -> None:
+        buried = []
+        while self._buried:
             try:
                 generation, fd = self._buried.popleft()
             except IndexError:
-                return  # another thread does it
+                break  # another thread does it
             if generation == forks.generation():
-                forks.drop(fd)
+                buried.append(fd)
+        if buried:
+            forks.drop_all(buried)
 
     def _sync(self, name: str) -> None:
         try:
