@@ -210,7 +210,10 @@ class TestSweep:
         entry_id = child.stdout.readline().strip()
         assert spool.sweep().removed == ()
         kill(child)
+        (name,) = spool.left_overs()
+        assert name.startswith(entry_id)
         assert spool.sweep().removed == (entry_id,)
+        assert spool.left_overs() == []
         assert os.listdir(spool.location + "/tmp") == []
         assert list(spool.scan()) == []
 

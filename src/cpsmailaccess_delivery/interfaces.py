@@ -229,6 +229,9 @@ class ISpool(Interface):
     def sweep() -> SweepReport:
         """Tidy what dead processes left: see `SweepReport`.  Safe beside living ones."""
 
+    def left_overs() -> Sequence[str]:
+        """Return the names of what dead processes left, for the doctor: `sweep` is due."""
+
     def sync() -> None:
         """Make what leases removed safe against a power loss; cheap when nothing was.
 
@@ -317,6 +320,9 @@ class IAccountStore(Interface):
 
     def sweep() -> tuple[str, ...]:
         """Remove changes staged by dead processes; return their mailboxes."""
+
+    def left_overs() -> Sequence[str]:
+        """Return the names of changes staged by dead processes, for the doctor."""
 
     def watch() -> IWatch:
         """Return a watch that tells no entries: `read` gives None when something changed."""
