@@ -359,10 +359,13 @@ class TestPresence:
         parent = start(
             """
 import os
+reader, writer = os.pipe()
 pid = os.fork()
 if not pid:
+    os.write(writer, b"!")
     wait()
     os._exit(0)
+os.read(reader, 1)  # before, the child has closed nothing yet
 ready(presence.token)
 signal.pause()
 """
