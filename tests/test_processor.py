@@ -10,15 +10,18 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transaction
 
 from cpsmailaccess_delivery import Account, Outbox, State, lanes
+from cpsmailaccess_delivery import outbox as outbox_module
 from cpsmailaccess_delivery import processor as processor_module
 from cpsmailaccess_delivery import scheduler as scheduler_module
 from cpsmailaccess_delivery.errors import NoSuchEntry, SpoolError
 from cpsmailaccess_delivery.interfaces import LaneNote
+from cpsmailaccess_delivery.journal import Event
 from cpsmailaccess_delivery.retry import Schedule
 from cpsmailaccess_delivery.scheduler import Scheduler
 from cpsmailaccess_delivery.smtp import mails
@@ -780,3 +783,19 @@ def test_a_mail_that_we_fail_to_claim_is_held(outbox, server, monkeypatch):
         "held",
         "a fault in the processor: MemoryError: too much",
     )
+
+
+def test_what_the_spool_has_lost_is_looked_for_in_the_journal_alone(outbox, monkeypatch):
+    looked = []
+    find = outbox.spool.find
+
+    def settle_elsewhere(seconds):
+        outbox.journal.record(
+            Event(1.0, "accepted", message_id="1@x", recipient="bob@example.net", attempt=2)
+        )
+
+    monkeypatch.setattr(outbox.spool, "find", lambda name: looked.append(name) or find(name))
+    monkeypatch.setattr(outbox_module, "time", SimpleNamespace(sleep=settle_elsewhere))
+    status = outbox.status("<1@x>")
+    assert (status.state, status.attempts) == ("accepted", 2)
+    assert looked == ["1@x"]
