@@ -791,7 +791,7 @@ def test_what_the_spool_has_lost_is_looked_for_in_the_journal_alone(outbox, monk
 
     def settle_elsewhere(seconds):
         outbox.journal.record(
-            Event(1.0, "accepted", message_id="1@x", recipient="bob@example.net", attempt=2)
+            Event(time.time(), "accepted", "", "1@x", recipient="bob@example.net", attempt=2)
         )
 
     monkeypatch.setattr(outbox.spool, "find", lambda name: looked.append(name) or find(name))
