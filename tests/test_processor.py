@@ -799,3 +799,54 @@ def test_what_the_spool_has_lost_is_looked_for_in_the_journal_alone(outbox, monk
     status = outbox.status("<1@x>")
     assert (status.state, status.attempts) == ("accepted", 2)
     assert looked == ["1@x"]
+
+
+STAGE = """
+import sys, transaction
+from cpsmailaccess_delivery import Outbox
+with Outbox(sys.argv[1]) as outbox:
+    outbox.delivery.send("alice@example.org", ["bob@example.net"], "Subject: x\\n\\nx")
+    print("staged", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_dies_while_a_processor_runs_is_swept(outbox, server, monkeypatch, caplog):
+    monkeypatch.setattr(scheduler_module, "_SWEEP_EVERY", 0.02)
+    put(outbox, server)
+    processor = outbox.processor()
+    processor.start()
+    with subprocess.Popen(
+        [sys.executable, "-c", STAGE, outbox.location],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout.readline() == "staged\n"
+        swept = threading.Event()
+        sweep = outbox.spool.sweep
+        monkeypatch.setattr(outbox.spool, "sweep", lambda: (sweep(), swept.set())[0])
+        assert swept.wait(DEADLINE)
+        assert len(os.listdir(Path(outbox.location, "tmp"))) == 1  # of the living
+        child.kill()
+    wait_for(lambda: not os.listdir(Path(outbox.location, "tmp")))
+    wait_for(lambda: "1 uncommitted mails removed, 0 in doubt" in caplog.text)
+    assert processor.stop(timeout=DEADLINE)
+
+
+def test_what_could_not_be_published_is_published_late(outbox, server, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_SWEEP_EVERY", 0.02)
+    put(outbox, server)
+    processor = outbox.processor()
+    processor.start()
+    real = os.rename
+
+    def rename(old, new, **kw):
+        monkeypatch.setattr(os, "rename", real)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", rename)
+    message_id = send(outbox)
+    server.wait_for(1, DEADLINE)
+    assert [mail.message_id for mail in server.mails] == [message_id]
+    assert processor.stop(timeout=DEADLINE)

@@ -225,7 +225,7 @@ def _check_leftovers(outbox: Outbox) -> _Findings:
     root = Path(outbox.location)
     mails, changes = len(outbox.spool.left_overs()), len(outbox.vault.left_overs())
     if mails:
-        advice = "`cpsmail run` and `drain` remove them or hold them when they start"
+        advice = "`cpsmail run` and `drain` remove them or hold them"
         yield Level.WARN, f"processes died and left {mails} files of mails in tmp/", advice
     if changes:
         advice = "put these accounts again: `cpsmail accounts list` shows what is in force"

@@ -45,6 +45,7 @@ class Mails:
     def __init__(self, layout: Layout, sides: SideFiles) -> None:
         self._layout = layout
         self._sides = sides
+        self._orphans_due = 0.0  # by the monotonic clock
         self._removed = False  # whether a removal is not synced yet
         self._spent: deque[str] = deque()  # ids of those among them that had a side file
         self._buried: deque[tuple[int, int]] = deque()  # open files without a name
@@ -238,6 +239,9 @@ class Mails:
 
     def remove_orphans(self) -> None:
         """Remove side files whose mail is gone, when they have not been written for long."""
+        if time.monotonic() < self._orphans_due:
+            return  # what is younger than that stays anyway, and to look lists all mails
+        self._orphans_due = time.monotonic() + _ORPHANED
         orphans = set(self._layout.listing("outcomes"))
         if not orphans:
             return
