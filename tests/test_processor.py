@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -240,6 +242,43 @@ def test_credentials_go_only_to_the_relay_of_the_account(outbox):
         outbox.processor().run(forever=False)
         assert len(mine.mails) == 1
         assert evil.sessions == 0
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+def test_a_relay_by_its_ipv6_address(outbox):
+    with SMTPServer(host="::1") as server:
+        put(outbox, server)
+        by_account = send(outbox)
+        by_relay = send(outbox, hostname="::1", port=server.port)
+        assert outbox.processor().run(forever=False).accepted == 2
+    assert {mail.message_id for mail in server.mails} == {by_account, by_relay}
+
+
+def test_a_host_with_several_addresses_of_which_one_answers(outbox, server, monkeypatch):
+    async def getaddrinfo(loop, host, port, **kwargs):
+        assert host == "relay.example"
+        stream = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+        return [
+            (socket.AF_INET, *stream, ("127.0.0.9", port)),  # nobody listens there
+            (socket.AF_INET, *stream, (server.host, port)),
+        ]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    with transaction.manager:
+        outbox.accounts.put(
+            Account(mailbox="*", host="relay.example", port=server.port, security="plain")
+        )
+    send(outbox)
+    assert outbox.processor().run(forever=False).accepted == 1
 
 
 def test_a_relay_without_login(outbox, server):
