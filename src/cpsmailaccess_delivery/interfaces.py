@@ -406,14 +406,25 @@ class IJournal(Interface):
 class IQueueProcessor(Interface):
     """Delivers what is in a spool: a `threading.Thread`."""
 
+    summary = Attribute("`scheduler.Summary` of what it has done since it was started")
+
     def start() -> None:
-        """Start the thread."""
+        """Start the thread; once."""
 
-    def stop(timeout: float) -> bool:
-        """Stop within `timeout` seconds; return whether it has ended."""
+    def run(forever: bool = True) -> object:
+        """Deliver in the calling thread, ``forever=False``: once what is due.
 
-    def run(forever: bool) -> object:
-        """Deliver in the calling thread; ``forever=False``: once what is due."""
+        Returns the summary.
+        """
+
+    def stop(timeout: float = 30.0) -> bool:
+        """Stop: finish what is past the end of data, give back the rest.
+
+        After `timeout` seconds connections are dropped.  Returns whether it has ended.
+        """
+
+    def abort() -> None:
+        """Drop the connections now."""
 
 
 class IOutbox(Interface):
@@ -422,13 +433,18 @@ class IOutbox(Interface):
     location = Attribute("Where the spool is (str)")
     accounts = Attribute("IAccounts")
     delivery = Attribute("IMailboxDelivery")
-    queue = Attribute("`queue.Queue`")
+    queue = Attribute("`queue.Queue`: for people who look and steer")
+    spool = Attribute("ISpool")
+    vault = Attribute("IAccountStore")
+    journal = Attribute("IJournal")
+    keys = Attribute("`key.KeySource` of the vault")
+    presence = Attribute("`spool.presence.Presence` of this process")
 
     def processor() -> IQueueProcessor:
-        """Return a processor, not started yet."""
+        """Return a processor, not started yet.  Raises `OutboxClosed`."""
 
     def status(message_id: str) -> object:
         """Return a `status.Status`.  Raises `NoSuchEntry`."""
 
     def close() -> None:
-        """Stop its processors and give back what it holds."""
+        """Stop its processors and give back what it holds.  Twice is fine."""
