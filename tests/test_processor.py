@@ -383,6 +383,23 @@ def test_a_file_that_is_no_mail_is_set_aside(outbox, server):
     assert entry.state == "held"
 
 
+def test_a_file_that_is_no_mail_can_be_cancelled(outbox):
+    (Path(outbox.location) / "new" / "1234.junk").write_bytes(b"hello\n")
+    outbox.processor().run(forever=False)
+    assert outbox.queue.cancel("1234.junk")[0].reason
+    assert list(outbox.spool.scan()) == []
+
+
+def test_each_mail_is_told_in_the_log(outbox, server, caplog):
+    put(outbox, server)
+    caplog.set_level("INFO", "cpsmailaccess_delivery")
+    message_id = send(outbox)
+    outbox.processor().run(forever=False)
+    assert any(
+        message_id in line and "bob@example.net accepted" in line for line in caplog.messages
+    )
+
+
 def test_a_relay_that_hangs_up_on_one_mail_gets_the_others_later(outbox, server):
     put(outbox, server, connections=1)
     server.on("MAIL", drop=True, match="poison@")
