@@ -36,18 +36,22 @@ def envelope(
     message_id: str = "1.2@example.org",
     *recipients: str,
     route: Route = ROUTE,
+    **wishes: Any,
 ) -> Envelope:
     return Envelope(
         sender="alice@example.org",
         recipients=recipients or ("bob@example.net", "carol@example.net"),
         route=route,
         message_id=message_id,
+        **wishes,
     )
 
 
-def queue(spool: Any, message_id: str = "1.2@example.org", message: bytes = MESSAGE) -> Entry:
+def queue(
+    spool: Any, message_id: str = "1.2@example.org", message: bytes = MESSAGE, **wishes: Any
+) -> Entry:
     """Return an entry that went the whole way."""
-    entry: Entry = spool.stage(envelope(message_id), message)
+    entry: Entry = spool.stage(envelope(message_id, **wishes), message)
     spool.prepare([entry])
     spool.publish([entry])
     return entry
@@ -291,6 +295,32 @@ class SpoolContract:
         with pytest.raises(SpoolError):
             lease.settle(Settlement(State.ACCEPTED))
         assert len(list(spool.scan())) == 1
+
+    # What a sender asks for
+
+    def test_a_listing_tells_due_time_and_priority(self, spool):
+        wishes = {"not_before": 1_900_000_000.25, "expires": 2e9, "priority": 8, "key": "k"}
+        watch = spool.watch()
+        entry = queue(spool, **wishes)
+        assert (entry.state, entry.due, entry.priority) == (State.QUEUED, 1_900_000_000.25, 8)
+        assert list(spool.scan()) == [entry]
+        assert entry in told(watch)
+        watch.close()
+        lease = spool.claim(entry)
+        assert lease.envelope == envelope(**wishes)
+        lease.release()
+        assert spool.look_up(entry.id) == entry
+
+    def test_the_priority_stays(self, spool):
+        entry = queue(spool, priority=2)
+        after = settle(spool, entry, State.DEFERRED, due=17.25, attempts=1)
+        assert after == Entry(entry.id, entry.lane, State.DEFERRED, 17.25, 1, 2)
+        assert spool.hold(after, "why").priority == 2
+        assert spool.requeue(after) == Entry(entry.id, entry.lane, State.QUEUED, 0.0, 1, 2)
+
+    def test_a_scheduled_mail_may_be_sent_now(self, spool):
+        entry = queue(spool, not_before=1_900_000_000.25)
+        assert spool.requeue(entry).due == 0.0
 
     # For people
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from email.message import Message
 from typing import Any
 
@@ -23,6 +24,7 @@ from .errors import (
 )
 from .interfaces import Entry, IMailboxDelivery, IMailDelivery
 from .message import DEFAULT_SIZE_LIMIT, complete, to_bytes
+from .options import check_options
 
 _RANK = 1
 
@@ -62,12 +64,20 @@ class MailboxDelivery:
         mailbox: str | None = None,
         hostname: str | None = None,
         port: int | None = None,
+        not_before: float | datetime | None = None,
+        undo: float | None = None,
+        expires: float | datetime | None = None,
+        priority: int | str | None = None,
     ) -> str:
+        now = self._clock()
         sender = _check_sender(fromaddr, null_allowed=mailbox is not None or hostname is not None)
         recipients = check_recipients(toaddrs)
         route = self._route(sender, mailbox, hostname, port)
+        options = check_options(
+            now=now, not_before=not_before, undo=undo, expires=expires, priority=priority
+        )
         stored, message_id = complete(
-            to_bytes(message), sender=sender, now=self._clock(), size_limit=self.size_limit
+            to_bytes(message), sender=sender, now=now, size_limit=self.size_limit
         )
 
         def stage(token: str) -> Entry:
@@ -77,6 +87,9 @@ class MailboxDelivery:
                 route=route,
                 message_id=message_id,
                 token=token,
+                not_before=options.not_before,
+                expires=options.expires,
+                priority=options.priority,
             )
             staged: Entry = self._spool.stage(envelope, stored)
             return staged

@@ -36,6 +36,10 @@ class InvalidMessage(SendError, ValueError):
     """The message is not an Internet message (RFC 5322)."""
 
 
+class InvalidOption(SendError, ValueError):
+    """A wish of the sender (time, priority, key) that cannot be understood or met."""
+
+
 class MessageTooLarge(SendError, ValueError):
     """The message is larger than the outbox takes."""
 

@@ -40,6 +40,8 @@ def entry_as_seen(entry: Entry, note: LaneNote | None) -> Entry:
     """
     if note is None or not (entry.state is State.QUEUED or _is_tried_again(entry)):
         return entry
+    if entry.state is State.QUEUED and entry.due > note.until:
+        return entry  # its sender wants it later
     state = State.DEFERRED if entry.state is State.QUEUED else entry.state
     return replace(entry, state=state, due=max(entry.due, note.until))
 
@@ -102,7 +104,8 @@ class Queue:
             seen = entry_as_seen(entry, notes.get(entry.lane))
             states[seen.state] += 1
             if is_due(seen, now):
-                oldest = min(oldest or now, entry.staged_at or now)
+                since = max(entry.staged_at, entry.due if entry.state is State.QUEUED else 0.0)
+                oldest = min(oldest or now, since or now)
         return Counts(dict(states), oldest)
 
     def find(self, name: str | Entry) -> list[Record]:

@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from zope.interface import implementer
@@ -142,9 +143,10 @@ class Lease:
             return None
         if settlement.state not in _SETTLED:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {settlement.state}")
-        entry_id, lane = self.entry.id, self.entry.lane
         due, attempts = settlement.due, settlement.attempts
-        after = names.normal(Entry(entry_id, lane, settlement.state, due, attempts))
+        after = names.normal(
+            replace(self.entry, state=settlement.state, due=due, attempts=attempts)
+        )
         outcomes = {**self.outcomes, **settlement.outcomes}
         side = Side(after.state, after.due, after.attempts, settlement.reason, outcomes)
         try:

@@ -15,6 +15,7 @@ import os
 import stat
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Final
 
 from ..envelope import parse_block
@@ -122,7 +123,7 @@ class Mails:
             return None
         if side is not None and side.attempts > entry.attempts:
             # Somebody died between the two steps of `record`: take the second.
-            after = Entry(entry.id, entry.lane, side.state, side.due, side.attempts)
+            after = replace(entry, state=side.state, due=side.due, attempts=side.attempts)
             self.rename(entry, names.normal(after))
             return None
         return Lease(self, fd, entry, envelope=envelope, message=data[offset:], side=side)
@@ -187,7 +188,7 @@ class Mails:
         except DamagedSide:
             attempts = 0  # the next claim holds it again, and says why
         attempts = max(entry.attempts, attempts)  # so that the side file is not newer
-        after = names.normal(Entry(entry.id, entry.lane, State.QUEUED, 0.0, attempts))
+        after = names.normal(replace(entry, state=State.QUEUED, due=0.0, attempts=attempts))
         self.rename(entry, after)
         return after
 
@@ -273,4 +274,4 @@ class Mails:
 
 
 def _held(entry: Entry) -> Entry:
-    return Entry(entry.id, entry.lane, State.HELD, 0.0, entry.attempts)
+    return replace(entry, state=State.HELD, due=0.0)

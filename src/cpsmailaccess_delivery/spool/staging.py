@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..envelope import Envelope, format_block, lane_key
+from ..envelope import Envelope, format_block
 from ..errors import SpoolError
 from ..files import read_all, write_all
 from ..interfaces import Entry, SweepReport
@@ -85,7 +85,7 @@ class Staging:
         self._layout.check_open()
         block = format_block(envelope)
         entry_id = names.new_id(self._clock(), os.urandom(3).hex(), envelope.message_id)
-        entry = Entry(entry_id, lane_key(envelope.route))
+        entry = names.first_entry(entry_id, envelope)
         name = names.staged_name(
             entry,
             size=len(block) + len(message),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from zope.interface import implementer
 
-from ..envelope import Envelope, format_block, lane_key
+from ..envelope import Envelope, format_block
 from ..errors import EntryBusy, NoSuchEntry, SpoolError
 from ..interfaces import (
     Entry,
@@ -24,7 +24,7 @@ from ..interfaces import (
     State,
     SweepReport,
 )
-from ..spool.names import new_id, normal
+from ..spool.names import first_entry, new_id, normal
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class MemorySpool:
         """See `ISpool`."""
         format_block(envelope)  # refuses what no spool could keep
         entry_id = new_id(self._clock(), os.urandom(3).hex(), envelope.message_id)
-        entry = Entry(entry_id, lane_key(envelope.route))
+        entry = first_entry(entry_id, envelope)
         self._staged[entry.id] = _Mail(entry, envelope, bytes(message))
         return entry
 
@@ -226,7 +226,7 @@ class MemoryLease:
             mail.outcomes = {**self.outcomes, **settlement.outcomes}
             mail.reason = settlement.reason
             due, attempts = settlement.due, settlement.attempts
-            after = Entry(self.entry.id, self.entry.lane, state, due, attempts)
+            after = replace(self.entry, state=state, due=due, attempts=attempts)
         self.release()
         now = self._spool.change(mail, after)
         return None if after is None else now

@@ -1,0 +1,285 @@
+"""What a sender can ask for: later, not too late, first, once; and to take it back."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transaction
+
+from cpsmailaccess_delivery import Account, Outbox, State
+from cpsmailaccess_delivery import processor as processor_module
+from cpsmailaccess_delivery.envelope import parse_block
+from cpsmailaccess_delivery.errors import InvalidOption
+from cpsmailaccess_delivery.interfaces import Entry
+from cpsmailaccess_delivery.ready import Ready
+from cpsmailaccess_delivery.retry import Schedule
+from cpsmailaccess_delivery.scheduler import Scheduler
+from cpsmailaccess_delivery.testing import SMTPServer
+
+ALICE, BOB = "alice@example.org", "bob@example.net"
+DEADLINE = 20.0
+MESSAGE = b"From: alice@example.org\r\nSubject: hello\r\n\r\nhello\r\n"
+
+
+@pytest.fixture
+def server() -> Iterator[SMTPServer]:
+    with SMTPServer() as server:
+        yield server
+
+
+@pytest.fixture
+def outbox(tmp_path: Path, server: SMTPServer) -> Iterator[Outbox]:
+    schedule = Schedule(first=3600.0, jitter=0.0)
+    with Outbox(tmp_path / "outbox", helo_name="client.example.org", schedule=schedule) as made:
+        account = Account(
+            mailbox=ALICE,
+            host=server.host,
+            port=server.port,
+            security="plain",
+            connections=1,
+        )
+        with transaction.manager:
+            made.accounts.put(account)
+        yield made
+
+
+class Clock:
+    """The clock of the processors of a test; real time goes on."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(processor_module, "Scheduler", functools.partial(Scheduler, clock=clock))
+    return clock
+
+
+def send(
+    outbox: Outbox, message: bytes = MESSAGE, to: tuple[str, ...] = (BOB,), **wish: Any
+) -> str:
+    with transaction.manager:
+        return outbox.delivery.send(ALICE, list(to), message, **wish)
+
+
+def drain(outbox: Outbox) -> Any:
+    return outbox.processor().run(forever=False)
+
+
+def only(outbox: Outbox) -> Path:
+    (path,) = Path(outbox.location, "new").iterdir()
+    return path
+
+
+# Later
+
+
+def test_a_scheduled_mail_waits_for_its_time(outbox, server, clock):
+    when = time.time() + 10 * 86400
+    message_id = send(outbox, not_before=when)
+    status = outbox.status(message_id)
+    assert (status.state, status.reason) == (State.QUEUED, "scheduled")
+    assert 0 <= status.next_try - when < 0.002
+    summary = drain(outbox)
+    assert (summary.accepted, summary.waiting) == (0, 1)
+    clock.ahead = 10 * 86400 - 60
+    assert drain(outbox).waiting == 1
+    clock.ahead = 10 * 86400 + 1
+    assert drain(outbox).accepted == 1
+    assert outbox.status(message_id).state is State.ACCEPTED
+    assert len(server.mails) == 1
+
+
+def test_its_name_says_when(outbox):
+    send(outbox, not_before=datetime(2100, 1, 1, tzinfo=UTC))
+    path = only(outbox)
+    assert path.name.endswith(":1,queued,4102444800,0")
+    assert parse_block(path.read_bytes())[0].not_before == 4102444800.0
+
+
+def test_a_start_opens_nothing_that_is_not_due(outbox, monkeypatch):
+    send(outbox, not_before=time.time() + 3600)
+    opened: list[Any] = []
+    monkeypatch.setattr(outbox.spool, "load", opened.append)
+    monkeypatch.setattr(outbox.spool, "claim", opened.append)
+    assert drain(outbox).waiting == 1
+    assert opened == []
+
+
+def test_undo_holds_a_mail_back(outbox, server):
+    processor = outbox.processor()
+    processor.start()
+    started = time.time()
+    send(outbox, undo=0.5)
+    server.wait_for(1, DEADLINE)
+    assert time.time() >= started + 0.5
+    assert processor.stop(timeout=DEADLINE)
+
+
+def test_the_later_of_both_counts(outbox):
+    now = time.time()
+    later = outbox.status(send(outbox, undo=3600, not_before=now + 60)).next_try
+    assert 3600 <= later - now < 3600 + DEADLINE
+    later = outbox.status(send(outbox, undo=60, not_before=now + 3600)).next_try
+    assert 3600 <= later - now < 3600.1
+
+
+def test_what_is_due_at_once_has_a_plain_name(outbox):
+    send(outbox, undo=0, not_before=1.0, priority="normal", expires=None)
+    assert ":" not in only(outbox).name
+    assert b"X-Zope-Not-Before" not in only(outbox).read_bytes()
+
+
+def test_a_person_may_send_it_now(outbox, server):
+    message_id = send(outbox, undo=3600)
+    outbox.queue.retry(message_id)
+    assert drain(outbox).accepted == 1
+
+
+def test_a_scheduled_mail_is_not_the_oldest_that_is_due(outbox):
+    send(outbox, undo=3600)
+    assert outbox.queue.counts().oldest == 0
+
+
+def test_a_mail_that_was_scheduled_late_has_all_its_tries(outbox, server, clock):
+    server.on("RCPT", reply="450 4.2.0 later")
+    send(outbox, undo=30 * 86400)
+    clock.ahead = 30 * 86400 + 1
+    for attempts in range(1, 8):
+        assert drain(outbox).deferred == 1
+        clock.ahead += 4 * 3600
+        (entry,) = outbox.spool.scan()
+        assert entry.attempts == attempts
+
+
+# Not too late
+
+
+def test_an_expired_mail_is_not_tried(outbox, server, clock):
+    message_id = send(outbox, expires=time.time() + 60)
+    clock.ahead = 61
+    summary = drain(outbox)
+    assert (summary.accepted, summary.refused) == (0, 1)
+    assert server.mails == []
+    status = outbox.status(message_id)
+    assert (status.state, status.reason, status.attempts) == (State.REFUSED, "expired", 0)
+    assert str(status.recipients[BOB]) == "refused: expired"
+    assert outbox.journal.last_outcomes(message_id)[BOB].state is State.REFUSED
+
+
+def test_before_that_it_is(outbox, server):
+    send(outbox, expires=time.time() + 60)
+    assert drain(outbox).accepted == 1
+
+
+def test_no_next_try_in_time_is_expired(outbox, server):
+    """The relay's words stay; who has it, has it."""
+    server.on("RCPT", reply="450 4.2.0 later", match="carol@")
+    message_id = send(outbox, to=(BOB, "carol@example.net"), expires=time.time() + 60)
+    assert drain(outbox).refused == 1
+    status = outbox.status(message_id)
+    assert (status.state, status.reason) == (State.REFUSED, "expired")
+    assert status.recipients[BOB].state is State.ACCEPTED
+    assert str(status.recipients["carol@example.net"]) == "refused: expired; 450 4.2.0 later"
+
+
+def test_a_retry_of_a_person_does_not_make_it_young(outbox, server, clock):
+    message_id = send(outbox, expires=time.time() + 60)
+    clock.ahead = 61
+    drain(outbox)
+    outbox.queue.retry(message_id)
+    assert drain(outbox).refused == 1
+    assert server.mails == []
+
+
+def test_what_is_unclear_stays_unclear(outbox, server, clock):
+    server.on("TAKEN", drop=True)
+    message_id = send(outbox, expires=time.time() + 7200)
+    assert drain(outbox).unclear == 1
+    clock.ahead = 7201
+    drain(outbox)
+    status = outbox.status(message_id)
+    assert (status.state, status.reason) == (State.UNCLEAR, "expired")
+
+
+# First
+
+
+def test_higher_priorities_go_first(outbox, server):
+    for number, priority in enumerate(["low", None, 9, "normal", "high", 0, "high", None]):
+        send(outbox, b"Subject: %d\n\nx\n" % number, priority=priority)
+    assert [entry.priority for entry in outbox.spool.scan()] == [2, 5, 9, 5, 8, 0, 8, 5]
+    assert drain(outbox).accepted == 8
+    subjects = [mail.data.partition(b"Subject: ")[2][:1] for mail in server.mails]
+    assert b"".join(subjects) == b"24613705"
+
+
+def test_the_priority_is_in_the_name(outbox):
+    send(outbox, priority="high")
+    assert only(outbox).name.endswith(",P=8")
+
+
+def test_ready():
+    ready = Ready()
+    entries = {p: [Entry(f"{p}{n}", "lane", priority=p) for n in range(3)] for p in (2, 5, 8)}
+    for priority in (5, 2, 8):
+        ready.append(entries[priority][1])
+        ready.append(entries[priority][2])
+        ready.appendleft(entries[priority][0])
+    assert len(ready) == 9
+    assert list(ready) == [*entries[8], *entries[5], *entries[2]]
+    assert [ready.popleft() for _ in range(9)] == [*entries[8], *entries[5], *entries[2]]
+    assert not ready
+    with pytest.raises(IndexError):
+        ready.popleft()
+    ready.append(entries[2][0])
+    ready.clear()
+    assert (len(ready), bool(ready)) == (0, False)
+
+
+# What makes no sense
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"not_before": "tomorrow"},
+        {"not_before": datetime(2100, 1, 1)},
+        {"not_before": -1},
+        {"not_before": True},
+        {"not_before": float("nan")},
+        {"not_before": 1e12},
+        {"undo": -1},
+        {"undo": "5"},
+        {"undo": float("inf")},
+        {"expires": 1.0},
+        {"expires": 4e9, "not_before": 4e9},
+        {"expires": time.time() + 3600, "undo": 7200},
+        {"priority": "urgent"},
+        {"priority": 10},
+        {"priority": -1},
+        {"priority": 5.0},
+        {"priority": True},
+    ],
+)
+def test_what_makes_no_sense_is_refused(outbox, wish):
+    with pytest.raises(InvalidOption, match=next(iter(wish))):
+        send(outbox, **wish)
+    assert list(outbox.spool.scan()) == []
+
+
+def test_nothing_of_it_is_on_the_wire(outbox, server):
+    send(outbox, expires=time.time() + 60, priority=9)
+    assert drain(outbox).accepted == 1
+    assert b"X-Zope" not in server.mails[0].data
