@@ -280,12 +280,19 @@ class SpoolContract:
         after = settle(spool, queue(spool), State.DEFERRED, due=due, attempts=1)
         assert list(spool.scan()) == [after]
 
-    @pytest.mark.parametrize("state", [State.QUEUED, State.CANCELLED])
-    def test_what_is_no_settlement_is_refused_and_keeps_the_lease(self, spool, state):
+    def test_cancelled_is_gone(self, spool):
+        entry = settle(spool, queue(spool), State.DEFERRED, due=17.25, attempts=1)
+        assert settle(spool, entry, State.CANCELLED) is None
+        assert list(spool.scan()) == []
+        with pytest.raises(NoSuchEntry):
+            spool.load(entry)
+        spool.sync()
+
+    def test_what_is_no_settlement_is_refused_and_keeps_the_lease(self, spool):
         entry = queue(spool)
         lease = spool.claim(entry)
         with pytest.raises(SpoolError):
-            lease.settle(Settlement(state))
+            lease.settle(Settlement(State.QUEUED))
         assert spool.leased(entry)
         lease.release()
 

@@ -76,6 +76,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "circuit.py",
         "lanes.py",
         "ready.py",
+        "outgoing.py",
         "scheduler.py",
         "processor.py",
         "status.py",

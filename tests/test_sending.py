@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transaction
+from transaction import TransactionManager
 
+from conftest import mails_on_disk
 from cpsmailaccess_delivery import Account, Outbox, State
 from cpsmailaccess_delivery import processor as processor_module
+from cpsmailaccess_delivery.delivery import MailboxDelivery
 from cpsmailaccess_delivery.envelope import parse_block
-from cpsmailaccess_delivery.errors import InvalidOption
+from cpsmailaccess_delivery.errors import EntryBusy, InvalidOption, NoSuchEntry
 from cpsmailaccess_delivery.interfaces import Entry
 from cpsmailaccess_delivery.ready import Ready
 from cpsmailaccess_delivery.retry import Schedule
 from cpsmailaccess_delivery.scheduler import Scheduler
 from cpsmailaccess_delivery.testing import SMTPServer
+from test_transaction import Participant
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
 DEADLINE = 20.0
@@ -246,6 +252,204 @@ def test_ready():
     ready.append(entries[2][0])
     ready.clear()
     assert (len(ready), bool(ready)) == (0, False)
+
+
+# Taken back
+
+
+def test_a_cancelled_mail_is_gone_with_the_commit(outbox, server):
+    message_id = send(outbox, undo=3600)
+    other = send(outbox)
+    outbox.delivery.cancel(f"<{message_id}>")
+    assert outbox.status(message_id).state is State.QUEUED
+    transaction.commit()
+    assert drain(outbox).accepted == 1
+    assert [mail.message_id for mail in server.mails] == [other]
+    assert outbox.status(message_id).state is State.CANCELLED
+    (event,) = outbox.journal.events(message_id=message_id)
+    assert (event.kind, event.recipient) == ("cancelled", BOB)
+    assert list(outbox.spool.scan()) == []
+
+
+@pytest.mark.parametrize("way", ["abort", "savepoint"])
+def test_undone_the_mail_stays(outbox, server, way):
+    message_id = send(outbox)
+    savepoint = transaction.savepoint()
+    outbox.delivery.cancel(message_id)
+    if way == "abort":
+        transaction.abort()
+    else:
+        savepoint.rollback()
+        transaction.commit()
+    assert drain(outbox).accepted == 1
+    assert outbox.status(message_id).state is State.ACCEPTED
+
+
+def test_a_savepoint_that_is_not_rolled_back_changes_nothing(outbox):
+    message_id = send(outbox)
+    outbox.delivery.cancel(message_id)
+    transaction.savepoint()
+    transaction.commit()
+    assert list(outbox.spool.scan()) == []
+
+
+def test_sent_and_cancelled_in_one_transaction(outbox, server):
+    with transaction.manager:
+        message_id = outbox.delivery.send(ALICE, [BOB], MESSAGE)
+        kept = outbox.delivery.send(ALICE, [BOB], MESSAGE)
+        outbox.delivery.cancel(message_id)
+        with pytest.raises(NoSuchEntry):
+            outbox.delivery.cancel(message_id)
+    assert len(mails_on_disk(outbox)) == 1
+    assert drain(outbox).accepted == 1
+    assert [mail.message_id for mail in server.mails] == [kept]
+
+
+def test_sent_and_cancelled_and_the_cancel_undone(outbox, server):
+    with transaction.manager:
+        message_id = outbox.delivery.send(ALICE, [BOB], MESSAGE)
+        savepoint = transaction.savepoint()
+        outbox.delivery.cancel(message_id)
+        savepoint.rollback()
+    assert drain(outbox).accepted == 1
+
+
+def test_sent_cancelled_and_both_undone(outbox):
+    with transaction.manager:
+        savepoint = transaction.savepoint()
+        message_id = outbox.delivery.send(ALICE, [BOB], MESSAGE)
+        outbox.delivery.cancel(message_id)
+        savepoint.rollback()
+        with pytest.raises(NoSuchEntry):
+            outbox.delivery.cancel(message_id)
+    assert mails_on_disk(outbox) == []
+
+
+def test_only_once(outbox):
+    message_id = send(outbox)
+    outbox.delivery.cancel(message_id)
+    with pytest.raises(NoSuchEntry):
+        outbox.delivery.cancel(message_id)
+    transaction.commit()
+    with pytest.raises(NoSuchEntry):
+        outbox.delivery.cancel(message_id)
+
+
+def test_what_is_delivered_cannot_be_taken_back(outbox):
+    message_id = send(outbox)
+    drain(outbox)
+    for name in (message_id, "unknown@example.org"):
+        with pytest.raises(NoSuchEntry):
+            outbox.delivery.cancel(name)
+
+
+def test_what_is_being_delivered_is_busy(outbox):
+    message_id = send(outbox)
+    (entry,) = outbox.spool.scan()
+    lease = outbox.spool.claim(entry)
+    with pytest.raises(EntryBusy):
+        outbox.delivery.cancel(message_id)
+    lease.release()
+    outbox.delivery.cancel(message_id)
+    lease = outbox.spool.claim(entry)
+    other = outbox.delivery.send(ALICE, [BOB], MESSAGE)
+    with pytest.raises(EntryBusy):
+        transaction.commit()
+    transaction.abort()
+    lease.release()
+    assert list(outbox.spool.scan()) == [entry]
+    with pytest.raises(NoSuchEntry):
+        outbox.status(other)
+
+
+def test_delivered_between_call_and_commit(outbox):
+    message_id = send(outbox)
+    outbox.delivery.cancel(message_id)
+    drain(outbox)
+    with pytest.raises(NoSuchEntry):
+        transaction.commit()
+    transaction.abort()
+    assert outbox.status(message_id).state is State.ACCEPTED
+
+
+def test_tried_between_call_and_commit(outbox, server):
+    server.on("RCPT", reply="450 4.2.0 later")
+    message_id = send(outbox)
+    outbox.delivery.cancel(message_id)
+    assert drain(outbox).deferred == 1
+    transaction.commit()
+    assert outbox.status(message_id).state is State.CANCELLED
+
+
+class Last(Participant):
+    """A participant that is asked after ours, and does something then."""
+
+    def __init__(self, action: Callable[[], None], **settings: Any) -> None:
+        super().__init__(key="~~~~~last", **settings)
+        self.action = action
+
+    def tpc_vote(self, txn: Any) -> None:
+        self.action()
+        super().tpc_vote(txn)
+
+
+def test_nobody_sends_it_between_vote_and_finish(outbox, server):
+    message_id = send(outbox)
+    outbox.delivery.cancel(message_id)
+    summaries: list[Any] = []
+    transaction.get().join(Last(lambda: summaries.append(drain(outbox))))
+    transaction.commit()
+    assert summaries[0].waiting == 1
+    assert server.mails == []
+    assert outbox.status(message_id).state is State.CANCELLED
+
+
+def test_a_veto_gives_the_mail_back(outbox, server):
+    message_id = send(outbox)
+    outbox.delivery.cancel(message_id)
+    transaction.get().join(Last(lambda: None, fail="tpc_vote"))
+    with pytest.raises(RuntimeError, match="veto"):
+        transaction.commit()
+    transaction.abort()
+    assert drain(outbox).accepted == 1
+
+
+def test_two_transactions_cancel_one_mail(outbox):
+    """The second fails, and leaves the first its lease."""
+    message_id = send(outbox)
+    first, second = TransactionManager(), TransactionManager()
+    deliveries = [
+        MailboxDelivery(outbox.spool, outbox.accounts, manager) for manager in (first, second)
+    ]
+    for delivery in deliveries:
+        delivery.cancel(message_id)
+
+    def commit_second() -> None:
+        with pytest.raises(EntryBusy):
+            second.commit()
+        second.abort()
+
+    first.get().join(Last(commit_second, manager=first))
+    first.commit()
+    assert list(outbox.spool.scan()) == []
+
+
+def test_a_crash_before_the_finish_leaves_the_mail(outbox, tmp_path):
+    message_id = send(outbox)
+    code = (
+        "import os, sys, transaction\n"
+        "from cpsmailaccess_delivery import Outbox\n"
+        "from cpsmailaccess_delivery.outgoing import Removals\n"
+        "Removals.publish = lambda self, removals: os._exit(9)\n"
+        "outbox = Outbox(sys.argv[1])\n"
+        "outbox.delivery.cancel(sys.argv[2])\n"
+        "transaction.commit()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, outbox.location, message_id], timeout=60, check=False
+    )
+    assert done.returncode == 9
+    assert drain(outbox).accepted == 1
 
 
 # What makes no sense

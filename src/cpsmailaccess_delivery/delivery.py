@@ -15,18 +15,22 @@ from .address import ascii_host, check_address, check_recipients
 from .datamanager import join
 from .envelope import Envelope, Route
 from .errors import (
+    EntryBusy,
     InvalidAccount,
     InvalidAddress,
+    NoSuchEntry,
     NotQueued,
     SpoolError,
     UnknownMailbox,
     VaultError,
 )
-from .interfaces import Entry, IMailboxDelivery, IMailDelivery
+from .interfaces import IMailboxDelivery, IMailDelivery
 from .message import DEFAULT_SIZE_LIMIT, complete, to_bytes
 from .options import check_options
+from .outgoing import Doings, Outgoing, OutgoingMails, Removal, Removals
 
-_RANK = 1
+_SENDS = 1
+_CANCELS = 2
 
 #: Port of a relay that is named without one: what the 2005 system used.
 _RELAY_PORT = 25
@@ -42,6 +46,7 @@ class MailboxDelivery:
         accounts: Any,
         manager: Any,
         *,
+        journal: Any = None,
         size_limit: int = DEFAULT_SIZE_LIMIT,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -50,6 +55,8 @@ class MailboxDelivery:
         self._manager = manager
         self.size_limit = size_limit
         self._clock = clock
+        self._outgoing = OutgoingMails(spool)
+        self._removals = Removals(spool, journal, clock)
 
     @property
     def queuePath(self) -> str:
@@ -80,7 +87,7 @@ class MailboxDelivery:
             to_bytes(message), sender=sender, now=now, size_limit=self.size_limit
         )
 
-        def stage(token: str) -> Entry:
+        def stage(token: str) -> Outgoing:
             envelope = Envelope(
                 sender=sender,
                 recipients=recipients,
@@ -91,20 +98,58 @@ class MailboxDelivery:
                 expires=options.expires,
                 priority=options.priority,
             )
-            staged: Entry = self._spool.stage(envelope, stored)
-            return staged
+            return Outgoing(self._spool.stage(envelope, stored), message_id)
 
         try:
-            join(self._manager, self._spool, stage, rank=_RANK)
+            self._join(self._outgoing, stage, self._doings().sent, rank=_SENDS)
         except SpoolError as error:
             raise NotQueued(str(error)) from error
         return message_id
+
+    def cancel(self, message_id: str) -> None:
+        message_id = message_id.strip().removeprefix("<").removesuffix(">")
+        doings = self._doings()
+        removals = [Removal(mail.entry, own=mail) for mail in doings.find_sent(message_id)]
+        for record in self._spool.find(message_id):
+            if doings.has_cancelled(record.entry):
+                continue
+            if self._spool.leased(record.entry):
+                raise EntryBusy(
+                    f"{message_id}: is being delivered right now; look at its status in a moment"
+                )
+            removals.append(Removal(record.entry))
+        if not removals:
+            raise NoSuchEntry(
+                f"{message_id}: is not in the queue: delivered, cancelled or never committed"
+            )
+        for removal in removals:
+            self._join(self._removals, removal.begin, doings.removals, rank=_CANCELS)
 
     def bind(self, mailbox: str) -> BoundDelivery:
         try:
             return BoundDelivery(self, normalise_mailbox(mailbox))
         except InvalidAccount as error:
             raise UnknownMailbox(str(error)) from None
+
+    def _doings(self) -> Doings:
+        transaction = self._manager.get()
+        try:
+            doings: Doings = transaction.data(self)
+        except KeyError:
+            doings = Doings()
+            transaction.set_data(self, doings)
+        return doings
+
+    def _join(
+        self, store: Any, stage: Callable[[str], Any], members: dict[int, Any], *, rank: int
+    ) -> None:
+        """Let a change follow the transaction; until it is undone it is one of the members."""
+
+        def on_abort() -> None:
+            members.pop(id(item), None)
+
+        item = join(self._manager, store, stage, rank=rank, on_abort=on_abort)
+        members[id(item)] = item
 
     def _route(
         self, sender: str, mailbox: str | None, hostname: str | None, port: int | None

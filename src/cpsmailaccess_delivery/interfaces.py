@@ -125,7 +125,7 @@ class Record:
 class Settlement:
     """What an attempt left: see `ILease.settle`."""
 
-    state: State  # of the mail: ACCEPTED (gone), DEFERRED, HELD, UNCLEAR or REFUSED
+    state: State  # of the mail: ACCEPTED or CANCELLED (gone), DEFERRED, HELD, UNCLEAR or REFUSED
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)  # all that are known
     due: float = 0.0  # seconds since the epoch, when DEFERRED
     attempts: int = 0
@@ -261,7 +261,7 @@ class ILease(Interface):
     def settle(settlement: Settlement) -> Entry | None:
         """Record what an attempt left, and end the lease.
 
-        ACCEPTED removes the mail, durably with the next `ISpool.sync`.  Else outcomes
+        ACCEPTED and CANCELLED remove it, durably with the next `ISpool.sync`.  Else outcomes
         of recipients that must not be tried again are durable when this returns.
         Returns the entry as it is now, or None.  When it raises `SpoolError` the lease
         is still held: settle again later, or release.
@@ -391,6 +391,14 @@ class IMailboxDelivery(IQueuedMailDelivery):
         `MessageTooLarge`, `NotQueued`, all of them `SendError` and
         `smtplib.SMTPException`; in the explicit mode of transaction its `NoTransaction`.
         Nothing is queued then.
+        """
+
+    def cancel(message_id):
+        """Take a mail back, when the transaction commits, if it is not delivered yet.
+
+        Until the end of the transaction it may still be delivered; what is cancelled before
+        its commit, in the same transaction, never is.  Raises `NoSuchEntry`: unknown, or
+        delivered to all; `EntryBusy`: being delivered right now, also from the commit.
         """
 
     def bind(mailbox):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_GONE: Final = (State.ACCEPTED, State.CANCELLED)
 _SETTLED: Final = (State.DEFERRED, State.HELD, State.UNCLEAR, State.REFUSED)
 
 
@@ -136,7 +137,7 @@ class Lease:
         """See `ILease`."""
         if self._fd < 0 or self._generation != forks.generation():
             raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
-        if settlement.state is State.ACCEPTED:
+        if settlement.state in _GONE:
             self._mails.remove(self.entry, has_side=self._has_side)
             fd, self._fd = self._fd, -1
             self._mails.bury(fd)

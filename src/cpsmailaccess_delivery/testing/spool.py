@@ -219,10 +219,10 @@ class MemoryLease:
         mail, state = self._mail, settlement.state
         if mail is None:
             raise SpoolError(f"{self.entry.id}: the lease has ended")
-        if state in (State.QUEUED, State.CANCELLED):
+        if state is State.QUEUED:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {state}")
         after = None
-        if state is not State.ACCEPTED:
+        if state not in (State.ACCEPTED, State.CANCELLED):
             mail.outcomes = {**self.outcomes, **settlement.outcomes}
             mail.reason = settlement.reason
             due, attempts = settlement.due, settlement.attempts
