@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import transaction
 from transaction import TransactionManager
+from transaction.interfaces import TransientError
 
 from conftest import mails_on_disk
 from cpsmailaccess_delivery import Account, Outbox, State
@@ -452,6 +454,207 @@ def test_a_crash_before_the_finish_leaves_the_mail(outbox, tmp_path):
     assert drain(outbox).accepted == 1
 
 
+# Once
+
+
+def keys(outbox: Outbox) -> list[str]:
+    """What is left of keys on disk."""
+    found = [path.name for path in Path(outbox.location, "keys").iterdir()]
+    found += [path.name for path in Path(outbox.location, "tmp").iterdir()]
+    return [name for name in found if not name.startswith(".")]
+
+
+def test_the_same_key_commits_once(outbox, server):
+    first = send(outbox, idempotency_key="invoice 1")
+    assert send(outbox, idempotency_key="invoice 1") == first
+    other = send(outbox, idempotency_key="invoice 2")
+    assert drain(outbox).accepted == 2
+    assert send(outbox, idempotency_key="invoice 1") == first
+    assert drain(outbox).accepted == 0
+    assert [mail.message_id for mail in server.mails] == [first, other]
+    with Outbox(outbox.location) as again:
+        assert send(again, idempotency_key="invoice 1") == first
+
+
+def test_twice_in_one_transaction(outbox):
+    with transaction.manager:
+        first = outbox.delivery.send(ALICE, [BOB], MESSAGE, idempotency_key="k")
+        assert outbox.delivery.send(ALICE, [BOB], MESSAGE, idempotency_key="k") == first
+    assert len(mails_on_disk(outbox)) == 1
+
+
+@pytest.mark.parametrize("way", ["abort", "savepoint", "veto", "cancel"])
+def test_what_was_not_committed_frees_its_key(outbox, way):
+    savepoint = transaction.savepoint()
+    first = outbox.delivery.send(ALICE, [BOB], MESSAGE, idempotency_key="k")
+    if way == "savepoint":
+        savepoint.rollback()
+    elif way == "cancel":
+        outbox.delivery.cancel(first)
+    else:
+        if way == "veto":
+            transaction.get().join(Last(lambda: None, fail="tpc_vote"))
+            with pytest.raises(RuntimeError, match="veto"):
+                transaction.commit()
+        transaction.abort()
+        assert keys(outbox) == []
+    second = outbox.delivery.send(ALICE, [BOB], MESSAGE, idempotency_key="k")
+    transaction.commit()
+    assert second != first
+    assert outbox.status(second).state is State.QUEUED
+    assert len(mails_on_disk(outbox)) == 1
+    assert len(keys(outbox)) == 1
+
+
+def test_undone_and_sent_again(outbox, server):
+    first = send(outbox, idempotency_key="draft", undo=60)
+    with transaction.manager:
+        outbox.delivery.cancel(first)
+    second = send(outbox, idempotency_key="draft")
+    assert drain(outbox).accepted == 1
+    assert [mail.message_id for mail in server.mails] == [second]
+
+
+def test_the_later_of_two_transactions_begins_again(outbox):
+    managers = TransactionManager(), TransactionManager()
+    deliveries = [MailboxDelivery(outbox.spool, outbox.accounts, each) for each in managers]
+    ids = [each.send(ALICE, [BOB], MESSAGE, idempotency_key="k") for each in deliveries]
+    managers[1].commit()
+    with pytest.raises(TransientError, match="send returns its Message-Id"):
+        managers[0].commit()
+    managers[0].abort()
+    assert deliveries[0].send(ALICE, [BOB], MESSAGE, idempotency_key="k") == ids[1]
+    managers[0].commit()
+    assert len(mails_on_disk(outbox)) == 1
+
+
+RACE = """
+import sys, transaction
+from cpsmailaccess_delivery import Outbox
+outbox = Outbox(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(30):
+    for attempt in transaction.manager.attempts(100):
+        with attempt:
+            message_id = outbox.delivery.send(
+                "alice@example.org", ["bob@example.net"], "Subject: x\\n\\nx\\n",
+                idempotency_key=f"k{number}")
+    print(message_id)
+"""
+
+
+def test_two_processes_commit_the_same_keys(outbox):
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, outbox.location],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    told = [racer.communicate(timeout=60)[0].split() for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0]
+    assert told[0] == told[1]
+    records = [outbox.spool.load(entry) for entry in outbox.spool.scan()]
+    assert sorted(record.envelope.message_id for record in records) == sorted(told[0])
+    assert len(records) == 30
+
+
+CRASH = """
+import os, sys, transaction
+from cpsmailaccess_delivery import Outbox
+from cpsmailaccess_delivery.spool import staging
+from cpsmailaccess_delivery.spool.keys import Keys
+die = lambda *args, **kwargs: os._exit(9)
+if sys.argv[2] == "prepared":
+    staging.Staging.publish = die
+elif sys.argv[2] == "confirmed":
+    staging.Staging._move_to_new = die
+else:
+    take = Keys.take
+    Keys.take = lambda *args, **kwargs: (take(*args, **kwargs), die())
+outbox = Outbox(sys.argv[1])
+outbox.delivery.send(
+    "alice@example.org", ["bob@example.net"], "Subject: x\\n\\nx\\n", idempotency_key="k")
+transaction.commit()
+"""
+
+
+def crash(outbox: Outbox, where: str) -> None:
+    command = [sys.executable, "-c", CRASH, outbox.location, where]
+    done = subprocess.run(command, timeout=60, check=False)
+    assert done.returncode == 9
+
+
+@pytest.mark.parametrize("where", ["prepared", "confirmed"])
+@pytest.mark.parametrize("committed", [False, True])
+def test_key_and_mail_are_in_doubt_together(outbox, server, where, committed):
+    crash(outbox, where)
+    if not committed:
+        drain(outbox)  # sweeps
+    message_id = send(outbox, idempotency_key="k")
+    if committed:
+        drain(outbox)
+    status = outbox.status(message_id)
+    assert status.state is State.HELD
+    assert "in doubt" in status.reason
+    if committed:
+        outbox.queue.release(message_id)
+        assert drain(outbox).accepted == 1
+        assert send(outbox, idempotency_key="k") == message_id
+        assert drain(outbox).accepted == 0
+    else:
+        outbox.queue.cancel(message_id)
+        again = send(outbox, idempotency_key="k")
+        assert again != message_id
+        assert drain(outbox).accepted == 1
+        assert [mail.message_id for mail in server.mails] == [again]
+    assert len(keys(outbox)) == 1
+
+
+@pytest.mark.parametrize("look", ["send", "sweep", "commit"])
+def test_a_key_of_a_mail_that_cannot_be_committed_is_free(outbox, monkeypatch, look):
+    crash(outbox, "key taken")
+    assert len(keys(outbox)) == 3
+    if look == "sweep":
+        outbox.spool.sweep()
+        assert keys(outbox) == []
+    elif look == "commit":
+        monkeypatch.setattr(outbox.spool, "key_holder", lambda key: None)
+    message_id = send(outbox, idempotency_key="k")
+    assert drain(outbox).accepted == 1
+    assert outbox.status(message_id).state is State.ACCEPTED
+    assert len(keys(outbox)) == 1
+
+
+def test_old_keys_are_forgotten(outbox):
+    directory = Path(outbox.location, "keys")
+    old = send(outbox, idempotency_key="old")
+    (path,) = (path for path in directory.iterdir() if path.name != ".pruned")
+    os.utime(path, (1.0, time.time() - 31 * 86400))
+    send(outbox, idempotency_key="later", not_before=time.time() + 86400)
+    outbox.spool.sweep()
+    assert len(keys(outbox)) == 1
+    assert send(outbox, idempotency_key="old") != old
+    os.utime(path, (1.0, time.time() - 31 * 86400))
+    outbox.spool.sweep()  # once a day
+    assert len(keys(outbox)) == 2
+
+
+def test_a_key_is_as_private_as_a_mail(outbox):
+    send(outbox, idempotency_key="../../etc/passwd")
+    (name,) = keys(outbox)
+    assert Path(outbox.location, "keys", name).stat().st_mode & 0o777 == 0o600
+    assert len(name) == 32
+
+
 # What makes no sense
 
 
@@ -475,6 +678,13 @@ def test_a_crash_before_the_finish_leaves_the_mail(outbox, tmp_path):
         {"priority": -1},
         {"priority": 5.0},
         {"priority": True},
+        {"idempotency_key": ""},
+        {"idempotency_key": "a\nX-Zope-Port: 1"},
+        {"idempotency_key": " a"},
+        {"idempotency_key": "k" * 201},
+        {"idempotency_key": "\ud800"},
+        {"idempotency_key": b"k"},
+        {"idempotency_key": 7},
     ],
 )
 def test_what_makes_no_sense_is_refused(outbox, wish):

@@ -117,6 +117,11 @@ def test_staged_names_read_back(entry_id, lane, size, check, presence, due, prio
     name = names.staged_name(entry, size=size, check=check, presence=presence)
     assert names.parse_staged(name) == (entry, size, check)
     assert names.presence_of(name) == presence
+    key = names.key_name(entry_id, digest="0f" * 16, presence=presence)
+    assert names.key_of(key) == (entry_id, "0f" * 16)
+    assert names.presence_of(key) == presence
+    assert names.parse_staged(key) is None
+    assert names.key_of(name) == ("", "")
     scrap = names.scrap_name(entry_id, chance="ab", presence=presence)
     assert names.parse_staged(scrap) is None
     assert names.presence_of(scrap) == presence

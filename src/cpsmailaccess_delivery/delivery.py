@@ -75,13 +75,19 @@ class MailboxDelivery:
         undo: float | None = None,
         expires: float | datetime | None = None,
         priority: int | str | None = None,
+        idempotency_key: str | None = None,
     ) -> str:
         now = self._clock()
         sender = _check_sender(fromaddr, null_allowed=mailbox is not None or hostname is not None)
         recipients = check_recipients(toaddrs)
         route = self._route(sender, mailbox, hostname, port)
         options = check_options(
-            now=now, not_before=not_before, undo=undo, expires=expires, priority=priority
+            now=now,
+            not_before=not_before,
+            undo=undo,
+            expires=expires,
+            priority=priority,
+            key=idempotency_key,
         )
         stored, message_id = complete(
             to_bytes(message), sender=sender, now=now, size_limit=self.size_limit
@@ -97,11 +103,18 @@ class MailboxDelivery:
                 not_before=options.not_before,
                 expires=options.expires,
                 priority=options.priority,
+                key=options.key,
             )
-            return Outgoing(self._spool.stage(envelope, stored), message_id)
+            return Outgoing(self._spool.stage(envelope, stored), message_id, options.key)
 
+        doings = self._doings()
         try:
-            self._join(self._outgoing, stage, self._doings().sent, rank=_SENDS)
+            if options.key:
+                earlier: str | None = doings.find_key(options.key)
+                earlier = earlier or self._spool.key_holder(options.key)
+                if earlier is not None:
+                    return earlier
+            self._join(self._outgoing, stage, doings.sent, rank=_SENDS)
         except SpoolError as error:
             raise NotQueued(str(error)) from error
         return message_id

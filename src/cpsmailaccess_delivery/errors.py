@@ -8,6 +8,8 @@ a secret or the body of a mail.
 
 from smtplib import SMTPException
 
+from transaction.interfaces import TransientError
+
 
 class OutboxError(Exception):
     """Root of all exceptions of this package."""
@@ -76,6 +78,10 @@ class OutboxClosed(SpoolError):
 
 class NoSuchEntry(SpoolError, LookupError):
     """No mail with this id or Message-Id is in the spool."""
+
+
+class KeyTaken(SpoolError, TransientError):
+    """Another transaction commits a mail with this idempotency key: begin again."""
 
 
 class EntryBusy(SpoolError):

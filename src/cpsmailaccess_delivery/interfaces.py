@@ -172,7 +172,8 @@ class ISpool(Interface):
         """Make staged mails durable: whatever crashes now, they are published or in doubt.
 
         All the fsyncs of one transaction happen here.  When it raises, every one of
-        them can still be discarded.
+        them can still be discarded.  Raises `KeyTaken`: another mail has the same
+        `Envelope.key`, or takes it right now.
         """
 
     def publish(entries: Sequence[Entry]) -> None:
@@ -180,6 +181,13 @@ class ISpool(Interface):
 
     def discard(entries: Sequence[Entry]) -> None:
         """Remove staged or prepared mails.  Never raises; unknown ones are ignored."""
+
+    def key_holder(key: str) -> str | None:
+        """Return the Message-Id of the mail that was published with this key, or None.
+
+        For 30 days, also when the mail is gone; but that of a mail which was cancelled before
+        its first attempt is free again.
+        """
 
     def scan() -> Iterator[Entry]:
         """Yield the visible entries, the oldest first, without opening one."""
@@ -372,6 +380,7 @@ class IMailboxDelivery(IQueuedMailDelivery):
         undo=None,
         expires=None,
         priority=None,
+        idempotency_key=None,
     ):
         """Queue a mail that is delivered when the transaction commits.
 
@@ -385,6 +394,9 @@ class IMailboxDelivery(IQueuedMailDelivery):
         of both counts.  `expires`: as `not_before`; not tried any more from then on.
         `priority`: "low" (2), "normal" (5), "high" (8) or 0 to 9; of the mails that leave
         through one account, higher ones go first.
+        `idempotency_key`: a text; with one that was committed in the last 30 days nothing is
+        queued, and that mail's Message-Id is returned.  When two transactions commit one at the
+        same time, the later one fails with `KeyTaken`, a `TransientError`.
 
         Returns the Message-Id without angle brackets.  Raises `InvalidAddress`,
         `NoRecipients`, `UnknownMailbox`, `InvalidMessage`, `InvalidOption`,

@@ -33,6 +33,7 @@ class Outgoing:
 
     entry: Entry
     message_id: str
+    key: str = ""
     dropped: bool = False  # cancelled in the same transaction
 
 
@@ -62,6 +63,11 @@ class Doings:
         """Return the mails that it sends with this Message-Id."""
         sent = self.sent.values()
         return [mail for mail in sent if mail.message_id == message_id and not mail.dropped]
+
+    def find_key(self, key: str) -> str | None:
+        """Return the Message-Id of the mail that it sends with this key, or None."""
+        found = (mail for mail in self.sent.values() if mail.key == key and not mail.dropped)
+        return next((mail.message_id for mail in found), None)
 
     def has_cancelled(self, entry: Entry) -> bool:
         """Tell whether it cancels this mail."""

@@ -139,6 +139,8 @@ class Lease:
             raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
         if settlement.state in _GONE:
             self._mails.remove(self.entry, has_side=self._has_side)
+            if settlement.state is State.CANCELLED:
+                self._mails.free_key(self.entry, self.envelope)
             fd, self._fd = self._fd, -1
             self._mails.bury(fd)
             return None

@@ -18,13 +18,14 @@ from collections import deque
 from dataclasses import replace
 from typing import Final
 
-from ..envelope import parse_block
+from ..envelope import Envelope, parse_block
 from ..errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from ..files import read_all
 from ..interfaces import Entry, Record, State
 from ..message import LARGEST
 from . import forks, names
 from .durable import spool_error
+from .keys import Keys
 from .layout import Layout
 from .lease import Lease, lock_file, unlock
 from .outcomes import NOTHING, DamagedSide, Side, SideFiles
@@ -43,8 +44,9 @@ _NO_MAIL: Final = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
 class Mails:
     """The files of new/ and cur/, by their entries, with their side files."""
 
-    def __init__(self, layout: Layout, sides: SideFiles) -> None:
+    def __init__(self, layout: Layout, sides: SideFiles, keys: Keys) -> None:
         self._layout = layout
+        self._keys = keys
         self._sides = sides
         self._removed = False  # whether a removal is not synced yet
         self._spent: deque[str] = deque()  # ids of those among them that had a side file
@@ -151,6 +153,11 @@ class Mails:
         if has_side:
             self._spent.append(entry.id)
         self._removed = True  # last: see `sync`
+
+    def free_key(self, entry: Entry, envelope: Envelope) -> None:
+        """Free the key of a mail that was cancelled, when it was never tried."""
+        if envelope.key and not entry.attempts:
+            self._keys.free(envelope.key, entry.id)
 
     def bury(self, fd: int) -> None:
         """Close the file of a removed mail with the next `sync`.

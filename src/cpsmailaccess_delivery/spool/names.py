@@ -37,6 +37,7 @@ _STAGED = re.compile(
     r",P=[0-9a-f]{16}\Z",
     re.ASCII,
 )
+_KEY = re.compile(rf"({_ID}),K=([0-9a-f]{{32}}),P=[0-9a-f]{{16}}\Z", re.ASCII)
 _SCRAP = re.compile(r".*,P=([0-9a-f]{16})\Z", re.ASCII | re.DOTALL)
 
 _LAST_DUE: Final = 99_999_999_999  # seconds: eleven digits
@@ -120,6 +121,17 @@ def staged_name(entry: Entry, *, size: int, check: int, presence: str) -> str:
 def scrap_name(entry_id: str, *, chance: str, presence: str) -> str:
     """Return the name in tmp/ of a file that means nothing until it is renamed."""
     return f"{entry_id},O={chance},P={presence}"
+
+
+def key_name(entry_id: str, *, digest: str, presence: str) -> str:
+    """Return the name in tmp/ of a key that a mail takes in a transaction."""
+    return f"{entry_id},K={digest},P={presence}"
+
+
+def key_of(name: str) -> tuple[str, str]:
+    """Return (entry id, digest) of a `key_name`; ("", "") of any other name."""
+    match = _KEY.match(name)
+    return (match[1], match[2]) if match else ("", "")
 
 
 def parse_staged(name: str) -> tuple[Entry, int, int] | None:

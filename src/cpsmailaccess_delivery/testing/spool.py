@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from zope.interface import implementer
 
 from ..envelope import Envelope, format_block
-from ..errors import EntryBusy, NoSuchEntry, SpoolError
+from ..errors import EntryBusy, KeyTaken, NoSuchEntry, SpoolError
 from ..interfaces import (
     Entry,
     ILease,
@@ -51,6 +51,7 @@ class MemorySpool:
         self._visible: dict[str, _Mail] = {}
         self._watches: list[MemoryWatch] = []
         self._notes: dict[str, LaneNote] = {}
+        self._keys: dict[str, _Mail] = {}
 
     def stage(self, envelope: Envelope, message: bytes) -> Entry:
         """See `ISpool`."""
@@ -62,10 +63,15 @@ class MemorySpool:
 
     def prepare(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
-        for entry in entries:
-            if entry.id not in self._staged:
-                raise SpoolError(f"{self.location} {entry.id} was not staged by this process")
-            self._staged[entry.id].prepared = True
+        with self._lock:
+            for entry in entries:
+                if entry.id not in self._staged:
+                    raise SpoolError(f"{self.location} {entry.id} was not staged by this process")
+                mail = self._staged[entry.id]
+                key = mail.envelope.key
+                if key and self._keys.setdefault(key, mail) is not mail:
+                    raise KeyTaken(f"idempotency_key={key!r}: another transaction has it")
+                mail.prepared = True
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
@@ -77,8 +83,19 @@ class MemorySpool:
 
     def discard(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
-        for entry in entries:
-            self._staged.pop(entry.id, None)
+        with self._lock:
+            for entry in entries:
+                mail = self._staged.pop(entry.id, None)
+                if mail is not None:
+                    self._free_key(mail)
+
+    def key_holder(self, key: str) -> str | None:
+        """See `ISpool`."""
+        with self._lock:
+            mail = self._keys.get(key)
+            if mail is None or mail.entry.id in self._staged:
+                return None
+            return mail.envelope.message_id
 
     def scan(self) -> Iterator[Entry]:
         """See `ISpool`."""
@@ -142,6 +159,8 @@ class MemorySpool:
         with self._lock:
             mail = self._idle(entry)
             del self._visible[entry.id]
+            if not mail.entry.attempts:
+                self._free_key(mail)
             return _record(mail)
 
     def note_lane(self, key: str, note: LaneNote | None) -> None:
@@ -170,11 +189,13 @@ class MemorySpool:
         for watch in list(self._watches):
             watch.close()
 
-    def change(self, mail: _Mail, after: Entry | None) -> Entry:
+    def change(self, mail: _Mail, after: Entry | None, *, free_key: bool = False) -> Entry:
         """Give a mail its new entry; None: it is gone."""
         with self._lock:
             if after is None:
                 del self._visible[mail.entry.id]
+                if free_key:
+                    self._free_key(mail)
                 return mail.entry
             mail.entry = normal(after)
         self._tell([mail.entry])
@@ -183,6 +204,10 @@ class MemorySpool:
     def _tell(self, entries: Iterable[Entry]) -> None:
         for watch in list(self._watches):
             watch.tell(entries)
+
+    def _free_key(self, mail: _Mail) -> None:
+        if self._keys.get(mail.envelope.key) is mail:
+            del self._keys[mail.envelope.key]
 
     def _get(self, entry_id: str) -> _Mail:
         mail = self._visible.get(entry_id)
@@ -228,7 +253,8 @@ class MemoryLease:
             due, attempts = settlement.due, settlement.attempts
             after = replace(self.entry, state=state, due=due, attempts=attempts)
         self.release()
-        now = self._spool.change(mail, after)
+        cancelled = state is State.CANCELLED and not self.entry.attempts
+        now = self._spool.change(mail, after, free_key=cancelled)
         return None if after is None else now
 
     def release(self) -> None:
