@@ -10,7 +10,13 @@ import pytest
 from zope.interface.verify import verifyObject
 
 from cpsmailaccess_delivery.envelope import Envelope, Route, lane_key
-from cpsmailaccess_delivery.errors import EntryBusy, InvalidEnvelope, NoSuchEntry, SpoolError
+from cpsmailaccess_delivery.errors import (
+    EntryBusy,
+    InvalidEnvelope,
+    KeyTaken,
+    NoSuchEntry,
+    SpoolError,
+)
 from cpsmailaccess_delivery.interfaces import (
     Entry,
     ILease,
@@ -36,18 +42,22 @@ def envelope(
     message_id: str = "1.2@example.org",
     *recipients: str,
     route: Route = ROUTE,
+    **wishes: Any,
 ) -> Envelope:
     return Envelope(
         sender="alice@example.org",
         recipients=recipients or ("bob@example.net", "carol@example.net"),
         route=route,
         message_id=message_id,
+        **wishes,
     )
 
 
-def queue(spool: Any, message_id: str = "1.2@example.org", message: bytes = MESSAGE) -> Entry:
+def queue(
+    spool: Any, message_id: str = "1.2@example.org", message: bytes = MESSAGE, **wishes: Any
+) -> Entry:
     """Return an entry that went the whole way."""
-    entry: Entry = spool.stage(envelope(message_id), message)
+    entry: Entry = spool.stage(envelope(message_id, **wishes), message)
     spool.prepare([entry])
     spool.publish([entry])
     return entry
@@ -276,12 +286,19 @@ class SpoolContract:
         after = settle(spool, queue(spool), State.DEFERRED, due=due, attempts=1)
         assert list(spool.scan()) == [after]
 
-    @pytest.mark.parametrize("state", [State.QUEUED, State.CANCELLED])
-    def test_what_is_no_settlement_is_refused_and_keeps_the_lease(self, spool, state):
+    def test_cancelled_is_gone(self, spool):
+        entry = settle(spool, queue(spool), State.DEFERRED, due=17.25, attempts=1)
+        assert settle(spool, entry, State.CANCELLED) is None
+        assert list(spool.scan()) == []
+        with pytest.raises(NoSuchEntry):
+            spool.load(entry)
+        spool.sync()
+
+    def test_what_is_no_settlement_is_refused_and_keeps_the_lease(self, spool):
         entry = queue(spool)
         lease = spool.claim(entry)
         with pytest.raises(SpoolError):
-            lease.settle(Settlement(state))
+            lease.settle(Settlement(State.QUEUED))
         assert spool.leased(entry)
         lease.release()
 
@@ -291,6 +308,116 @@ class SpoolContract:
         with pytest.raises(SpoolError):
             lease.settle(Settlement(State.ACCEPTED))
         assert len(list(spool.scan())) == 1
+
+    # What a sender asks for
+
+    def test_a_listing_tells_due_time_and_priority(self, spool):
+        wishes = {"not_before": 1_900_000_000.25, "expires": 2e9, "priority": 8, "key": "k"}
+        watch = spool.watch()
+        entry = queue(spool, **wishes)
+        assert (entry.state, entry.due, entry.priority) == (State.QUEUED, 1_900_000_000.25, 8)
+        assert list(spool.scan()) == [entry]
+        assert entry in told(watch)
+        watch.close()
+        lease = spool.claim(entry)
+        assert lease.envelope == envelope(**wishes)
+        lease.release()
+        assert spool.look_up(entry.id) == entry
+
+    def test_the_priority_stays(self, spool):
+        entry = queue(spool, priority=2)
+        after = settle(spool, entry, State.DEFERRED, due=17.25, attempts=1)
+        assert after == Entry(entry.id, entry.lane, State.DEFERRED, 17.25, 1, 2)
+        assert spool.hold(after, "why").priority == 2
+        assert spool.requeue(after) == Entry(entry.id, entry.lane, State.QUEUED, 0.0, 1, 2)
+
+    def test_a_scheduled_mail_may_be_sent_now(self, spool):
+        entry = queue(spool, not_before=1_900_000_000.25)
+        assert spool.requeue(entry).due == 0.0
+
+    # Idempotency keys
+
+    def test_a_key_is_held_from_publish_on(self, spool):
+        entry = spool.stage(envelope("a@x", key="k"), MESSAGE)
+        assert spool.key_holder("k") is None
+        spool.prepare([entry])
+        assert spool.key_holder("k") is None
+        spool.publish([entry])
+        assert spool.key_holder("k") == "a@x"
+        assert spool.key_holder("other") is None
+        settle(spool, entry, State.ACCEPTED)
+        assert spool.key_holder("k") == "a@x"
+
+    def test_one_mail_has_a_key(self, spool):
+        first, second, third = (
+            spool.stage(envelope(f"{name}@x", key="k"), MESSAGE) for name in "abc"
+        )
+        spool.prepare([first])
+        with pytest.raises(KeyTaken):
+            spool.prepare([second])
+        spool.discard([second])
+        spool.publish([first])
+        with pytest.raises(KeyTaken):
+            spool.prepare([third])
+        spool.discard([third])
+        assert list(spool.scan()) == [first]
+        assert spool.key_holder("k") == "a@x"
+
+    def test_a_discarded_mail_frees_its_key(self, spool):
+        first = spool.stage(envelope("a@x", key="k"), MESSAGE)
+        spool.prepare([first])
+        spool.discard([first])
+        assert spool.key_holder("k") is None
+        assert queue(spool, "b@x", key="k") in list(spool.scan())
+        spool.discard([first])
+        assert spool.key_holder("k") == "b@x"
+
+    def test_one_of_several_keys_is_taken(self, spool):
+        queue(spool, "a@x", key="k2")
+        entries = [spool.stage(envelope(f"{n}@x", key=f"k{n}"), MESSAGE) for n in range(4)]
+        with pytest.raises(KeyTaken):
+            spool.prepare(entries)
+        spool.discard(entries)
+        assert [spool.key_holder(f"k{n}") for n in range(4)] == [None, None, "a@x", None]
+        assert len(list(spool.scan())) == 1
+
+    @pytest.mark.parametrize("way", ["cancel", "settle"])
+    def test_cancelled_before_its_first_attempt_the_key_is_free(self, spool, way):
+        entry = queue(spool, "a@x", key="k")
+        if way == "cancel":
+            spool.cancel(entry)
+        else:
+            settle(spool, entry, State.CANCELLED)
+        assert spool.key_holder("k") is None
+        entry = settle(spool, queue(spool, "b@x", key="k"), State.DEFERRED, due=9.0, attempts=1)
+        if way == "cancel":
+            spool.cancel(entry)
+        else:
+            settle(spool, entry, State.CANCELLED)
+        assert spool.key_holder("k") == "b@x"
+
+    def test_one_of_many_threads_gets_the_key(self, spool):
+        start = threading.Barrier(8)
+        won: list[Entry] = []
+
+        def work(number: int) -> None:
+            entry = spool.stage(envelope(f"{number}@x", key="k"), MESSAGE)
+            start.wait(DEADLINE)
+            try:
+                spool.prepare([entry])
+            except KeyTaken:
+                spool.discard([entry])
+            else:
+                spool.publish([entry])
+                won.append(entry)
+
+        threads = [threading.Thread(target=work, args=[number]) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert list(spool.scan()) == won
+        assert len(won) == 1
 
     # For people
 

@@ -41,6 +41,32 @@ def test_recipients_as_arguments(site: Site) -> None:
     assert message.endswith(MAIL)
 
 
+def test_wishes(site: Site) -> None:
+    site.run("send", "--not-before", "2100-01-01T00:00Z", "--priority", "8", "b@x.org", input=MAIL)
+    site.run("send", "--not-before", "4102444801.5", "--priority", "low", "b@x.org", input=MAIL)
+    site.run("send", "--undo", "3600", "b@x.org", input=MAIL)
+    with site.outbox() as outbox:
+        first, second, third = outbox.queue.entries()
+    assert (first.due, first.priority) == (4102444800.0, 8)
+    assert (second.due, second.priority) == (4102444801.5, 2)
+    assert (third.due - third.staged_at) == pytest.approx(3600, abs=DEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code"),
+    [
+        ("--not-before", "soon", 64),
+        ("--not-before", "nan", 65),
+        ("--undo", "-1", 65),
+        ("--undo", "x", 64),
+        ("--priority", "10", 65),
+        ("--priority", "urgent", 65),
+    ],
+)
+def test_a_wish_that_makes_no_sense(site: Site, option: str, value: str, code: int) -> None:
+    site.run("send", option, value, "b@x.org", input=MAIL, code=code)
+
+
 def test_recipients_from_the_header(site: Site) -> None:
     message = (
         b"From: Alice <alice@example.org>\nTo: Bob <bob@example.net>,\n\troot\n"

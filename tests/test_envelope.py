@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import transaction
 from hypothesis import assume, example, given
@@ -39,6 +41,13 @@ X-Zope-Token: 4f0c
 
 """
 
+WISHES = b"""\
+X-Zope-Not-Before: 1732369200.25
+X-Zope-Expires: 1732455600
+X-Zope-Priority: 8
+X-Zope-Key: k 1
+"""
+
 # Any line of text: more than addresses, so that the framing stands by itself.
 lines = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\x7f", min_codepoint=32),
@@ -52,6 +61,7 @@ recipients = st.lists(quoted | atoms, min_size=1, max_size=6).map(tuple)
 routes = st.builds(
     Route, mailbox=lines.filter(bool), host=lines, port=st.integers(0, 65535)
 ) | st.builds(Route, host=lines.filter(bool), port=st.integers(1, 65535))
+times = st.floats(0, 9e10).map(lambda seconds: round(seconds, 3))
 envelopes = st.builds(
     Envelope,
     sender=lines,
@@ -59,6 +69,10 @@ envelopes = st.builds(
     route=routes,
     message_id=lines,
     token=lines,
+    not_before=times,
+    expires=times,
+    priority=st.integers(0, 9),
+    key=lines,
 )
 
 
@@ -75,7 +89,20 @@ def test_round_trip(envelope, message):
     assert parse_block(block + message) == (envelope, len(block))
 
 
-@given(st.builds(Envelope, lines, st.lists(lines, max_size=4).map(tuple), routes, lines, lines))
+@given(
+    st.builds(
+        Envelope,
+        lines,
+        st.lists(lines, max_size=4).map(tuple),
+        routes,
+        lines,
+        lines,
+        st.floats() | times,
+        st.floats() | times,
+        st.integers(-1, 11),
+        lines,
+    )
+)
 @example(Envelope("", ('a"b', 'c"d'), ROUTE))
 @example(Envelope("", ("a, b",), ROUTE))
 @example(Envelope("", ('"a', 'b"'), ROUTE))
@@ -180,23 +207,78 @@ def independent_reading(data: bytes) -> tuple[Envelope, int]:
         route,
         values.get("X-Zope-Message-Id", ""),
         values.get("X-Zope-Token", ""),
+        float(values.get("X-Zope-Not-Before", "0")),
+        float(values.get("X-Zope-Expires", "0")),
+        int(values.get("X-Zope-Priority", "5")),
+        values.get("X-Zope-Key", ""),
     )
     return envelope, len(head) + 2
 
 
 @given(
-    st.integers(0, len(BLOCK) - 1),
+    st.sampled_from([BLOCK, BLOCK[:-1] + WISHES + b"\n"]),
+    st.integers(0, len(BLOCK + WISHES) - 1),
     st.integers(0, 8),
     st.binary(max_size=8) | st.sampled_from([b"\n", b": ", b", ", b'"', b"X-Zope-To: ", b" "]),
 )
-def test_mutations_say_what_they_say_or_are_refused(position, length, replacement):
-    data = BLOCK[:position] + replacement + BLOCK[position + length :] + b"Subject: x\n\nbody\n"
+def test_mutations_say_what_they_say_or_are_refused(block, position, length, replacement):
+    data = block[:position] + replacement + block[position + length :] + b"Subject: x\n\nbody\n"
     assume(not data.startswith(b"X-Zope-From: "))
     try:
         found = parse_block(data)
     except InvalidEnvelope:
         return
     assert found == independent_reading(data)
+
+
+def test_what_a_sender_asks_for():
+    wishes = {"not_before": 1732369200.25, "expires": 1732455600.0, "priority": 8, "key": "k 1"}
+    block = format_block(replace(ENVELOPE, **wishes))
+    assert block == BLOCK[:-1] + WISHES + b"\n"
+    assert parse_block(block)[0] == replace(ENVELOPE, **wishes)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"not_before": -1.0},
+        {"not_before": 0.0001},
+        {"not_before": float("nan")},
+        {"expires": float("inf")},
+        {"expires": 1e11},
+        {"priority": 10},
+        {"priority": -1},
+        {"key": "a\nX-Zope-Port: 1"},
+        {"key": " a"},
+    ],
+)
+def test_writer_refuses_a_wish(wish):
+    with pytest.raises(InvalidEnvelope):
+        format_block(replace(ENVELOPE, **wish))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"X-Zope-Not-Before: 0",
+        b"X-Zope-Not-Before: 1.50",
+        b"X-Zope-Not-Before: 1.0001",
+        b"X-Zope-Not-Before: -1",
+        b"X-Zope-Not-Before: 1e3",
+        b"X-Zope-Not-Before: inf",
+        b"X-Zope-Expires: 01",
+        b"X-Zope-Expires: ",
+        "X-Zope-Expires: \u0665".encode(),
+        b"X-Zope-Priority: 5",
+        b"X-Zope-Priority: 10",
+        b"X-Zope-Priority: high",
+        b"X-Zope-Priority: ",
+        b"X-Zope-Key: a\nX-Zope-Priority: 8",
+    ],
+)
+def test_reader_refuses_a_wish(line):
+    with pytest.raises(InvalidEnvelope):
+        parse_block(BLOCK[:-1] + line + b"\n\n")
 
 
 @given(st.permutations(BLOCK.split(b"\n")[1:-2]))

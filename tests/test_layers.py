@@ -25,6 +25,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "envelope.py",
         "account.py",
         "message.py",
+        "options.py",
     ),
     1: (
         "outcome.py",
@@ -74,6 +75,8 @@ ROWS: dict[int, tuple[str, ...]] = {
         "attempt.py",
         "circuit.py",
         "lanes.py",
+        "ready.py",
+        "outgoing.py",
         "scheduler.py",
         "processor.py",
         "status.py",

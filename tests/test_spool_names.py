@@ -1,6 +1,7 @@
 """Entry <-> file name, both ways, for any entry and any name."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -27,6 +28,7 @@ entries = st.builds(
     state=st.sampled_from(IN_SPOOL),
     due=st.floats(-10, 1e12) | st.integers(0, 4_000_000_000).map(float),
     attempts=st.integers(-1, 2_000_000),
+    priority=st.integers(0, 9),
 ) | st.builds(
     Entry,
     id=foreign_ids,
@@ -57,6 +59,9 @@ def test_normal_is_normal(entry):
 @given(st.text() | st.from_regex(r"[a-z]{1,4}:1,\w{4,8},[0-9.]{1,5},[0-9]{1,3}"))
 @example("1732369200.M123456Ra1b2c3.0123456789abcdef,L=89abcdef01234567:1,deferred,01,0")
 @example("foo:1,queued,0,0")
+@example("1732369200.M123456Ra1b2c3.0123456789abcdef,L=89abcdef01234567,P=8")
+@example("1732369200.M123456Ra1b2c3.0123456789abcdef,L=89abcdef01234567,P=5")
+@example("1732369200.M123456Ra1b2c3.0123456789abcdef,L=89abcdef01234567,P=8:1,queued,9.5,0")
 @example("foo:1,deferred,1.50,0")
 @example("foo:2,S")
 @example("foo\n")
@@ -75,6 +80,16 @@ def test_find_knows_its_ids(message_id, other):
     assert names.stands_for(entry_id, other) == (other == digest(message_id))
 
 
+def test_priority_and_due_time_in_the_name():
+    entry_id, lane = names.new_id(1.0, "abcdef", "x"), "0" * 16
+    plain = Entry(entry_id, lane)
+    assert names.file_name(plain) == f"{entry_id},L={lane}"
+    assert names.file_name(replace(plain, priority=8)) == f"{entry_id},L={lane},P=8"
+    later = replace(plain, priority=0, due=9.5)
+    assert names.file_name(later) == f"{entry_id},L={lane},P=0:1,queued,9.5,0"
+    assert names.folder(later.state) == "new"
+
+
 def test_ids_sort_by_time():
     times = [0.0, 0.000001, 1.5, 999.999999, 1_000_000_000.0, 1_732_369_200.25]
     ids = [names.new_id(time, "000000", "x") for time in times]
@@ -88,12 +103,25 @@ def test_a_clock_gone_mad_still_gives_an_id(now):
     assert names.parse(names.file_name(entry), "new") == entry
 
 
-@given(own_ids, hexes, st.integers(0, 2**40), st.integers(0, 2**32 - 1), hexes)
-def test_staged_names_read_back(entry_id, lane, size, check, presence):
-    entry = Entry(entry_id, lane)
+@given(
+    own_ids,
+    hexes,
+    st.integers(0, 2**40),
+    st.integers(0, 2**32 - 1),
+    hexes,
+    st.floats(0, 1e10),
+    st.integers(0, 9),
+)
+def test_staged_names_read_back(entry_id, lane, size, check, presence, due, priority):
+    entry = names.normal(Entry(entry_id, lane, due=due, priority=priority))
     name = names.staged_name(entry, size=size, check=check, presence=presence)
     assert names.parse_staged(name) == (entry, size, check)
     assert names.presence_of(name) == presence
+    key = names.key_name(entry_id, digest="0f" * 16, presence=presence)
+    assert names.key_of(key) == (entry_id, "0f" * 16)
+    assert names.presence_of(key) == presence
+    assert names.parse_staged(key) is None
+    assert names.key_of(name) == ("", "")
     scrap = names.scrap_name(entry_id, chance="ab", presence=presence)
     assert names.parse_staged(scrap) is None
     assert names.presence_of(scrap) == presence

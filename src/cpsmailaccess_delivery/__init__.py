@@ -7,9 +7,12 @@ its fate can always be looked up.  See README.rst.
 
 from .account import HIDDEN, Account, Secret
 from .errors import (
+    EntryBusy,
     InvalidAccount,
     InvalidAddress,
     InvalidMessage,
+    InvalidOption,
+    KeyTaken,
     MessageTooLarge,
     NoRecipients,
     NoSuchAccount,
@@ -28,9 +31,12 @@ from .status import Status
 __all__ = [
     "HIDDEN",
     "Account",
+    "EntryBusy",
     "InvalidAccount",
     "InvalidAddress",
     "InvalidMessage",
+    "InvalidOption",
+    "KeyTaken",
     "MessageTooLarge",
     "NoRecipients",
     "NoSuchAccount",

@@ -13,6 +13,9 @@ from .smtp.events import Result
 #: Outcomes after which a recipient is not tried again.
 FINAL = frozenset({State.ACCEPTED, State.REFUSED})
 
+#: Why a mail is not tried any more whose sender has set a time for that.
+EXPIRED = "expired"
+
 #: Of several outcomes, what is said of the mail: the first that occurs.
 _WORST_FIRST = (
     State.QUEUED,
@@ -90,13 +93,28 @@ def settlement_of(
     state = worst(known)
     if state in FINAL:
         return Settlement(state, known, attempts=attempts)
-    age = now - (attempt.entry.staged_at or now)
+    envelope = attempt.lease.envelope
+    age = now - (max(attempt.entry.staged_at, envelope.not_before) or now)
     due = schedule.next_try(attempts, age, now, chance)
-    if due is not None:
+    if due is not None and not (envelope.expires and due >= envelope.expires):
         return Settlement(state, known, due=due, attempts=attempts)
-    reason = f"given up after {attempts} attempts"
+    reason = EXPIRED if due is not None else f"given up after {attempts} attempts"
     known = {recipient: _expired(outcome, reason) for recipient, outcome in known.items()}
     return Settlement(worst(known), known, attempts=attempts, reason=reason)
+
+
+def expiry_of(attempt: Attempt, now: float) -> Settlement | None:
+    """Return how a mail is settled that may not be tried any more; None: it may.
+
+    What is unclear stays so, for a person: expired or not, the relay may have it.
+    """
+    envelope = attempt.lease.envelope
+    if not envelope.expires or now < envelope.expires:
+        return None
+    untried = dict.fromkeys(attempt.recipients, Outcome(State.REFUSED, EXPIRED, now))
+    known = {**untried, **attempt.lease.outcomes}
+    known = {recipient: _expired(outcome, EXPIRED) for recipient, outcome in known.items()}
+    return Settlement(worst(known), known, attempts=attempt.entry.attempts, reason=EXPIRED)
 
 
 def worst(outcomes: Mapping[str, Outcome]) -> State:

@@ -141,8 +141,8 @@ def join(
     *,
     rank: int,
     on_abort: Callable[[], None] = lambda: None,
-) -> None:
-    """Stage a change and let it follow the current transaction of a manager.
+) -> Any:
+    """Stage a change and let it follow the current transaction of a manager; return it.
 
     `stage`: called with the token of the transaction, returns the staged item.
     `rank`: lower ones are published first.  Raises what `stage` raises, and
@@ -157,6 +157,7 @@ def join(
     except BaseException:
         store.discard([item])
         raise
+    return item
 
 
 def _batch(transaction: Any, store: TwoPhaseStore) -> tuple[Batch, str]:

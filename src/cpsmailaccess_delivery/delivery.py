@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from email.message import Message
 from typing import Any
 
@@ -14,17 +15,22 @@ from .address import ascii_host, check_address, check_recipients
 from .datamanager import join
 from .envelope import Envelope, Route
 from .errors import (
+    EntryBusy,
     InvalidAccount,
     InvalidAddress,
+    NoSuchEntry,
     NotQueued,
     SpoolError,
     UnknownMailbox,
     VaultError,
 )
-from .interfaces import Entry, IMailboxDelivery, IMailDelivery
+from .interfaces import IMailboxDelivery, IMailDelivery
 from .message import DEFAULT_SIZE_LIMIT, complete, to_bytes
+from .options import check_options
+from .outgoing import Doings, Outgoing, OutgoingMails, Removal, Removals
 
-_RANK = 1
+_SENDS = 1
+_CANCELS = 2
 
 #: Port of a relay that is named without one: what the 2005 system used.
 _RELAY_PORT = 25
@@ -40,6 +46,7 @@ class MailboxDelivery:
         accounts: Any,
         manager: Any,
         *,
+        journal: Any = None,
         size_limit: int = DEFAULT_SIZE_LIMIT,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -48,6 +55,8 @@ class MailboxDelivery:
         self._manager = manager
         self.size_limit = size_limit
         self._clock = clock
+        self._outgoing = OutgoingMails(spool)
+        self._removals = Removals(spool, journal, clock)
 
     @property
     def queuePath(self) -> str:
@@ -62,36 +71,98 @@ class MailboxDelivery:
         mailbox: str | None = None,
         hostname: str | None = None,
         port: int | None = None,
+        not_before: float | datetime | None = None,
+        undo: float | None = None,
+        expires: float | datetime | None = None,
+        priority: int | str | None = None,
+        idempotency_key: str | None = None,
     ) -> str:
+        now = self._clock()
         sender = _check_sender(fromaddr, null_allowed=mailbox is not None or hostname is not None)
         recipients = check_recipients(toaddrs)
         route = self._route(sender, mailbox, hostname, port)
+        options = check_options(
+            now=now,
+            not_before=not_before,
+            undo=undo,
+            expires=expires,
+            priority=priority,
+            key=idempotency_key,
+        )
         stored, message_id = complete(
-            to_bytes(message), sender=sender, now=self._clock(), size_limit=self.size_limit
+            to_bytes(message), sender=sender, now=now, size_limit=self.size_limit
         )
 
-        def stage(token: str) -> Entry:
+        def stage(token: str) -> Outgoing:
             envelope = Envelope(
                 sender=sender,
                 recipients=recipients,
                 route=route,
                 message_id=message_id,
                 token=token,
+                not_before=options.not_before,
+                expires=options.expires,
+                priority=options.priority,
+                key=options.key,
             )
-            staged: Entry = self._spool.stage(envelope, stored)
-            return staged
+            return Outgoing(self._spool.stage(envelope, stored), message_id, options.key)
 
+        doings = self._doings()
         try:
-            join(self._manager, self._spool, stage, rank=_RANK)
+            if options.key:
+                earlier: str | None = doings.find_key(options.key)
+                earlier = earlier or self._spool.key_holder(options.key)
+                if earlier is not None:
+                    return earlier
+            self._join(self._outgoing, stage, doings.sent, rank=_SENDS)
         except SpoolError as error:
             raise NotQueued(str(error)) from error
         return message_id
+
+    def cancel(self, message_id: str) -> None:
+        message_id = message_id.strip().removeprefix("<").removesuffix(">")
+        doings = self._doings()
+        removals = [Removal(mail.entry, own=mail) for mail in doings.find_sent(message_id)]
+        for record in self._spool.find(message_id):
+            if doings.has_cancelled(record.entry):
+                continue
+            if self._spool.leased(record.entry):
+                raise EntryBusy(
+                    f"{message_id}: is being delivered right now; look at its status in a moment"
+                )
+            removals.append(Removal(record.entry))
+        if not removals:
+            raise NoSuchEntry(
+                f"{message_id}: is not in the queue: delivered, cancelled or never committed"
+            )
+        for removal in removals:
+            self._join(self._removals, removal.begin, doings.removals, rank=_CANCELS)
 
     def bind(self, mailbox: str) -> BoundDelivery:
         try:
             return BoundDelivery(self, normalise_mailbox(mailbox))
         except InvalidAccount as error:
             raise UnknownMailbox(str(error)) from None
+
+    def _doings(self) -> Doings:
+        transaction = self._manager.get()
+        try:
+            doings: Doings = transaction.data(self)
+        except KeyError:
+            doings = Doings()
+            transaction.set_data(self, doings)
+        return doings
+
+    def _join(
+        self, store: Any, stage: Callable[[str], Any], members: dict[int, Any], *, rank: int
+    ) -> None:
+        """Let a change follow the transaction; until it is undone it is one of the members."""
+
+        def on_abort() -> None:
+            members.pop(id(item), None)
+
+        item = join(self._manager, store, stage, rank=rank, on_abort=on_abort)
+        members[id(item)] = item
 
     def _route(
         self, sender: str, mailbox: str | None, hostname: str | None, port: int | None

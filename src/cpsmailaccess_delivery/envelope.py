@@ -10,11 +10,15 @@
     X-Zope-Mailbox: alice@example.org
     X-Zope-Message-Id: 17323692.4711@example.org
     X-Zope-Token: 4f0c...
+    X-Zope-Not-Before: 1732369200.25
+    X-Zope-Expires: 1732455600
+    X-Zope-Priority: 8
+    X-Zope-Key: invoice 4711
 
     From: ... (the message, opaque from here)
 
 The block is framing, not mail headers: it ends at its first empty line, each field stands
-once, in this order, and a field that is not ours makes the file unreadable rather than
+at most once, in this order, and a field that is not ours makes the file unreadable rather than
 sent.  A file that begins with ``X-Zope-From:`` was written by zope.sendmail, whose block
 is two lines and has no empty line after it.
 """
@@ -30,6 +34,7 @@ from typing import Final
 from .account import DEFAULT_MAILBOX
 from .address import check_address, check_recipients, relay_name
 from .errors import InvalidAddress, InvalidEnvelope, NoRecipients
+from .interfaces import NORMAL_PRIORITY
 from .message import find_message_id
 
 VERSION: Final = 1
@@ -43,9 +48,16 @@ _FIELDS: Final = (
     "X-Zope-Mailbox",
     "X-Zope-Message-Id",
     "X-Zope-Token",
+    "X-Zope-Not-Before",
+    "X-Zope-Expires",
+    "X-Zope-Priority",
+    "X-Zope-Key",
 )
+_PRIORITIES: Final = range(10)
+_PRIORITY_DIGITS: Final = [str(each) for each in _PRIORITIES if each != NORMAL_PRIORITY]
 _FOREIGN: Final = b"X-Zope-From: "
 _MAX_BLOCK: Final = 4 * 1024 * 1024  # bytes: more recipients than any mail may have
+_TIME = re.compile(r"(?:0|[1-9]\d{0,10})(?:\.\d{0,2}[1-9])?", re.ASCII)  # as `names` has it
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]")
 _QUOTED_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|(, )')  # \Z: linear in any text
 
@@ -72,7 +84,9 @@ class Envelope:
     """Envelope of one mail (RFC 5321 section 2.3.1), its route and its options.
 
     ``sender`` "" is the null reverse-path.  ``message_id`` has no angle brackets.
-    ``token`` names the transaction for a witness.
+    ``token`` names the transaction for a witness.  ``not_before`` and ``expires``: seconds
+    since the epoch, in whole milliseconds; it is sent between them; 0: no limit.
+    ``priority``: 0 to 9.  ``key``: no second mail with the same one is committed; "": none.
     """
 
     sender: str
@@ -80,6 +94,10 @@ class Envelope:
     route: Route = field(default_factory=Route)
     message_id: str = ""
     token: str = ""
+    not_before: float = 0.0
+    expires: float = 0.0
+    priority: int = NORMAL_PRIORITY
+    key: str = ""
 
 
 def lane_key(route: Route) -> str:
@@ -119,7 +137,13 @@ def format_block(envelope: Envelope) -> bytes:
         route.mailbox,
         envelope.message_id,
         envelope.token,
+        _format_time("X-Zope-Not-Before", envelope.not_before),
+        _format_time("X-Zope-Expires", envelope.expires),
+        "" if envelope.priority == NORMAL_PRIORITY else str(envelope.priority),
+        envelope.key,
     )
+    if envelope.priority not in _PRIORITIES:
+        raise InvalidEnvelope(f"X-Zope-Priority: {envelope.priority!r} is not from 0 to 9")
     lines = [f"X-Zope-Envelope: {VERSION}"]
     for name, value in zip(_FIELDS, values, strict=True):
         if _FORBIDDEN.search(value) or value != value.strip():
@@ -186,8 +210,40 @@ def _parse_own(data: bytes) -> tuple[Envelope, int]:
         route=route,
         message_id=values.get("X-Zope-Message-Id", ""),
         token=values.get("X-Zope-Token", ""),
+        not_before=_parse_time(values, "X-Zope-Not-Before"),
+        expires=_parse_time(values, "X-Zope-Expires"),
+        priority=_parse_priority(values),
+        key=values.get("X-Zope-Key", ""),
     )
     return envelope, end + 2
+
+
+def _format_time(name: str, seconds: float) -> str:
+    """Return a time in the only way in which it is written; 0 is none at all."""
+    if seconds == 0:
+        return ""
+    text = f"{seconds:.3f}".rstrip("0").rstrip(".")
+    if not _TIME.fullmatch(text) or float(text) != seconds:
+        raise InvalidEnvelope(f"{name}: {seconds!r} is no time in whole milliseconds")
+    return text
+
+
+def _parse_time(values: dict[str, str], name: str) -> float:
+    text = values.get(name)
+    if text is None:
+        return 0.0
+    if text == "0" or not _TIME.fullmatch(text):
+        raise InvalidEnvelope(f"{name}: {text[:20]!r} is no time")
+    return float(text)
+
+
+def _parse_priority(values: dict[str, str]) -> int:
+    text = values.get("X-Zope-Priority")
+    if text is None:
+        return NORMAL_PRIORITY
+    if text not in _PRIORITY_DIGITS:
+        raise InvalidEnvelope(f"X-Zope-Priority: {text[:20]!r} is not from 0 to 9")
+    return int(text)
 
 
 def _fields(lines: list[str]) -> dict[str, str]:

@@ -8,6 +8,8 @@ a secret or the body of a mail.
 
 from smtplib import SMTPException
 
+from transaction.interfaces import TransientError
+
 
 class OutboxError(Exception):
     """Root of all exceptions of this package."""
@@ -34,6 +36,10 @@ class UnknownMailbox(SendError, LookupError):
 
 class InvalidMessage(SendError, ValueError):
     """The message is not an Internet message (RFC 5322)."""
+
+
+class InvalidOption(SendError, ValueError):
+    """A wish of the sender (time, priority, key) that cannot be understood or met."""
 
 
 class MessageTooLarge(SendError, ValueError):
@@ -72,6 +78,10 @@ class OutboxClosed(SpoolError):
 
 class NoSuchEntry(SpoolError, LookupError):
     """No mail with this id or Message-Id is in the spool."""
+
+
+class KeyTaken(SpoolError, TransientError):
+    """Another transaction commits a mail with this idempotency key: begin again."""
 
 
 class EntryBusy(SpoolError):

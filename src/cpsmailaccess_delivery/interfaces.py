@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from zope.interface import Attribute, Interface
 from zope.sendmail.interfaces import IMailDelivery, IQueuedMailDelivery
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .envelope import Envelope
 
 __all__ = [
+    "NORMAL_PRIORITY",
     "Entry",
     "IAccountStore",
     "IAccounts",
@@ -81,6 +82,10 @@ class Outcome:
         return f"{self.state}: {self.reply}" if self.reply else str(self.state)
 
 
+#: Of a mail for which nobody asked for another one.
+NORMAL_PRIORITY: Final = 5
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One mail in the spool, as a directory listing shows it: nothing was opened.
@@ -88,6 +93,7 @@ class Entry:
     ``id``: names the mail for ever, whatever its state; ids sort by time of `stage`.
     ``lane``: `envelope.lane_key` of its route; "" for a file we did not name.
     ``due``: seconds since the epoch; 0: at once.  ``attempts``: how many were made.
+    ``priority``: 0 to 9; within a lane, higher ones go first.
     """
 
     id: str
@@ -95,6 +101,7 @@ class Entry:
     state: State = State.QUEUED
     due: float = 0.0
     attempts: int = 0
+    priority: int = NORMAL_PRIORITY
 
     @property
     def staged_at(self) -> float:
@@ -118,7 +125,7 @@ class Record:
 class Settlement:
     """What an attempt left: see `ILease.settle`."""
 
-    state: State  # of the mail: ACCEPTED (gone), DEFERRED, HELD, UNCLEAR or REFUSED
+    state: State  # of the mail: ACCEPTED or CANCELLED (gone), DEFERRED, HELD, UNCLEAR or REFUSED
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)  # all that are known
     due: float = 0.0  # seconds since the epoch, when DEFERRED
     attempts: int = 0
@@ -156,13 +163,17 @@ class ISpool(Interface):
     location = Attribute("Where it is: a path or URL without secrets (str)")
 
     def stage(envelope: Envelope, message: bytes) -> Entry:
-        """Write a mail that nobody sees yet.  Not durable.  Leaves nothing when it fails."""
+        """Write a mail that nobody sees yet.  Not durable.  Leaves nothing when it fails.
+
+        The entry is due when the envelope says, and has its priority.
+        """
 
     def prepare(entries: Sequence[Entry]) -> None:
         """Make staged mails durable: whatever crashes now, they are published or in doubt.
 
         All the fsyncs of one transaction happen here.  When it raises, every one of
-        them can still be discarded.
+        them can still be discarded.  Raises `KeyTaken`: another mail has the same
+        `Envelope.key`, or takes it right now.
         """
 
     def publish(entries: Sequence[Entry]) -> None:
@@ -170,6 +181,13 @@ class ISpool(Interface):
 
     def discard(entries: Sequence[Entry]) -> None:
         """Remove staged or prepared mails.  Never raises; unknown ones are ignored."""
+
+    def key_holder(key: str) -> str | None:
+        """Return the Message-Id of the mail that was published with this key, or None.
+
+        For 30 days, also when the mail is gone; but that of a mail which was cancelled before
+        its first attempt is free again.
+        """
 
     def scan() -> Iterator[Entry]:
         """Yield the visible entries, the oldest first, without opening one."""
@@ -254,7 +272,7 @@ class ILease(Interface):
     def settle(settlement: Settlement) -> Entry | None:
         """Record what an attempt left, and end the lease.
 
-        ACCEPTED removes the mail, durably with the next `ISpool.sync`.  Else outcomes
+        ACCEPTED and CANCELLED remove it, durably with the next `ISpool.sync`.  Else outcomes
         of recipients that must not be tried again are durable when this returns.
         Returns the entry as it is now, or None.  When it raises `SpoolError` the lease
         is still held: settle again later, or release.
@@ -356,7 +374,20 @@ class IAccounts(Interface):
 class IMailboxDelivery(IQueuedMailDelivery):
     """The delivery utility."""
 
-    def send(fromaddr, toaddrs, message, *, mailbox=None, hostname=None, port=None):
+    def send(
+        fromaddr,
+        toaddrs,
+        message,
+        *,
+        mailbox=None,
+        hostname=None,
+        port=None,
+        not_before=None,
+        undo=None,
+        expires=None,
+        priority=None,
+        idempotency_key=None,
+    ):
         """Queue a mail that is delivered when the transaction commits.
 
         `fromaddr`: address of the sender; "" or None with ``mailbox``: the null
@@ -364,11 +395,28 @@ class IMailboxDelivery(IQueuedMailDelivery):
         `message`: bytes, str or `email.message.Message`.
         `mailbox`: route as this mailbox instead of by `fromaddr`.
         `hostname`, `port`: a relay without login instead of an account.
+        `not_before`: seconds since the epoch, or an aware datetime: not sent earlier.
+        `undo`: seconds from now in which it is held back, and may be cancelled; the later
+        of both counts.  `expires`: as `not_before`; not tried any more from then on.
+        `priority`: "low" (2), "normal" (5), "high" (8) or 0 to 9; of the mails that leave
+        through one account, higher ones go first.
+        `idempotency_key`: a text; with one that was committed in the last 30 days nothing is
+        queued, and that mail's Message-Id is returned.  When two transactions commit one at the
+        same time, the later one fails with `KeyTaken`, a `TransientError`.
 
         Returns the Message-Id without angle brackets.  Raises `InvalidAddress`,
-        `NoRecipients`, `UnknownMailbox`, `InvalidMessage`, `MessageTooLarge`, `NotQueued`,
-        all of them `SendError` and `smtplib.SMTPException`; in the explicit mode of
-        transaction its `NoTransaction`.  Nothing is queued then.
+        `NoRecipients`, `UnknownMailbox`, `InvalidMessage`, `InvalidOption`,
+        `MessageTooLarge`, `NotQueued`, all of them `SendError` and
+        `smtplib.SMTPException`; in the explicit mode of transaction its `NoTransaction`.
+        Nothing is queued then.
+        """
+
+    def cancel(message_id):
+        """Take a mail back, when the transaction commits, if it is not delivered yet.
+
+        Until the end of the transaction it may still be delivered; what is cancelled before
+        its commit, in the same transaction, never is.  Raises `NoSuchEntry`: unknown, or
+        delivered to all; `EntryBusy`: being delivered right now, also from the commit.
         """
 
     def bind(mailbox):

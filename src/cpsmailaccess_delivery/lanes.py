@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -24,11 +23,12 @@ from .attempt import Attempt, account_trouble, outcomes_of, settlement_of
 from .circuit import Circuit
 from .envelope import Route, lane_key
 from .errors import VaultError
-from .interfaces import Entry, Outcome, State
+from .interfaces import Entry, Outcome, Settlement, State
 from .journal import Event
 from .limits import TokenBucket, mails_per_minute
 from .outcome import Trouble, classify
 from .password import resolve_secret
+from .ready import Ready
 from .smtp.events import Failure, Result
 from .smtp.explain import explain
 from .smtp.machine import WINDOW
@@ -55,7 +55,7 @@ class Lane:
     def __init__(self, route: Route, scheduler: Scheduler) -> None:
         self.route = route
         self.key = lane_key(route)
-        self.ready: deque[Entry] = deque()
+        self.ready = Ready()
         self.in_flight = 0
         self._scheduler = scheduler
         self._sessions: set[Session] = set()
@@ -231,6 +231,16 @@ class Lane:
         self._record(mail, outcomes)
         scheduler.settle(mail, settlement)
 
+    def give_up(self, mail: Attempt, settlement: Settlement) -> None:
+        """Record what is settled without an attempt: the mail has expired."""
+        outcomes = {
+            recipient: outcome
+            for recipient, outcome in settlement.outcomes.items()
+            if outcome != mail.lease.outcomes.get(recipient)
+        }
+        self._record(mail, outcomes, attempt=mail.entry.attempts)
+        self._scheduler.settle(mail, settlement)
+
     def _give_back(self, mail: Attempt) -> None:
         mail.lease.release()
         self.ready.appendleft(mail.entry)
@@ -335,8 +345,11 @@ class Lane:
         assert self._account is not None  # noqa: S101 - a session had it
         self.circuit.open(verdict.trouble, explain(self._account, failure))
 
-    def _record(self, mail: Attempt, outcomes: Mapping[str, Outcome]) -> None:
-        envelope, attempt = mail.lease.envelope, mail.entry.attempts + 1
+    def _record(
+        self, mail: Attempt, outcomes: Mapping[str, Outcome], *, attempt: int | None = None
+    ) -> None:
+        envelope = mail.lease.envelope
+        attempt = mail.entry.attempts + 1 if attempt is None else attempt
         if log.isEnabledFor(logging.INFO):
             told = ", ".join(f"{recipient} {outcome}" for recipient, outcome in outcomes.items())
             log.info("%s <%s> by %s: %s", mail.entry.id, envelope.message_id, self.route, told)

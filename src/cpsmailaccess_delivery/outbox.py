@@ -68,7 +68,9 @@ class Outbox:
         self.journal = Journal(directory / "journal.sqlite")
         manager = transaction.manager if transaction_manager is None else transaction_manager
         self.accounts = Accounts(self.vault, manager)
-        self.delivery = MailboxDelivery(self.spool, self.accounts, manager, size_limit=size_limit)
+        self.delivery = MailboxDelivery(
+            self.spool, self.accounts, manager, journal=self.journal, size_limit=size_limit
+        )
         self.queue = Queue(self.spool, self.journal)
 
     def __repr__(self) -> str:

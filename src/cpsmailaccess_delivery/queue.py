@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from .attempt import FINAL
-from .envelope import lane_key
+from .envelope import Envelope, lane_key
 from .errors import InvalidEnvelope, NoSuchEntry
 from .interfaces import Entry, LaneNote, Outcome, Record, State
 from .journal import Event
@@ -40,6 +40,8 @@ def entry_as_seen(entry: Entry, note: LaneNote | None) -> Entry:
     """
     if note is None or not (entry.state is State.QUEUED or _is_tried_again(entry)):
         return entry
+    if entry.state is State.QUEUED and entry.due > note.until:
+        return entry  # its sender wants it later
     state = State.DEFERRED if entry.state is State.QUEUED else entry.state
     return replace(entry, state=state, due=max(entry.due, note.until))
 
@@ -102,7 +104,8 @@ class Queue:
             seen = entry_as_seen(entry, notes.get(entry.lane))
             states[seen.state] += 1
             if is_due(seen, now):
-                oldest = min(oldest or now, entry.staged_at or now)
+                since = max(entry.staged_at, entry.due if entry.state is State.QUEUED else 0.0)
+                oldest = min(oldest or now, since or now)
         return Counts(dict(states), oldest)
 
     def find(self, name: str | Entry) -> list[Record]:
@@ -160,23 +163,36 @@ class Queue:
         return records
 
     def _note(self, record: Record, kind: str, reply: str = "") -> None:
-        envelope, outcomes = record.envelope, record.outcomes
-        concerned = [
-            r for r in envelope.recipients if r not in outcomes or outcomes[r].state not in FINAL
-        ]
-        if not concerned and kind in (_RETRIED, _RELEASED):  # they are tried again
-            concerned = [r for r in outcomes if outcomes[r].state is State.REFUSED]
-        for recipient in concerned:
-            self._journal.record(
-                Event(
-                    at=self._clock(),
-                    kind=kind,
-                    entry=record.entry.id,
-                    message_id=envelope.message_id,
-                    mailbox=str(envelope.route),
-                    sender=envelope.sender,
-                    recipient=recipient,
-                    attempt=record.entry.attempts,
-                    reply=reply,
-                )
-            )
+        at, envelope, outcomes = self._clock(), record.envelope, record.outcomes
+        for event in events_of(record.entry, envelope, outcomes, kind, at, reply):
+            self._journal.record(event)
+
+
+def events_of(
+    entry: Entry,
+    envelope: Envelope,
+    outcomes: Mapping[str, Outcome],
+    kind: str,
+    at: float,
+    reply: str = "",
+) -> list[Event]:
+    """Return what the journal gets when somebody decides on a mail: who is still open."""
+    concerned = [
+        r for r in envelope.recipients if r not in outcomes or outcomes[r].state not in FINAL
+    ]
+    if not concerned and kind in (_RETRIED, _RELEASED):  # they are tried again
+        concerned = [r for r in outcomes if outcomes[r].state is State.REFUSED]
+    return [
+        Event(
+            at=at,
+            kind=kind,
+            entry=entry.id,
+            message_id=envelope.message_id,
+            mailbox=str(envelope.route),
+            sender=envelope.sender,
+            recipient=recipient,
+            attempt=entry.attempts,
+            reply=reply,
+        )
+        for recipient in concerned
+    ]

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from .attempt import ACCEPTED, Attempt
+from .attempt import ACCEPTED, Attempt, expiry_of
 from .envelope import Route
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from .interfaces import Entry, Settlement, State
@@ -36,6 +36,9 @@ _SCAN_STEP = 5_000
 
 #: Seconds after which an entry that another processor has leased is looked at again.
 _BUSY = 1.0
+
+#: Seconds by which the due time of a name may be later than it was meant.
+_ROUNDED = 0.01
 
 #: Seconds after which a settlement that could not be written is tried again.
 _UNSETTLED = 5.0
@@ -215,13 +218,15 @@ class Scheduler:
         """Take notice of an entry; its lane is added to `dirty` when it is due."""
         if self._stopping:
             return
+        wait = entry.due - self.now() if entry.due else 0.0
         if entry.state in (State.DEFERRED, State.UNCLEAR) and entry.due:
-            # Later than any delay: the clock was ahead when that was written.
-            if 0 < entry.due - self.now() <= self.schedule.longest_delay:
-                self._at(entry.due, entry)
-                return
+            if wait > self.schedule.longest_delay + _ROUNDED:
+                wait = 0.0  # later than any delay: the clock was ahead when that was written
         elif entry.state is not State.QUEUED:
             return  # held, refused, unclear: for a person
+        if wait > 0:  # of a queued one: its sender wants it so, however long it is
+            self._at(entry.due, entry)
+            return
         lane = self._by_key.get(entry.lane) or self._find_lane(entry)
         if lane is not None:
             lane.push(entry)
@@ -368,6 +373,10 @@ class Scheduler:
         attempt = Attempt(lease)
         if not attempt.recipients:  # nobody is left who wants it
             self.settle(attempt, ACCEPTED)
+            return None
+        expiry = expiry_of(attempt, self.now())
+        if expiry is not None:
+            lane.give_up(attempt, expiry)
             return None
         if str(lease.envelope.route) != str(lane.route):
             lease.release()

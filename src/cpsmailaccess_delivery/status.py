@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from .attempt import worst
 from .interfaces import LaneNote, Outcome, Record, State
 
+#: Why a mail waits that its sender wanted later.
+SCHEDULED = "scheduled"
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -61,6 +64,8 @@ def status_of(
             state, reason = State.HELD, record.reason
         elif state is State.HELD:
             continue  # one of several mails is held: that is what must be said
+        elif entry.state is State.QUEUED and entry.due > (note.until if note else 0.0):
+            state, reason, next_try = State.QUEUED, reason or SCHEDULED, next_try or entry.due
         elif note is not None and entry.state is State.QUEUED:
             state, reason, next_try = State.DEFERRED, note.reason, note.until
             for recipient in record.envelope.recipients:

@@ -6,6 +6,7 @@ import getpass
 import re
 import socket
 import sys
+from datetime import datetime
 from typing import Any
 
 import click
@@ -18,10 +19,23 @@ from .mail_input import Mail, qualified, read_mail, split_addresses
 from .output import emit, say
 
 _NULL = ("", "<>")
+_DIGITS = tuple("0123456789")
 
 # sendmail's, and of no use here: how errors are reported, aliases, names, body types, DSN.
 _IGNORED_FLAGS = ("-n", "-m", "-U", "-G")
 _IGNORED_VALUES = ("-e", "-h", "-B", "-N", "-R", "-V", "-L", "-A", "-O", "-X")
+
+
+def _time(value: str) -> float:
+    """Read ISO 8601 (of this machine's zone, when it names none) or seconds since the epoch."""
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(value).timestamp()
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f"{value!r} is no time such as 2030-12-31T08:00") from None
 
 
 def _ignored(function: Any) -> Any:
@@ -39,6 +53,9 @@ def _ignored(function: Any) -> Any:
 @click.option("-i", "--ignore-dots", is_flag=True, help="A line with a dot is no end.  Also -oi.")
 @click.option("-F", "--name", default="", help="Name in a From field that is missing.")
 @click.option("--mailbox", help="Send through the account of this mailbox.")
+@click.option("--not-before", type=_time, metavar="TIME", help="Do not send earlier.")
+@click.option("--undo", type=float, metavar="SECONDS", help="Hold back so long; see cancel.")
+@click.option("--priority", metavar="WORD|0-9", help="low, normal, high, or 0 to 9.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the Message-Id.")
 @click.option("-o", "settings", multiple=True, metavar="X", help="sendmail's; -oi is -i.")
 @click.option("-b", "modes", multiple=True, metavar="m", help="sendmail's mode; -bm only.")
@@ -54,6 +71,9 @@ def send(
     ignore_dots: bool,
     name: str,
     mailbox: str | None,
+    not_before: float | None,
+    undo: float | None,
+    priority: str | None,
     verbose: bool,
     settings: tuple[str, ...],
     modes: tuple[str, ...],
@@ -91,7 +111,15 @@ def send(
         if not sender and mailbox is None:
             mailbox = user  # RFC 5321 section 4.5.5: nobody to route by
         with transaction.manager:
-            message_id = outbox.delivery.send(sender, addresses, mail.data, mailbox=mailbox)
+            message_id = outbox.delivery.send(
+                sender,
+                addresses,
+                mail.data,
+                mailbox=mailbox,
+                not_before=not_before,
+                undo=undo,
+                priority=int(priority) if priority in _DIGITS else priority,
+            )
     if as_json:
         emit({"message_id": message_id, "sender": sender, "recipients": addresses})
     elif verbose or app.verbose:

@@ -16,12 +16,12 @@ from ..files import make_private
 from .durable import spool_error
 
 _MAILDIR: Final = ("tmp", "new", "cur")
-_OUTCOMES: Final = "outcomes"
+_OURS: Final = ("outcomes", "keys")
 _FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Layout:
-    """tmp/, new/, cur/ and outcomes/ of one path, made when missing, 0700.
+    """tmp/, new/, cur/, outcomes/ and keys/ of one path, made when missing, 0700.
 
     `beside`: names that may be in the directory before it is a Maildir.
     """
@@ -32,7 +32,7 @@ class Layout:
         try:
             self._refuse_others(beside)
             make_private(path)
-            for name in (*_MAILDIR, _OUTCOMES):
+            for name in (*_MAILDIR, *_OURS):
                 make_private(os.path.join(path, name))
                 self._fds[name] = self._open(name)
         except OSError as error:
@@ -81,7 +81,7 @@ class Layout:
                 f"{self.path}: is a file; a spool is a directory: choose another path"
             ) from None
         if not names.issuperset(_MAILDIR):
-            others = sorted(names.difference(_MAILDIR, (_OUTCOMES,), beside))
+            others = sorted(names.difference(_MAILDIR, _OURS, beside))
             if others:
                 raise SpoolError(
                     f"{self.path}: is no Maildir and holds {others[0]!r}: choose an empty or new"

@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from zope.interface import implementer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_GONE: Final = (State.ACCEPTED, State.CANCELLED)
 _SETTLED: Final = (State.DEFERRED, State.HELD, State.UNCLEAR, State.REFUSED)
 
 
@@ -135,16 +137,19 @@ class Lease:
         """See `ILease`."""
         if self._fd < 0 or self._generation != forks.generation():
             raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
-        if settlement.state is State.ACCEPTED:
+        if settlement.state in _GONE:
             self._mails.remove(self.entry, has_side=self._has_side)
+            if settlement.state is State.CANCELLED:
+                self._mails.free_key(self.entry, self.envelope)
             fd, self._fd = self._fd, -1
             self._mails.bury(fd)
             return None
         if settlement.state not in _SETTLED:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {settlement.state}")
-        entry_id, lane = self.entry.id, self.entry.lane
         due, attempts = settlement.due, settlement.attempts
-        after = names.normal(Entry(entry_id, lane, settlement.state, due, attempts))
+        after = names.normal(
+            replace(self.entry, state=settlement.state, due=due, attempts=attempts)
+        )
         outcomes = {**self.outcomes, **settlement.outcomes}
         side = Side(after.state, after.due, after.attempts, settlement.reason, outcomes)
         try:

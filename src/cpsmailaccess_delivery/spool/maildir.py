@@ -29,6 +29,7 @@ from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
 from ..interfaces import Entry, ISpool, LaneNote, Record, SweepReport
 from ..watch import NotifyWatch, PollingWatch, watch_folders
 from . import names
+from .keys import Keys
 from .layout import Layout
 from .lease import Lease, is_locked, unlock
 from .listing import Listing
@@ -64,9 +65,10 @@ class Maildir:
         self.location = os.fspath(path)
         self._notify = notify
         self._layout = Layout(self.location, beside=_BESIDE)
-        self._staging = Staging(self._layout, presence, clock)
+        self._keys = Keys(self._layout, presence, self.sweep)
+        self._staging = Staging(self._layout, presence, self._keys, clock)
         sides = SideFiles(self._layout, scrap=self._staging.scrap)
-        self._mails = Mails(self._layout, sides)
+        self._mails = Mails(self._layout, sides, self._keys)
         self._listing = Listing(self._layout, clock)
         self._notes = LaneNotes(Path(self.location) / "lanes")
         self._polling: list[PollingWatch] = []
@@ -92,6 +94,10 @@ class Maildir:
     def discard(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
         self._staging.discard(entries)
+
+    def key_holder(self, key: str) -> str | None:
+        """See `ISpool`."""
+        return self._keys.holder(key)
 
     # What processors do
 
@@ -190,6 +196,7 @@ class Maildir:
             except InvalidEnvelope as error:  # to cancel it may be all that one can do
                 record = Record(entry, Envelope("", ()), {}, 0, str(error))
             self._mails.remove(entry, has_side=True)
+            self._mails.free_key(entry, record.envelope)
         finally:
             unlock(fd)
         self._mails.sync()
@@ -215,6 +222,7 @@ class Maildir:
         """See `ISpool`."""
         report = self._staging.sweep(self._mails.hold_staged)
         self._mails.remove_orphans()
+        self._keys.prune()
         return report
 
     def left_overs(self) -> Sequence[str]:

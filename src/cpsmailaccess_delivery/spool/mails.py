@@ -15,15 +15,17 @@ import os
 import stat
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Final
 
-from ..envelope import parse_block
+from ..envelope import Envelope, parse_block
 from ..errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from ..files import read_all
 from ..interfaces import Entry, Record, State
 from ..message import LARGEST
 from . import forks, names
 from .durable import spool_error
+from .keys import Keys
 from .layout import Layout
 from .lease import Lease, lock_file, unlock
 from .outcomes import NOTHING, DamagedSide, Side, SideFiles
@@ -42,8 +44,9 @@ _NO_MAIL: Final = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
 class Mails:
     """The files of new/ and cur/, by their entries, with their side files."""
 
-    def __init__(self, layout: Layout, sides: SideFiles) -> None:
+    def __init__(self, layout: Layout, sides: SideFiles, keys: Keys) -> None:
         self._layout = layout
+        self._keys = keys
         self._sides = sides
         self._orphans_due = 0.0  # by the monotonic clock
         self._removed = False  # whether a removal is not synced yet
@@ -123,7 +126,7 @@ class Mails:
             return None
         if side is not None and side.attempts > entry.attempts:
             # Somebody died between the two steps of `record`: take the second.
-            after = Entry(entry.id, entry.lane, side.state, side.due, side.attempts)
+            after = replace(entry, state=side.state, due=side.due, attempts=side.attempts)
             self.rename(entry, names.normal(after))
             return None
         return Lease(self, fd, entry, envelope=envelope, message=data[offset:], side=side)
@@ -151,6 +154,11 @@ class Mails:
         if has_side:
             self._spent.append(entry.id)
         self._removed = True  # last: see `sync`
+
+    def free_key(self, entry: Entry, envelope: Envelope) -> None:
+        """Free the key of a mail that was cancelled, when it was never tried."""
+        if envelope.key and not entry.attempts:
+            self._keys.free(envelope.key, entry.id)
 
     def bury(self, fd: int) -> None:
         """Close the file of a removed mail with the next `sync`.
@@ -188,7 +196,7 @@ class Mails:
         except DamagedSide:
             attempts = 0  # the next claim holds it again, and says why
         attempts = max(entry.attempts, attempts)  # so that the side file is not newer
-        after = names.normal(Entry(entry.id, entry.lane, State.QUEUED, 0.0, attempts))
+        after = names.normal(replace(entry, state=State.QUEUED, due=0.0, attempts=attempts))
         self.rename(entry, after)
         return after
 
@@ -280,4 +288,4 @@ class Mails:
 
 
 def _held(entry: Entry) -> Entry:
-    return Entry(entry.id, entry.lane, State.HELD, 0.0, entry.attempts)
+    return replace(entry, state=State.HELD, due=0.0)

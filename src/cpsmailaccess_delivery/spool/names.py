@@ -6,6 +6,8 @@
           seconds    micros  chance  Message-Id          lane
     cur/  ... the same ...:1,deferred,1732369260.25,3
                            state      due           attempts
+    new/  ... the same ...,L=89abcdef01234567,P=8:1,queued,1732369260.25,0
+                           priority, unless normal   scheduled for later
 
 The `id` is all before ``,L=``.  A file with a plain name that we did not give is its own
 id and has no lane; in the spool it is queued like any other.  A name is *canonical* when
@@ -16,23 +18,26 @@ id and has no lane; in the spool it is queued like any other.  A name is *canoni
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from sys import intern
 from typing import Final
 
-from ..envelope import digest
-from ..interfaces import Entry, State
+from ..envelope import Envelope, digest, lane_key
+from ..interfaces import NORMAL_PRIORITY, Entry, State
 
 _ID: Final = r"\d{10}\.M\d{6}R[0-9a-f]{6}\.[0-9a-f]{16}"
-_INFO: Final = (
-    r":1,(queued|deferred|held|unclear|refused)"
-    r",((?:0|[1-9]\d{0,10})(?:\.\d{0,2}[1-9])?),(0|[1-9]\d{0,5})"
-)
+_PRIORITY: Final = r"(?:,P=([0-46-9]))?"
+_DUE: Final = r"((?:0|[1-9]\d{0,10})(?:\.\d{0,2}[1-9])?)"
+_INFO: Final = rf":1,(queued|deferred|held|unclear|refused),{_DUE},(0|[1-9]\d{{0,5}})"
 _BARE = re.compile(rf"({_ID}),L=([0-9a-f]{{16}})\Z", re.ASCII)
-_OWN = re.compile(rf"({_ID}),L=([0-9a-f]{{16}})(?:{_INFO})?\Z", re.ASCII)
+_OWN = re.compile(rf"({_ID}),L=([0-9a-f]{{16}}){_PRIORITY}(?:{_INFO})?\Z", re.ASCII)
 _FOREIGN = re.compile(rf"([A-Za-z0-9_=+@-][A-Za-z0-9._,=+@-]{{0,179}})(?:{_INFO})?\Z", re.ASCII)
 _STAGED = re.compile(
-    rf"({_ID}),L=([0-9a-f]{{16}}),S=(\d+),C=([0-9a-f]{{8}}),P=([0-9a-f]{{16}})\Z", re.ASCII
+    rf"({_ID}),L=([0-9a-f]{{16}}){_PRIORITY}(?:,D={_DUE})?,S=(\d+),C=([0-9a-f]{{8}})"
+    r",P=[0-9a-f]{16}\Z",
+    re.ASCII,
 )
+_KEY = re.compile(rf"({_ID}),K=([0-9a-f]{{32}}),P=[0-9a-f]{{16}}\Z", re.ASCII)
 _SCRAP = re.compile(r".*,P=([0-9a-f]{16})\Z", re.ASCII | re.DOTALL)
 
 _LAST_DUE: Final = 99_999_999_999  # seconds: eleven digits
@@ -46,9 +51,15 @@ def new_id(now: float, chance: str, message_id: str) -> str:
     return f"{seconds:010d}.M{rest:06d}R{chance}.{digest(message_id)}"
 
 
+def first_entry(entry_id: str, envelope: Envelope) -> Entry:
+    """Return the entry of a mail that is not committed yet."""
+    lane, due = lane_key(envelope.route), envelope.not_before
+    return normal(Entry(entry_id, lane, due=due, priority=envelope.priority))
+
+
 def file_name(entry: Entry) -> str:
     """Return the name of an entry in its `folder`."""
-    name = f"{entry.id},L={entry.lane}" if entry.lane else entry.id
+    name = _base(entry) if entry.lane else entry.id
     if entry.state is State.QUEUED and not entry.due and not entry.attempts:
         return name
     return f"{name}:1,{entry.state.value},{_number(entry.due)},{entry.attempts}"
@@ -65,17 +76,17 @@ def parse(name: str, where: str) -> Entry | None:
         return Entry(bare[1], intern(bare[2]))
     match = _OWN.match(name)
     if match:
-        entry_id, lane, state, due, attempts = match.groups()
-        lane = intern(lane)
+        entry_id, lane, digit, state, due, attempts = match.groups()
+        lane, priority = intern(lane), _priority(digit)
     else:
         match = _FOREIGN.match(name)
         if not match:
             return None
         entry_id, state, due, attempts = match.groups()
-        lane = ""
+        lane, priority = "", NORMAL_PRIORITY
     if state is None:
-        return Entry(entry_id, lane) if where == "new" else None
-    entry = Entry(entry_id, lane, State(state), float(due), int(attempts))
+        return Entry(entry_id, lane, priority=priority) if where == "new" else None
+    entry = Entry(entry_id, lane, State(state), float(due), int(attempts), priority)
     if folder(entry.state) != where or (due == attempts == "0" and where == "new"):
         return None
     return entry
@@ -88,7 +99,7 @@ def normal(entry: Entry) -> Entry:
     if due < wanted:
         due = float(_number(wanted + 0.001))
     attempts = min(max(entry.attempts, 0), _LAST_ATTEMPT)
-    return Entry(entry.id, entry.lane, entry.state, due, attempts)
+    return replace(entry, due=due, attempts=attempts)
 
 
 def usable_id(name: str) -> Entry | None:
@@ -103,7 +114,8 @@ def stands_for(entry_id: str, message_id_digest: str) -> bool:
 
 def staged_name(entry: Entry, *, size: int, check: int, presence: str) -> str:
     """Return the name in tmp/: with what tells a torn file from a whole one."""
-    return f"{entry.id},L={entry.lane},S={size},C={check:08x},P={presence}"
+    due = f",D={_number(entry.due)}" if entry.due else ""
+    return f"{_base(entry)}{due},S={size},C={check:08x},P={presence}"
 
 
 def scrap_name(entry_id: str, *, chance: str, presence: str) -> str:
@@ -111,18 +123,41 @@ def scrap_name(entry_id: str, *, chance: str, presence: str) -> str:
     return f"{entry_id},O={chance},P={presence}"
 
 
+def key_name(entry_id: str, *, digest: str, presence: str) -> str:
+    """Return the name in tmp/ of a key that a mail takes in a transaction."""
+    return f"{entry_id},K={digest},P={presence}"
+
+
+def key_of(name: str) -> tuple[str, str]:
+    """Return (entry id, digest) of a `key_name`; ("", "") of any other name."""
+    match = _KEY.match(name)
+    return (match[1], match[2]) if match else ("", "")
+
+
 def parse_staged(name: str) -> tuple[Entry, int, int] | None:
     """Return (entry, size, check) of a staged mail, or None: another file."""
     match = _STAGED.match(name)
     if not match:
         return None
-    return Entry(match[1], intern(match[2])), int(match[3]), int(match[4], 16)
+    entry_id, lane, digit, due, size, check = match.groups()
+    entry = Entry(entry_id, intern(lane), due=float(due or 0), priority=_priority(digit))
+    return entry, int(size), int(check, 16)
 
 
 def presence_of(name: str) -> str | None:
     """Return the token of the process that a file in tmp/ belongs to; None: not ours."""
     match = _SCRAP.match(name)
     return match[1] if match else None
+
+
+def _base(entry: Entry) -> str:
+    if entry.priority == NORMAL_PRIORITY:
+        return f"{entry.id},L={entry.lane}"
+    return f"{entry.id},L={entry.lane},P={entry.priority}"
+
+
+def _priority(digit: str | None) -> int:
+    return NORMAL_PRIORITY if digit is None else int(digit)
 
 
 def _number(due: float) -> str:

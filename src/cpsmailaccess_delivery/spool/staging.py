@@ -25,12 +25,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..envelope import Envelope, format_block, lane_key
+from ..envelope import Envelope, format_block
 from ..errors import SpoolError
 from ..files import read_all, write_all
 from ..interfaces import Entry, SweepReport
 from . import forks, names
 from .durable import GroupSync, settle_files, spool_error
+from .keys import Keys
 from .layout import Layout
 from .presence import Presence
 
@@ -57,6 +58,10 @@ class _Staged:
     fd: int  # -1: not kept open
     generation: int
     prepared: bool = False
+    key: str = ""
+    message_id: str = ""
+    due: float = 0.0
+    scrap: str = ""  # of its key, while that is taken
 
 
 class Staging:
@@ -65,8 +70,11 @@ class Staging:
     `clock`: seconds since the epoch.
     """
 
-    def __init__(self, layout: Layout, presence: Presence, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, layout: Layout, presence: Presence, keys: Keys, clock: Callable[[], float]
+    ) -> None:
         self._layout = layout
+        self._keys = keys
         self._presence = presence
         self._clock = clock
         self._staged: dict[str, _Staged] = {}
@@ -85,7 +93,7 @@ class Staging:
         self._layout.check_open()
         block = format_block(envelope)
         entry_id = names.new_id(self._clock(), os.urandom(3).hex(), envelope.message_id)
-        entry = Entry(entry_id, lane_key(envelope.route))
+        entry = names.first_entry(entry_id, envelope)
         name = names.staged_name(
             entry,
             size=len(block) + len(message),
@@ -108,7 +116,11 @@ class Staging:
         else:
             os.close(fd)
             fd = -1
-        self._staged[entry.id] = _Staged(name, next(self._serial), fd, forks.generation())
+        staged = _Staged(name, next(self._serial), fd, forks.generation())
+        if envelope.key:
+            staged.key, staged.message_id = envelope.key, envelope.message_id
+            staged.due = entry.due
+        self._staged[entry.id] = staged
         return entry
 
     def prepare(self, entries: Sequence[Entry]) -> None:
@@ -117,6 +129,11 @@ class Staging:
         if not staged:
             return
         try:
+            for entry, each in zip(entries, staged, strict=True):
+                if each.key:
+                    each.scrap = self._keys.take(
+                        each.key, entry_id=entry.id, message_id=each.message_id, due=each.due
+                    )
             for each in staged:
                 each.prepared = True
                 if each.fd >= 0:
@@ -142,6 +159,8 @@ class Staging:
                 log.critical("%s: published, but not staged by this process", entry.id)
                 continue
             self._shut(staged)
+            if staged.scrap:
+                self._keys.confirm(staged.scrap)
             if not self._move_to_new(staged.name, entry):
                 try:
                     os.chmod(staged.name, _COMMITTED, dir_fd=self._layout["tmp"])
@@ -163,6 +182,8 @@ class Staging:
             del self._staged[entry.id]
             self._shut(staged)
             _unlink(staged.name, tmp)
+            if staged.scrap:
+                self._keys.give_back(staged.scrap)
             sync = sync or staged.prepared
         if sync:  # else a power loss brings it back, in doubt
             try:
@@ -176,6 +197,7 @@ class Staging:
         held: list[str] = []
         alive: dict[str, bool] = {}
         visible: set[str] | None = None  # a listing of all ids, when it is needed
+        scraps: dict[str, str] = {}  # of keys, by id; they stand before their mail
         tmp = self._layout["tmp"]
         for name in sorted(self._layout.listing("tmp")):
             token = names.presence_of(name)
@@ -194,12 +216,18 @@ class Staging:
                 alive[token] = token == self._presence.token or self._presence.is_alive(token)
             if alive[token]:
                 continue
+            entry_id, _ = names.key_of(name)
+            if entry_id:
+                scraps[entry_id] = name
+                continue
             if found and mode == _PREPARED:
                 if visible is None:
                     visible = self._ids()
                 if found[0].id in visible:
                     _unlink(name, tmp)  # published: only this name came back
                 elif self._whole(name, size=found[1], check=found[2]):
+                    if found[0].id in scraps:  # first: it may soon be delivered
+                        self._keys.confirm(scraps.pop(found[0].id))
                     if hold(name, found[0], IN_DOUBT):
                         held.append(found[0].id)
                 else:
@@ -209,6 +237,7 @@ class Staging:
             _unlink(name, tmp)
             if found:
                 removed.append(found[0].id)
+        self._recover_keys(scraps)
         self._presence.tidy()
         return SweepReport(tuple(removed), tuple(held))
 
@@ -217,6 +246,18 @@ class Staging:
         owners = {name: names.presence_of(name) for name in self._layout.listing("tmp")}
         dead = {token for token in owners.values() if token and not self._presence.is_alive(token)}
         return [name for name, token in owners.items() if token in dead]
+
+    def _recover_keys(self, scraps: dict[str, str]) -> None:
+        """Free the keys of mails that were not prepared."""
+        visible = self._ids() if scraps else set()
+        for entry_id, name in scraps.items():
+            scrap = self._keys.recover(name)
+            if scrap is None:
+                continue
+            if entry_id in visible:
+                self._keys.confirm(scrap)
+            else:
+                self._keys.give_back(scrap)
 
     def close(self) -> None:
         """Remove what is staged and not prepared: its transaction cannot commit any more."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from zope.interface import implementer
 
-from ..envelope import Envelope, format_block, lane_key
-from ..errors import EntryBusy, NoSuchEntry, SpoolError
+from ..envelope import Envelope, format_block
+from ..errors import EntryBusy, KeyTaken, NoSuchEntry, SpoolError
 from ..interfaces import (
     Entry,
     ILease,
@@ -24,7 +24,7 @@ from ..interfaces import (
     State,
     SweepReport,
 )
-from ..spool.names import new_id, normal
+from ..spool.names import first_entry, new_id, normal
 
 
 @dataclass(slots=True)
@@ -51,21 +51,27 @@ class MemorySpool:
         self._visible: dict[str, _Mail] = {}
         self._watches: list[MemoryWatch] = []
         self._notes: dict[str, LaneNote] = {}
+        self._keys: dict[str, _Mail] = {}
 
     def stage(self, envelope: Envelope, message: bytes) -> Entry:
         """See `ISpool`."""
         format_block(envelope)  # refuses what no spool could keep
         entry_id = new_id(self._clock(), os.urandom(3).hex(), envelope.message_id)
-        entry = Entry(entry_id, lane_key(envelope.route))
+        entry = first_entry(entry_id, envelope)
         self._staged[entry.id] = _Mail(entry, envelope, bytes(message))
         return entry
 
     def prepare(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
-        for entry in entries:
-            if entry.id not in self._staged:
-                raise SpoolError(f"{self.location} {entry.id} was not staged by this process")
-            self._staged[entry.id].prepared = True
+        with self._lock:
+            for entry in entries:
+                if entry.id not in self._staged:
+                    raise SpoolError(f"{self.location} {entry.id} was not staged by this process")
+                mail = self._staged[entry.id]
+                key = mail.envelope.key
+                if key and self._keys.setdefault(key, mail) is not mail:
+                    raise KeyTaken(f"idempotency_key={key!r}: another transaction has it")
+                mail.prepared = True
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
@@ -77,8 +83,19 @@ class MemorySpool:
 
     def discard(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
-        for entry in entries:
-            self._staged.pop(entry.id, None)
+        with self._lock:
+            for entry in entries:
+                mail = self._staged.pop(entry.id, None)
+                if mail is not None:
+                    self._free_key(mail)
+
+    def key_holder(self, key: str) -> str | None:
+        """See `ISpool`."""
+        with self._lock:
+            mail = self._keys.get(key)
+            if mail is None or mail.entry.id in self._staged:
+                return None
+            return mail.envelope.message_id
 
     def scan(self) -> Iterator[Entry]:
         """See `ISpool`."""
@@ -142,6 +159,8 @@ class MemorySpool:
         with self._lock:
             mail = self._idle(entry)
             del self._visible[entry.id]
+            if not mail.entry.attempts:
+                self._free_key(mail)
             return _record(mail)
 
     def note_lane(self, key: str, note: LaneNote | None) -> None:
@@ -174,11 +193,13 @@ class MemorySpool:
         for watch in list(self._watches):
             watch.close()
 
-    def change(self, mail: _Mail, after: Entry | None) -> Entry:
+    def change(self, mail: _Mail, after: Entry | None, *, free_key: bool = False) -> Entry:
         """Give a mail its new entry; None: it is gone."""
         with self._lock:
             if after is None:
                 del self._visible[mail.entry.id]
+                if free_key:
+                    self._free_key(mail)
                 return mail.entry
             mail.entry = normal(after)
         self._tell([mail.entry])
@@ -187,6 +208,10 @@ class MemorySpool:
     def _tell(self, entries: Iterable[Entry]) -> None:
         for watch in list(self._watches):
             watch.tell(entries)
+
+    def _free_key(self, mail: _Mail) -> None:
+        if self._keys.get(mail.envelope.key) is mail:
+            del self._keys[mail.envelope.key]
 
     def _get(self, entry_id: str) -> _Mail:
         mail = self._visible.get(entry_id)
@@ -223,16 +248,17 @@ class MemoryLease:
         mail, state = self._mail, settlement.state
         if mail is None:
             raise SpoolError(f"{self.entry.id}: the lease has ended")
-        if state in (State.QUEUED, State.CANCELLED):
+        if state is State.QUEUED:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {state}")
         after = None
-        if state is not State.ACCEPTED:
+        if state not in (State.ACCEPTED, State.CANCELLED):
             mail.outcomes = {**self.outcomes, **settlement.outcomes}
             mail.reason = settlement.reason
             due, attempts = settlement.due, settlement.attempts
-            after = Entry(self.entry.id, self.entry.lane, state, due, attempts)
+            after = replace(self.entry, state=state, due=due, attempts=attempts)
         self.release()
-        now = self._spool.change(mail, after)
+        cancelled = state is State.CANCELLED and not self.entry.attempts
+        now = self._spool.change(mail, after, free_key=cancelled)
         return None if after is None else now
 
     def release(self) -> None:

@@ -1,0 +1,157 @@
+"""What a transaction does to the spool: mails that it sends, and mails that it takes back.
+
+::
+
+    send     stage -> (dropped by a cancel in the same transaction) -> prepare -> publish
+    cancel   find  -> prepare: lease  -> publish: remove
+                                      -> discard: release
+
+The lease between vote and finish is why no processor sends what is being cancelled.  A crash
+in between releases it: the mail is as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from .errors import EntryBusy, SpoolError
+from .interfaces import Entry, Settlement, State
+from .queue import events_of
+
+log = logging.getLogger(__name__)
+
+_LOOK_UPS: Final = 5  # a mail may move between look-up and claim; nobody moves one that often
+_CANCELLED: Final = Settlement(State.CANCELLED)
+
+
+@dataclass(eq=False, slots=True)
+class Outgoing:
+    """One mail that is sent in a transaction which has not ended."""
+
+    entry: Entry
+    message_id: str
+    key: str = ""
+    dropped: bool = False  # cancelled in the same transaction
+
+
+@dataclass(eq=False, slots=True)
+class Removal:
+    """One mail that is cancelled in a transaction: of an earlier one, or of the same."""
+
+    entry: Entry
+    own: Outgoing | None = None
+    lease: Any = None
+
+    def begin(self, token: str) -> Removal:
+        """Return it; a mail of the same transaction is dropped from now on."""
+        if self.own is not None:
+            self.own.dropped = True
+        return self
+
+
+@dataclass(slots=True)
+class Doings:
+    """What the current transaction has done so far, for what it does next; by `id`."""
+
+    sent: dict[int, Outgoing] = field(default_factory=dict)
+    removals: dict[int, Removal] = field(default_factory=dict)
+
+    def find_sent(self, message_id: str) -> list[Outgoing]:
+        """Return the mails that it sends with this Message-Id."""
+        sent = self.sent.values()
+        return [mail for mail in sent if mail.message_id == message_id and not mail.dropped]
+
+    def find_key(self, key: str) -> str | None:
+        """Return the Message-Id of the mail that it sends with this key, or None."""
+        found = (mail for mail in self.sent.values() if mail.key == key and not mail.dropped)
+        return next((mail.message_id for mail in found), None)
+
+    def has_cancelled(self, entry: Entry) -> bool:
+        """Tell whether it cancels this mail."""
+        return any(removal.entry.id == entry.id for removal in self.removals.values())
+
+
+class OutgoingMails:
+    """A `datamanager.TwoPhaseStore` of `Outgoing`."""
+
+    def __init__(self, spool: Any) -> None:
+        self._spool = spool
+
+    def prepare(self, mails: Sequence[Outgoing]) -> None:
+        """Make durable what has not been dropped."""
+        self._spool.discard([mail.entry for mail in mails if mail.dropped])
+        self._spool.prepare([mail.entry for mail in mails if not mail.dropped])
+
+    def publish(self, mails: Sequence[Outgoing]) -> None:
+        """Make it visible."""
+        self._spool.publish([mail.entry for mail in mails if not mail.dropped])
+
+    def discard(self, mails: Sequence[Outgoing]) -> None:
+        """Remove it."""
+        self._spool.discard([mail.entry for mail in mails])
+
+
+class Removals:
+    """A `datamanager.TwoPhaseStore` of `Removal`."""
+
+    def __init__(self, spool: Any, journal: Any, clock: Callable[[], float]) -> None:
+        self._spool = spool
+        self._journal = journal
+        self._clock = clock
+
+    def prepare(self, removals: Sequence[Removal]) -> None:
+        """Take the leases.  Raises `NoSuchEntry`, `EntryBusy`."""
+        for removal in removals:
+            if removal.own is None:
+                removal.lease = self._lease(removal.entry)
+
+    def publish(self, removals: Sequence[Removal]) -> None:
+        """Remove the mails.  Never raises: it logs."""
+        removed = False
+        for removal in removals:
+            lease, removal.lease = removal.lease, None
+            if lease is None:
+                continue
+            try:
+                lease.settle(_CANCELLED)
+            except SpoolError as error:
+                log.critical("%s is cancelled, but cannot be removed: %s", removal.entry.id, error)
+                lease.release()
+                continue
+            removed = True
+            self._note(lease)
+        if removed:
+            try:
+                self._spool.sync()
+            except SpoolError as error:
+                log.error("%s; a power loss may bring cancelled mails back", error)
+
+    def discard(self, removals: Sequence[Removal]) -> None:
+        """Leave the mails as they were."""
+        for removal in removals:
+            if removal.own is not None:
+                removal.own.dropped = False
+            if removal.lease is not None:
+                removal.lease.release()
+                removal.lease = None
+
+    def _lease(self, entry: Entry) -> Any:
+        for _ in range(_LOOK_UPS):
+            lease = self._spool.claim(entry)
+            if lease is not None:
+                return lease
+            if self._spool.leased(entry):
+                break
+            entry = self._spool.look_up(entry.id)
+        raise EntryBusy(f"{entry.id}: is being delivered right now; try again in a moment")
+
+    def _note(self, lease: Any) -> None:
+        if self._journal is None:
+            return
+        for event in events_of(
+            lease.entry, lease.envelope, lease.outcomes, State.CANCELLED, self._clock()
+        ):
+            self._journal.record(event)

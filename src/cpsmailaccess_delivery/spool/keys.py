@@ -1,0 +1,200 @@
+"""Idempotency keys: which have been committed, and by which mail.  The directory keys/.
+
+::
+
+    take                     confirm                prune
+    tmp/ID,K=DIGEST,P=...    (removed)
+    keys/DIGEST  (a link) -> keys/DIGEST   ...  ->  30 days later: removed
+       |
+       +- give_back; or its process is dead, and its mail was never prepared: removed
+
+One of those who link the same name wins.  While the file has its other name in tmp/, the
+transaction has not ended.  `prepare` takes the key before the mail is durable, and `publish`
+confirms it before the mail is visible: so whatever crashes, a mail that may be delivered
+has its key, and a key without a mail is free again after the next sweep.  In doubt they
+are together: the key is taken while the mail is held, and free when that is cancelled.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Final
+
+from ..errors import KeyTaken
+from ..files import read_all, write_new
+from . import names
+from .durable import spool_error
+from .layout import Layout
+from .presence import Presence
+
+log = logging.getLogger("cpsmailaccess_delivery.spool")
+
+_KEPT: Final = 30 * 86400.0  # seconds: as long as the journal's events
+_PRUNE_EVERY: Final = 86400.0
+_PRUNED: Final = ".pruned"
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+class Keys:
+    """The keys of a spool.  `sweep`: tidies what dead processes left."""
+
+    def __init__(self, layout: Layout, presence: Presence, sweep: Callable[[], object]) -> None:
+        self._layout = layout
+        self._presence = presence
+        self._sweep = sweep
+
+    def holder(self, key: str) -> str | None:
+        """Return the Message-Id of the mail that was committed, or is in doubt, with a key.
+
+        None: nobody has it, or a transaction that has not ended.  Raises `SpoolError`.
+        """
+        digest = _digest(key)
+        try:
+            found = self._look(digest)
+            if found is not None and found.pending:
+                if self._presence.is_alive(found.presence):
+                    return None
+                self._sweep()
+                found = self._look(digest)
+        except OSError as error:
+            raise spool_error("look up an idempotency key", self._layout.path, error) from error
+        return None if found is None or found.pending else found.message_id
+
+    def take(self, key: str, *, entry_id: str, message_id: str, due: float) -> str:
+        """Take a key for a mail of a transaction; return the name of its scrap in tmp/.
+
+        Durable.  `due`: seconds since the epoch; it is kept longer when that is later.
+        Raises `KeyTaken`, OSError.
+        """
+        digest, presence = _digest(key), self._presence.token
+        scrap = names.key_name(entry_id, digest=digest, presence=presence)
+        tmp, keys = self._layout["tmp"], self._layout["keys"]
+        content = f"{entry_id}\n{presence}\n{message_id}\n".encode()
+        write_new(scrap, content, sync=True, dir_fd=tmp)
+        try:
+            now = time.time()
+            if due > now:
+                os.utime(scrap, (now, due), dir_fd=tmp)
+            for last in (False, True):
+                try:
+                    os.link(scrap, digest, src_dir_fd=tmp, dst_dir_fd=keys)
+                    break
+                except FileExistsError:
+                    if last or not self._abandoned(digest):
+                        raise KeyTaken(
+                            f"idempotency_key={key!r}: another transaction has committed it, or"
+                            " is about to; begin again, and send returns its Message-Id"
+                        ) from None
+                    self._sweep()
+            os.fsync(keys)
+        except BaseException:
+            self.give_back(scrap)
+            raise
+        return scrap
+
+    def confirm(self, scrap: str) -> None:
+        """Keep a key that was taken: its mail is committed, or in doubt.  Never raises."""
+        _unlink("tmp", scrap, self._layout["tmp"])
+
+    def give_back(self, scrap: str) -> None:
+        """Free a key that was taken.  Never raises."""
+        digest = names.key_of(scrap)[1]
+        tmp, keys = self._layout["tmp"], self._layout["keys"]
+        try:
+            ours = os.stat(scrap, dir_fd=tmp, follow_symlinks=False)
+            there = os.stat(digest, dir_fd=keys, follow_symlinks=False)
+            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
+                _unlink("keys", digest, keys)
+        except OSError:
+            pass  # it was not taken, after all
+        _unlink("tmp", scrap, tmp)
+
+    def recover(self, scrap: str) -> str | None:
+        """Take over what a dead process left; the name it has now, or None: too late."""
+        entry_id, digest = names.key_of(scrap)
+        ours = names.key_name(entry_id, digest=digest, presence=self._presence.token)
+        try:
+            self._layout.move("tmp", scrap, "tmp", ours)
+        except OSError:
+            return None  # another sweep was faster
+        return ours
+
+    def free(self, key: str, entry_id: str) -> None:
+        """Free the key of a mail that was cancelled before it was tried.  Never raises."""
+        digest = _digest(key)
+        try:
+            found = self._look(digest)
+        except OSError as error:
+            log.error("keys/%s cannot be read: %s", digest, error)
+            return
+        if found is not None and found.entry_id == entry_id:
+            _unlink("keys", digest, self._layout["keys"])
+
+    def prune(self) -> None:
+        """Forget old keys; about once a day.  Never raises."""
+        keys = self._layout["keys"]
+        try:
+            fd = os.open(_PRUNED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=keys)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                now, status = time.time(), os.fstat(fd)
+                if status.st_size and now - status.st_mtime < _PRUNE_EVERY:
+                    return
+                for name in self._layout.listing("keys"):
+                    there = os.stat(name, dir_fd=keys, follow_symlinks=False)
+                    if name != _PRUNED and there.st_nlink == 1 and now - there.st_mtime > _KEPT:
+                        os.unlink(name, dir_fd=keys)
+                os.pwrite(fd, b"pruned\n", 0)
+            finally:
+                os.close(fd)
+        except BlockingIOError:
+            pass  # somebody else does it
+        except OSError as error:
+            log.error("keys/ cannot be pruned; trying again tomorrow: %s", error)
+
+    def _abandoned(self, digest: str) -> bool:
+        found = self._look(digest)
+        if found is None:
+            return True  # given back meanwhile
+        return found.pending and not self._presence.is_alive(found.presence)
+
+    def _look(self, digest: str) -> _Taken | None:
+        try:
+            fd = os.open(digest, _READ, dir_fd=self._layout["keys"])
+        except FileNotFoundError:
+            return None
+        try:
+            status = os.fstat(fd)
+            text = read_all(fd, status.st_size).decode("utf-8", "replace")
+        finally:
+            os.close(fd)
+        entry_id, presence, message_id = (*text.split("\n"), "", "", "")[:3]
+        return _Taken(entry_id, presence, message_id, pending=status.st_nlink > 1)
+
+
+class _Taken:
+    __slots__ = ("entry_id", "message_id", "pending", "presence")
+
+    def __init__(self, entry_id: str, presence: str, message_id: str, *, pending: bool) -> None:
+        self.entry_id = entry_id
+        self.presence = presence
+        self.message_id = message_id
+        self.pending = pending
+
+
+def _digest(key: str) -> str:
+    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def _unlink(where: str, name: str, directory: int) -> None:
+    try:
+        os.unlink(name, dir_fd=directory)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.error("%s/%s cannot be removed: %s", where, name, error)
