@@ -163,7 +163,8 @@ def test_hostile_text_changes_no_structure(reply, message, message_id, at, recip
     }  # fmt: skip
     assert one["Action"] == action
     assert header.get_payload(decode=True).rstrip(b"\n") == original_header(message).rstrip(b"\n")
-    assert b"\r" not in data and b"\0" not in data
+    assert b"\r" not in data
+    assert b"\0" not in data
     assert max(map(len, data.split(b"\n"))) <= 998
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .bounce import GIVEN_UP, age_text
 from .interfaces import Entry, Outcome, Settlement, State
 from .outcome import Trouble, classify
 from .retry import Schedule
@@ -28,12 +29,13 @@ _WORST_FIRST = (
 class Attempt:
     """The lease of an entry on its way through a session: a `smtp.session.Mail`."""
 
-    __slots__ = ("lease", "message", "recipients", "sender")
+    __slots__ = ("lease", "message", "notified", "recipients", "sender")
 
     def __init__(self, lease: Any) -> None:
         self.lease = lease
         self.sender: str = lease.envelope.sender
         self.message: bytes = lease.message
+        self.notified = False  # whether the notices of its settlement are durable
         self.recipients = _open_recipients(lease.envelope.recipients, lease.outcomes)
 
     @property
@@ -94,9 +96,27 @@ def settlement_of(
     due = schedule.next_try(attempts, age, now, chance)
     if due is not None:
         return Settlement(state, known, due=due, attempts=attempts)
-    reason = f"given up after {attempts} attempts"
+    reason = f"{GIVEN_UP}{attempts} attempts"
     known = {recipient: _expired(outcome, reason) for recipient, outcome in known.items()}
     return Settlement(worst(known), known, attempts=attempts, reason=reason)
+
+
+def waiting_of(attempt: Attempt, reason: str, *, now: float, expired: bool) -> Settlement:
+    """Return what is recorded of a mail that waits for its lane, and was not tried.
+
+    `reason`: why the lane waits.  `expired`: it has waited too long, and is given up.
+    """
+    earlier: Mapping[str, Outcome] = attempt.lease.outcomes
+    outcome = Outcome(State.DEFERRED, reason, now)
+    if expired:
+        age = age_text(now - attempt.entry.staged_at)
+        outcome = Outcome(State.REFUSED, f"{GIVEN_UP}{age}; {reason}", now)
+    waiting = {r: outcome for r in attempt.recipients if not _unclear(earlier, r)}
+    known = {**earlier, **waiting}
+    attempts = attempt.entry.attempts
+    if expired:
+        return Settlement(worst(known), known, attempts=attempts, reason=outcome.reply)
+    return Settlement(worst(known), known, due=now, attempts=attempts)
 
 
 def worst(outcomes: Mapping[str, Outcome]) -> State:
