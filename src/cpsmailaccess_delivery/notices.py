@@ -74,6 +74,7 @@ class Notices:
         self,
         spool: Any,
         accounts: Any,
+        journal: Any,
         *,
         schedule: Schedule,
         reporting_mta: str,
@@ -84,6 +85,7 @@ class Notices:
     ) -> None:
         self._spool = spool
         self._accounts = accounts
+        self._journal = journal
         self._schedule = schedule
         self._reporting_mta = reporting_mta
         self._loop = loop
@@ -264,10 +266,19 @@ class Notices:
         return pause
 
     def _queued(self, wanted: Mapping[str, Wanted]) -> list[str]:
-        """Return those that are in the spool already: we died after we had queued them."""
+        """Return those that are queued already, or were sent: we died after we had queued them.
+
+        Without the journal, one that has left the spool since is sent again, as the same.
+        """
         ends = {digest(message_id): message_id for message_id in wanted}
         seen = {ends[entry.id[-16:]] for entry in self._spool.scan() if entry.id[-16:] in ends}
-        return [message_id for message_id in seen if self._spool.find(message_id)]
+        self._journal.flush()
+        return [
+            message_id
+            for message_id in wanted
+            if (message_id in seen and self._spool.find(message_id))
+            or self._journal.last_outcomes(message_id)
+        ]
 
     def _route(self, route: Route) -> Route:
         """Return how a notice leaves: as the mail does, or through the default account."""

@@ -123,6 +123,7 @@ class Scheduler:
         self.notices = Notices(
             spool,
             accounts,
+            journal,
             schedule=schedule,
             reporting_mta=helo_name,
             loop=loop,
