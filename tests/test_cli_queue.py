@@ -222,6 +222,7 @@ def test_refused_mail_is_tried_again(tmp_path: Path, command: str) -> None:
         site.run("drain")
         assert [mail.recipients for mail in server.mails] == [
             ("bob@example.net",),
+            ("alice@example.org",),  # the notice
             ("carol@example.net",),
         ]
     assert states(site) == []

@@ -1,4 +1,4 @@
-"""Senders and owners are told what became of their mail: real files, real servers, a clock ahead."""
+"""Who is told what became of a mail: real files, real servers, a clock that is ahead."""
 
 from __future__ import annotations
 

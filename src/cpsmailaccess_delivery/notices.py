@@ -268,16 +268,16 @@ class Notices:
     def _queued(self, wanted: Mapping[str, Wanted]) -> list[str]:
         """Return those that are queued already, or were sent: we died after we had queued them.
 
-        Without the journal, one that has left the spool since is sent again, as the same.
+        An id ends with the digest of its Message-Id, so that nothing is opened.  Without the
+        journal, one that has left the spool since is sent again, as the same.
         """
         ends = {digest(message_id): message_id for message_id in wanted}
         seen = {ends[entry.id[-16:]] for entry in self._spool.scan() if entry.id[-16:] in ends}
-        self._journal.flush()
+        self._journal.flush()  # after the look into the spool: nothing is missed between them
         return [
             message_id
             for message_id in wanted
-            if (message_id in seen and self._spool.find(message_id))
-            or self._journal.last_outcomes(message_id)
+            if message_id in seen or self._journal.last_outcomes(message_id)
         ]
 
     def _route(self, route: Route) -> Route:
