@@ -203,6 +203,7 @@ def test_many_mails_wait_for_a_dead_relay(outbox, server):
 def test_a_crash_after_the_notice_makes_no_second_one(outbox, server):
     put(outbox, server)
     server.on("RCPT", reply="550 5.1.1 no such user", match="bob@")
+    rule = server.on("MAIL", reply="451 4.3.0 later", match="<>")  # not before the crash
     message_id = send(outbox)
     code = (
         "import os, sys\n"
@@ -214,6 +215,7 @@ def test_a_crash_after_the_notice_makes_no_second_one(outbox, server):
     done = subprocess.run([sys.executable, "-c", code, outbox.location], timeout=30)
     assert done.returncode == 9
     assert [entry.state for entry in outbox.spool.scan()] == ["queued"] * 2
+    server.forget(rule)
     drain(outbox)
     assert len(notices(server)) == 1
     assert outbox.status(message_id).state == "refused"
