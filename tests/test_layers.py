@@ -77,6 +77,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "lanes.py",
         "ready.py",
         "outgoing.py",
+        "notices.py",
         "scheduler.py",
         "processor.py",
         "status.py",

@@ -141,7 +141,7 @@ def test_only_the_deferred_are_tried_again(outbox, server):
     assert outbox.processor().run(forever=False).waiting == 1  # not due yet
     outbox.queue.retry(message_id)
     outbox.processor().run(forever=False)
-    assert Counter(r for mail in server.mails for r in mail.recipients) == {
+    assert Counter(r for mail in server.mails if mail.sender for r in mail.recipients) == {
         "carol@x.org": 1,
         "bob@x.org": 1,
     }
@@ -223,7 +223,7 @@ def test_an_account_that_is_gone_keeps_the_mail(outbox, server):
     with transaction.manager:
         outbox.accounts.delete("alice@example.org")
     assert outbox.processor().run(forever=False).waiting == 1
-    assert server.mails == []  # never through the default account instead
+    assert [mail for mail in server.mails if mail.sender] == []  # never through the default one
     assert "alice@example.org" in outbox.status(message_id).reason
     put(outbox, server)
     assert outbox.processor().run(forever=False).accepted == 1

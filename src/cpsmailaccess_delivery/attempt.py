@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .bounce import GIVEN_UP, age_text
 from .interfaces import Entry, Outcome, Settlement, State
 from .outcome import Trouble, classify
 from .retry import Schedule
@@ -31,13 +32,20 @@ _WORST_FIRST = (
 class Attempt:
     """The lease of an entry on its way through a session: a `smtp.session.Mail`."""
 
-    __slots__ = ("lease", "message", "recipients", "sender")
+    __slots__ = ("lease", "message", "notified", "recipients", "sender")
 
     def __init__(self, lease: Any) -> None:
         self.lease = lease
         self.sender: str = lease.envelope.sender
         self.message: bytes = lease.message
+        self.notified = False  # whether the notices of its settlement are durable
         self.recipients = _open_recipients(lease.envelope.recipients, lease.outcomes)
+
+    @property
+    def since(self) -> float:
+        """When it could first be sent, in seconds since the epoch; 0: not known."""
+        not_before: float = self.lease.envelope.not_before
+        return max(self.entry.staged_at, not_before)
 
     @property
     def entry(self) -> Entry:
@@ -94,11 +102,11 @@ def settlement_of(
     if state in FINAL:
         return Settlement(state, known, attempts=attempts)
     envelope = attempt.lease.envelope
-    age = now - (max(attempt.entry.staged_at, envelope.not_before) or now)
+    age = now - (attempt.since or now)
     due = schedule.next_try(attempts, age, now, chance)
     if due is not None and not (envelope.expires and due >= envelope.expires):
         return Settlement(state, known, due=due, attempts=attempts)
-    reason = EXPIRED if due is not None else f"given up after {attempts} attempts"
+    reason = EXPIRED if due is not None else f"{GIVEN_UP}{attempts} attempts"
     known = {recipient: _expired(outcome, reason) for recipient, outcome in known.items()}
     return Settlement(worst(known), known, attempts=attempts, reason=reason)
 
@@ -115,6 +123,24 @@ def expiry_of(attempt: Attempt, now: float) -> Settlement | None:
     known = {**untried, **attempt.lease.outcomes}
     known = {recipient: _expired(outcome, EXPIRED) for recipient, outcome in known.items()}
     return Settlement(worst(known), known, attempts=attempt.entry.attempts, reason=EXPIRED)
+
+
+def waiting_of(attempt: Attempt, reason: str, *, now: float, expired: bool) -> Settlement:
+    """Return what is recorded of a mail that waits for its lane, and was not tried.
+
+    `reason`: why the lane waits.  `expired`: it has waited too long, and is given up.
+    """
+    earlier: Mapping[str, Outcome] = attempt.lease.outcomes
+    outcome = Outcome(State.DEFERRED, reason, now)
+    if expired:
+        age = age_text(now - attempt.since)
+        outcome = Outcome(State.REFUSED, f"{GIVEN_UP}{age}; {reason}", now)
+    waiting = {r: outcome for r in attempt.recipients if not _unclear(earlier, r)}
+    known = {**earlier, **waiting}
+    attempts = attempt.entry.attempts
+    if expired:
+        return Settlement(worst(known), known, attempts=attempts, reason=outcome.reply)
+    return Settlement(worst(known), known, due=now, attempts=attempts)
 
 
 def worst(outcomes: Mapping[str, Outcome]) -> State:

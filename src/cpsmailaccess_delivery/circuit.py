@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from .errors import SpoolError
@@ -23,7 +24,8 @@ class Circuit:
     """The circuit of one lane.
 
     `spool`: keeps the note.  `version`: returns the version of the lane's account.
-    `now`, `chance`: seconds since the epoch, and a number in [0, 1).
+    `now`, `chance`: seconds since the epoch, and a number in [0, 1).  `tell`: called while
+    its account is in trouble and the owner has not been told.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Circuit:
         version: Callable[[], str],
         now: Callable[[], float],
         chance: Callable[[], float],
+        tell: Callable[[LaneNote], None],
     ) -> None:
         self.until = 0.0  # seconds since the epoch
         self._key = key
@@ -45,6 +48,7 @@ class Circuit:
         self._version = version
         self._now = now
         self._chance = chance
+        self._tell = tell
         self._failures = 0
 
     def __repr__(self) -> str:
@@ -54,6 +58,11 @@ class Circuit:
     def is_open(self) -> bool:
         """Whether to wait.  A wait longer than any is left of a clock that has been put back."""
         return 0 < self.until - self._now() <= self._schedule.longest_delay
+
+    @property
+    def failures(self) -> int:
+        """Failures in a row."""
+        return self._failures
 
     @property
     def failed(self) -> bool:
@@ -69,17 +78,25 @@ class Circuit:
         self.until = now + self._schedule.delay(self._failures, self._chance())
         log.warning("%s: %s; next try in %.0f s", self._route, reason, self.until - now)
         before = self._spool.lane_note(self._key)
-        self._note(
-            LaneNote(
-                route=self._route,
-                trouble=str(trouble),
-                reason=reason,
-                since=before.since if before else now,
-                until=self.until,
-                failures=self._failures,
-                version=self._version(),
-            )
+        note = LaneNote(
+            route=self._route,
+            trouble=str(trouble),
+            reason=reason,
+            since=before.since if before else now,
+            until=self.until,
+            failures=self._failures,
+            version=self._version(),
+            told=before.told if before else False,
         )
+        self._note(note)
+        if trouble in (Trouble.ACCOUNT, Trouble.LOGIN) and not note.told:
+            self._tell(note)
+
+    def told(self) -> None:
+        """Remember that the owner was told, until the trouble is over."""
+        note = self._spool.lane_note(self._key)
+        if note is not None and not note.told:
+            self._note(replace(note, told=True))
 
     def close(self) -> None:
         """Go on: the relay works, the account was mended, or a person wants it."""

@@ -138,6 +138,7 @@ class LaneNote:
 
     ``route``: mailbox or relay.  ``trouble``: account or relay.  ``until``: seconds since
     the epoch of the next probe.  ``version``: `IAccountStore.version` when it was written.
+    ``told``: whether the owner of the mailbox was.
     """
 
     route: str
@@ -147,6 +148,7 @@ class LaneNote:
     until: float
     failures: int = 1
     version: str = ""
+    told: bool = False
 
 
 @dataclass(frozen=True, slots=True)

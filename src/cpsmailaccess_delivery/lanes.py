@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .account import Account
-from .attempt import Attempt, account_trouble, outcomes_of, settlement_of
+from .attempt import Attempt, account_trouble, outcomes_of, settlement_of, waiting_of
 from .circuit import Circuit
 from .envelope import Route, lane_key
 from .errors import VaultError
-from .interfaces import Entry, Outcome, Settlement, State
+from .interfaces import Entry, LaneNote, Outcome, Settlement, State
 from .journal import Event
 from .limits import TokenBucket, mails_per_minute
 from .outcome import Trouble, classify
@@ -44,6 +44,11 @@ _BACKLOG = 8
 
 #: Seconds between two looks whether a person has ended the wait of a lane.
 _LOOK = 30.0
+
+#: Seconds between two looks whether mails that wait for a lane have become old, and how many
+#: are looked at in one step of the loop.
+_AGE = 60.0
+_AGE_STEP = 100
 
 #: Seconds that an unused session is kept, for the next mail of the same account.
 _IDLE = 10.0
@@ -68,6 +73,9 @@ class Lane:
         self._idle_timer: asyncio.TimerHandle | None = None
         self._woken_at = math.inf  # seconds since the epoch: the wake-up that is under way
         self._stopping = False
+        self._aged_at = 0.0  # seconds since the epoch: when old mails are looked for again
+        self._aging = False  # more of them are looked at soon
+        self._told: set[str] = set()  # ids of mails whose delay the sender knows
         self.circuit = Circuit(
             self.key,
             str(route),
@@ -76,6 +84,7 @@ class Lane:
             version=self._current_version,
             now=scheduler.now,
             chance=scheduler.chance,
+            tell=self._tell_owner,
         )
         self.circuit.recall(draining=scheduler.draining)
 
@@ -88,7 +97,7 @@ class Lane:
     @property
     def quiet(self) -> bool:
         """Nothing is on its way, and nothing can be sent now."""
-        if self.in_flight or self._sessions:
+        if self.in_flight or self._sessions or self._aging:
             return False
         return not self.ready or self._stopping or self.circuit.is_open
 
@@ -112,7 +121,10 @@ class Lane:
         self.circuit.look()
         if self.circuit.is_open:
             self._wake_at(min(self.circuit.until, self._scheduler.now() + _LOOK))
+            self._age()
             return
+        if not self.circuit.failed:
+            self._told.clear()
         for session in list(self._sessions):
             session.wake()
         while self.ready and self._wants_session() and self._scheduler.may_connect(self):
@@ -244,6 +256,67 @@ class Lane:
     def _give_back(self, mail: Attempt) -> None:
         mail.lease.release()
         self.ready.appendleft(mail.entry)
+
+    # Mails that wait while the lane is in trouble
+
+    def _tell_owner(self, note: LaneNote) -> None:
+        self._scheduler.notices.tell_owner(self.route, note, self.circuit.told)
+
+    def _age(self) -> None:
+        """Give up the mails that have waited too long, and tell the senders of the old ones."""
+        scheduler = self._scheduler
+        now = scheduler.now()
+        if 0 < self._aged_at - now <= _AGE:
+            return
+        self._aged_at = now + _AGE
+        young = Ready()
+        claims = 0
+        while self.ready:
+            entry = self.ready.popleft()
+            scheduled = entry.due if entry.state is State.QUEUED else 0.0
+            age = now - (max(entry.staged_at, scheduled) or now)
+            expired = scheduler.schedule.is_over(self.circuit.failures, age)
+            delayed = 0 < scheduler.schedule.delay_notice <= age and entry.id not in self._told
+            if not (expired or delayed):
+                young.append(entry)
+                continue
+            if claims == _AGE_STEP or scheduler.disk_full:
+                self.ready.appendleft(entry)
+                self._age_soon()
+                break
+            claims += 1
+            attempt = scheduler.claim(entry, self)
+            if attempt is not None and not self._settle_old(attempt, now, expired=expired):
+                attempt.lease.release()
+                young.append(entry)
+        for entry in self.ready:
+            young.append(entry)
+        self.ready = young
+
+    def _age_soon(self) -> None:
+        self._aged_at = 0.0
+        if not self._scheduler.disk_full:  # else we are called when there is room
+            self._aging = True
+            self._scheduler.loop.call_soon(self._age_on)
+
+    def _age_on(self) -> None:
+        self._aging = False
+        self.work()
+        self._scheduler.check_quiet()
+
+    def _settle_old(self, mail: Attempt, now: float, *, expired: bool) -> bool:
+        """Return whether there was something to settle."""
+        scheduler = self._scheduler
+        self._told.add(mail.entry.id)
+        if not expired and not scheduler.notices.delay_is_due(mail):
+            return False
+        note = scheduler.spool.lane_note(self.key)
+        reason = note.reason if note is not None else "its relay or its account is in trouble"
+        settlement = waiting_of(mail, reason, now=now, expired=expired)
+        if expired:
+            self._record(mail, {r: settlement.outcomes[r] for r in mail.recipients})
+        scheduler.settle(mail, settlement)
+        return True
 
     # How many sessions
 

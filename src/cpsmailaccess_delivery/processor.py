@@ -7,6 +7,8 @@ import atexit
 import logging
 import socket
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,6 +48,7 @@ class QueueProcessorThread(threading.Thread):
 
     `helo_name`: how it introduces itself to relays (RFC 5321 section 4.1.1.1); the name
     of this host by default.  `max_sessions`: connections at most, over all accounts.
+    `clock`: seconds since the epoch.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class QueueProcessorThread(threading.Thread):
         schedule: Schedule | None = None,
         helo_name: str | None = None,
         max_sessions: int = MAX_SESSIONS,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(name="cpsmailaccess_delivery.QueueProcessorThread", daemon=True)
         self._spool = spool
@@ -65,6 +69,7 @@ class QueueProcessorThread(threading.Thread):
         self._schedule = schedule or Schedule()
         self._helo_name = helo_name
         self._max_sessions = max_sessions
+        self._clock = clock
         self._stopped = threading.Event()
         self._ended = threading.Event()  # no `run` is under way
         self._ended.set()
@@ -141,6 +146,7 @@ class QueueProcessorThread(threading.Thread):
             schedule=self._schedule,
             max_sessions=self._max_sessions,
             draining=draining,
+            clock=self._clock,
         )
         self.summary = scheduler.summary
         with self._lock:

@@ -18,7 +18,8 @@ class Schedule:
     ``first``: after the first attempt.  ``factor``: growth.  ``longest``: between two
     attempts.  ``jitter``: at most this share is added to a delay.
     ``give_up``: age of a mail after which it is not tried again (RFC 5321 section
-    4.5.4.1 asks for 4 to 5 days).
+    4.5.4.1 asks for 4 to 5 days).  ``delay_notice``: age at which its sender is told that it
+    waits; 0: never.
     """
 
     first: float = 60.0
@@ -26,6 +27,7 @@ class Schedule:
     longest: float = 4 * 3600.0
     jitter: float = 0.25
     give_up: float = 5 * 86400.0
+    delay_notice: float = 4 * 3600.0
 
     def __post_init__(self) -> None:
         rules = {
@@ -34,13 +36,14 @@ class Schedule:
             "longest": 0 < self.longest <= _MONTH,
             "jitter": 0 <= self.jitter <= 1,
             "give_up": 0 < self.give_up <= 12 * _MONTH,
+            "delay_notice": 0 <= self.delay_notice <= 12 * _MONTH,
         }
         for name, holds in rules.items():
             if not holds:
                 raise InvalidSettings(
                     f"retry.{name}={getattr(self, name)!r}: first and longest are over 0 and at"
                     " most 30 days in seconds, factor 1 to 100, jitter 0 to 1, give_up over 0 and"
-                    " at most 360 days"
+                    " at most 360 days, delay_notice 0 (never) to 360 days"
                 )
 
     @property
@@ -53,12 +56,16 @@ class Schedule:
         exponent = min(max(attempts - 1, 0), 64)
         return min(self.first * self.factor**exponent, self.longest) * (1 + self.jitter * chance)
 
+    def is_over(self, attempts: int, age: float) -> bool:
+        """Tell whether to give up; `attempts`: of the mail, or of its lane; see `next_try`."""
+        return age >= self.give_up and attempts >= _LEAST_ATTEMPTS
+
     def next_try(self, attempts: int, age: float, now: float, chance: float) -> float | None:
         """Return when to try again (seconds since the epoch); None: give up.
 
         `age`: seconds since the mail was queued.  One that has waited for a mended account,
         or since a clock was wrong, still has a few tries.
         """
-        if age >= self.give_up and attempts >= _LEAST_ATTEMPTS:
+        if self.is_over(attempts, age):
             return None
         return now + self.delay(attempts, chance)

@@ -26,6 +26,7 @@ from .envelope import Route
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from .interfaces import Entry, Settlement, State
 from .lanes import Lane
+from .notices import Notices
 from .retry import Schedule
 from .upkeep import sweep
 
@@ -127,6 +128,17 @@ class Scheduler:
         self._syncing: asyncio.Future[None] | None = None
         self._sync_thread = ThreadPoolExecutor(1, "cpsmail sync")
         self._sweep_timer: asyncio.TimerHandle | None = None
+        self.notices = Notices(
+            spool,
+            accounts,
+            journal,
+            schedule=schedule,
+            reporting_mta=helo_name,
+            loop=loop,
+            thread=self._sync_thread,
+            clock=clock,
+            changed=self._notices_done,
+        )
         self._deferred: set[str] = set()  # tried when draining, and to be tried again
         self._scan: Iterator[Entry] | None = None
         self._watches: list[Any] = []
@@ -168,6 +180,7 @@ class Scheduler:
             if timer is not None:
                 timer.cancel()
         self._retry_unsettled()
+        self.notices.flush()
         self._sync_thread.shutdown()
         try:
             self.spool.sync()
@@ -200,7 +213,7 @@ class Scheduler:
         self.finished.set_result(None)
 
     def _unsettled_matter(self) -> bool:
-        return bool(self._unsettled) and not self._stopping
+        return self.notices.busy or (bool(self._unsettled) and not self._stopping)
 
     def _count_waiting(self) -> None:
         waiting: set[str] = set()
@@ -391,15 +404,43 @@ class Scheduler:
         self.summary.count(settlement.state)
         if self.draining and settlement.due:
             self._deferred.add(attempt.entry.id)
+        self._tell_and_record(attempt, settlement)
+
+    def _tell_and_record(self, attempt: Attempt, settlement: Settlement) -> None:
+        """Let the notices that a settlement asks for be durable, then record it."""
+        wanted = () if attempt.notified else self.notices.of(attempt, settlement)
+        if not wanted:
+            self._record(attempt, settlement)
+            return
+
+        def told(error: SpoolError | None) -> None:
+            if error is None:
+                attempt.notified = True
+                self._record(attempt, settlement)
+            else:
+                self._keep(attempt, settlement, error)
+
+        self.notices.queue(wanted, told)
+
+    def _record(self, attempt: Attempt, settlement: Settlement) -> None:
         try:
             attempt.lease.settle(settlement)
         except SpoolError as error:
-            log.error("cannot record that %s is %s: %s", attempt.entry.id, settlement.state, error)
-            if not self._unsettled:
-                self.loop.call_later(_UNSETTLED, self._retry_unsettled)
-            self._unsettled.append((attempt, settlement))
+            self._keep(attempt, settlement, error)
             return
         self._removed_one()
+
+    def _keep(self, attempt: Attempt, settlement: Settlement, error: SpoolError) -> None:
+        log.error("cannot record that %s is %s: %s", attempt.entry.id, settlement.state, error)
+        if not self._unsettled:
+            self.loop.call_later(_UNSETTLED, self._retry_unsettled)
+        self._unsettled.append((attempt, settlement))
+
+    def _notices_done(self, were_full: bool) -> None:
+        if were_full and not self.disk_full:
+            for lane in list(self._lanes.values()):
+                lane.work()
+        self.check_quiet()
 
     def set_aside(self, attempt: Attempt, error: Exception) -> None:
         """Hold a mail on which we failed ourselves, so that nothing spins on it."""
@@ -450,13 +491,7 @@ class Scheduler:
     def _retry_unsettled(self) -> None:
         unsettled, self._unsettled = self._unsettled, []
         for attempt, settlement in unsettled:
-            try:
-                attempt.lease.settle(settlement)
-                self._removed_one()
-            except SpoolError:
-                self._unsettled.append((attempt, settlement))
-        if self._unsettled:
-            self.loop.call_later(_UNSETTLED, self._retry_unsettled)
+            self._tell_and_record(attempt, settlement)
         if unsettled and not self.disk_full:
             for lane in list(self._lanes.values()):
                 lane.work()
@@ -465,7 +500,7 @@ class Scheduler:
     @property
     def disk_full(self) -> bool:
         """Whether so much cannot be recorded that it is better to send nothing."""
-        return len(self._unsettled) >= _MANY_UNSETTLED
+        return len(self._unsettled) >= _MANY_UNSETTLED or self.notices.full
 
     @property
     def lanes_wait(self) -> bool:

@@ -186,4 +186,5 @@ _RULES: Final[dict[str, tuple[Callable[[object], Any], str]]] = {
     "retry.longest": _SECONDS,
     "retry.jitter": (_number(0.0, 1.0), "is a number from 0 to 1"),
     "retry.give_up": _SECONDS,
+    "retry.delay_notice": (_number(0.0), "is a number of seconds; 0: never"),
 }

@@ -88,6 +88,7 @@ def _load(data: bytes) -> LaneNote:
         until=float(fields["until"]),
         failures=int(fields["failures"]),
         version=str(fields["version"]),
+        told=fields.get("told") is True,
     )
     if not (math.isfinite(note.since) and math.isfinite(note.until) and note.failures > 0):
         raise ValueError("has numbers that are none")
