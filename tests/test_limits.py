@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpsmailaccess_delivery.limits import TokenBucket, mails_per_minute
+from cpsmailaccess_delivery.limits import Share, TokenBucket, mails_per_minute
 
 
 @pytest.mark.parametrize(
@@ -76,3 +76,22 @@ def test_a_clock_that_goes_back():
 def test_idle_hours_are_not_saved_up():
     bucket = TokenBucket(per_minute=60, at=0.0)
     assert sum(bucket.take(36_000.0) == 0.0 for _ in range(100)) == 10
+
+
+@given(st.integers(1, 16), st.text("0123456789abcdef", min_size=16, max_size=16))
+def test_every_lane_has_one_worker(of, lane):
+    assert sum(Share(index, of).owns(lane) for index in range(of)) == 1
+
+
+@given(st.integers(1, 16), st.integers(1, 10_000))
+def test_parts_make_the_limit(of, limit):
+    parts = [Share(index, of).part(limit) for index in range(of)]
+    assert min(parts) >= 1
+    assert sum(parts) == max(limit, of)
+    assert max(parts) - min(parts) <= 1
+
+
+@pytest.mark.parametrize(("index", "of"), [(-1, 2), (2, 2), (0, 0)])
+def test_no_such_worker(index, of):
+    with pytest.raises(ValueError, match="the first is 0"):
+        Share(index, of)

@@ -16,6 +16,7 @@ from .errors import InvalidSettings, NoSuchEntry, OutboxClosed
 from .interfaces import IOutbox
 from .journal import MAX_LAG, Journal
 from .key import KeySource
+from .limits import ALONE, Share
 from .message import DEFAULT_SIZE_LIMIT, LARGEST
 from .processor import MAX_SESSIONS, QueueProcessorThread
 from .queue import Queue
@@ -85,8 +86,8 @@ class Outbox:
         """Where the spool is."""
         return str(self.spool.location)
 
-    def processor(self) -> QueueProcessorThread:
-        """Return a processor of this outbox, not started yet."""
+    def processor(self, share: Share = ALONE) -> QueueProcessorThread:
+        """Return a processor of this outbox, not started yet; `share`: see there."""
         if self._closed:
             raise OutboxClosed(f"outbox {self.location}: was closed; make a new Outbox")
         processor = QueueProcessorThread(
@@ -96,6 +97,7 @@ class Outbox:
             schedule=self._schedule,
             helo_name=self._helo_name,
             max_sessions=self._max_sessions,
+            share=share,
         )
         self._processors.append(processor)
         return processor

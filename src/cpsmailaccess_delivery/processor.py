@@ -15,6 +15,7 @@ from zope.interface import implementer
 from .address import ascii_host
 from .errors import InvalidAddress, OutboxError
 from .interfaces import IQueueProcessor
+from .limits import ALONE, Share
 from .retry import Schedule
 from .scheduler import Scheduler, Summary
 
@@ -46,6 +47,7 @@ class QueueProcessorThread(threading.Thread):
 
     `helo_name`: how it introduces itself to relays (RFC 5321 section 4.1.1.1); the name
     of this host by default.  `max_sessions`: connections at most, over all accounts.
+    `share`: of several workers, the lanes that are this one's, and its part of the limits.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class QueueProcessorThread(threading.Thread):
         schedule: Schedule | None = None,
         helo_name: str | None = None,
         max_sessions: int = MAX_SESSIONS,
+        share: Share = ALONE,
     ) -> None:
         super().__init__(name="cpsmailaccess_delivery.QueueProcessorThread", daemon=True)
         self._spool = spool
@@ -65,6 +68,7 @@ class QueueProcessorThread(threading.Thread):
         self._schedule = schedule or Schedule()
         self._helo_name = helo_name
         self._max_sessions = max_sessions
+        self._share = share
         self._stopped = threading.Event()
         self._ended = threading.Event()  # no `run` is under way
         self._ended.set()
@@ -141,6 +145,7 @@ class QueueProcessorThread(threading.Thread):
             schedule=self._schedule,
             max_sessions=self._max_sessions,
             draining=draining,
+            share=self._share,
         )
         self.summary = scheduler.summary
         with self._lock:

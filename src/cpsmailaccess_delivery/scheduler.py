@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .attempt import ACCEPTED, Attempt
-from .envelope import Route
+from .envelope import Route, lane_key
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from .interfaces import Entry, Settlement, State
 from .lanes import Lane
+from .limits import ALONE, Share
 from .retry import Schedule
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Scheduler:
         schedule: Schedule,
         max_sessions: int,
         draining: bool,
+        share: Share = ALONE,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -98,6 +100,7 @@ class Scheduler:
         self.helo_name = helo_name
         self.schedule = schedule
         self.draining = draining
+        self.share = share
         self.now = clock
         self.chance = chance
         self.summary = Summary()
@@ -108,7 +111,7 @@ class Scheduler:
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
         files = _open_files()
-        self._max_sessions = min(max_sessions, max(1, files // _FILES_PER_SESSION))
+        self._max_sessions = min(share.part(max_sessions), max(1, files // _FILES_PER_SESSION))
         self._sync_many = max(1, min(_SYNC_MANY, files // 8))
         self._sessions = 0
         self._waiting_lanes: deque[Lane] = deque()
@@ -205,7 +208,7 @@ class Scheduler:
 
     def offer(self, entry: Entry, dirty: set[Lane]) -> None:
         """Take notice of an entry; its lane is added to `dirty` when it is due."""
-        if self._stopping:
+        if self._stopping or (entry.lane and not self.share.owns(entry.lane)):
             return
         if entry.state in (State.DEFERRED, State.UNCLEAR) and entry.due:
             # Later than any delay: the clock was ahead when that was written.
@@ -230,7 +233,8 @@ class Scheduler:
     def _find_lane(self, entry: Entry) -> Lane | None:
         """Open one entry to learn its route: the first of its lane, or one we did not name."""
         try:
-            return self.lane(self.spool.load(entry).envelope.route)
+            route = self.spool.load(entry).envelope.route
+            return self.lane(route) if entry.lane or self.share.owns(lane_key(route)) else None
         except InvalidEnvelope:
             self.spool.claim(entry)  # sets it aside
             self.summary.held += 1
