@@ -74,6 +74,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "attempt.py",
         "circuit.py",
         "lanes.py",
+        "relays.py",
         "scheduler.py",
         "processor.py",
         "status.py",

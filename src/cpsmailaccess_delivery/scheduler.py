@@ -21,12 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from .attempt import ACCEPTED, Attempt
+from .attempt import ACCEPTED, Attempt, Times
 from .envelope import Route, lane_key
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from .interfaces import Entry, Settlement, State
 from .lanes import Lane
 from .limits import ALONE, Share
+from .relays import Relays
 from .retry import Schedule
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,10 @@ _MANY_UNSETTLED = 8
 _LONGEST_SLEEP = 30.0
 
 
+#: Seconds between two signs of life.
+_HEARTBEAT = 5.0
+
+
 @dataclass(slots=True)
 class Summary:
     """What a processor did: numbers of mails, by the state that they were left in."""
@@ -88,6 +93,7 @@ class Scheduler:
         helo_name: str,
         schedule: Schedule,
         max_sessions: int,
+        connections_per_relay: int,
         draining: bool,
         share: Share = ALONE,
         clock: Callable[[], float] = time.time,
@@ -104,6 +110,9 @@ class Scheduler:
         self.now = clock
         self.chance = chance
         self.summary = Summary()
+        self.times = Times()
+        self.heartbeat = 0.0  # seconds since the epoch
+        self._heart: asyncio.TimerHandle | None = None
         self.finished: asyncio.Future[None] = loop.create_future()
         self._lanes: dict[str, Lane] = {}  # by route
         self._by_key: dict[str, Lane] = {}  # by the key in file names
@@ -114,6 +123,8 @@ class Scheduler:
         self._max_sessions = min(share.part(max_sessions), max(1, files // _FILES_PER_SESSION))
         self._sync_many = max(1, min(_SYNC_MANY, files // 8))
         self._sessions = 0
+        self._freed: set[str] = set()  # relays that have a connection less
+        self._relays = Relays(share.part(connections_per_relay))
         self._waiting_lanes: deque[Lane] = deque()
         self._serving = False
         self._relief: asyncio.TimerHandle | None = None
@@ -131,6 +142,7 @@ class Scheduler:
     # Life
 
     def start(self) -> None:
+        self._beat()
         self._watch(self.spool.watch(), self._spool_changed)
         self._watch(self.accounts.watch(), self._accounts_changed)
         self._rescan()
@@ -151,8 +163,9 @@ class Scheduler:
 
     def close(self) -> None:
         """Give back what `start` took.  Settlements are tried a last time."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._heart):
+            if timer is not None:
+                timer.cancel()
         for watch in self._watches:
             self.loop.remove_reader(watch.fileno())
             watch.close()
@@ -203,6 +216,26 @@ class Scheduler:
             waiting.update(entry.id for entry in lane.ready)
         waiting.update(item.id for _, _, item in self._later if isinstance(item, Entry))
         self.summary.waiting = len(waiting - self._deferred)
+
+    def _beat(self) -> None:
+        self.heartbeat = self.now()
+        self._heart = self.loop.call_later(_HEARTBEAT, self._beat)
+
+    # What may be asked from any thread: copies, each made in one step of the interpreter
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes that have had an entry."""
+        return list(self._lanes.values())
+
+    @property
+    def lanes_waiting(self) -> int:
+        """How many lanes wait for a connection."""
+        return len(self._waiting_lanes) + self._relays.waiting
+
+    def entries_later(self) -> list[Entry]:
+        """Return the entries that wait for their time."""
+        return [item for _, _, item in self._later.copy() if isinstance(item, Entry)]
 
     # Where entries come from
 
@@ -446,10 +479,9 @@ class Scheduler:
         """Whether so much cannot be recorded that it is better to send nothing."""
         return len(self._unsettled) >= _MANY_UNSETTLED
 
-    @property
-    def lanes_wait(self) -> bool:
-        """Whether lanes wait for a connection."""
-        return bool(self._waiting_lanes)
+    def is_waited_for(self, lane: Lane) -> bool:
+        """Whether others wait for a connection that this lane has."""
+        return bool(self._waiting_lanes) or self._relays.is_waited_for(lane)
 
     @property
     def _crowded(self) -> bool:
@@ -458,8 +490,13 @@ class Scheduler:
 
     def may_connect(self, lane: Lane) -> bool:
         """Whether one session more is within the limit; if not, the lane waits its turn."""
+        if not self._relays.room(lane):
+            if not lane.has_sessions:
+                self._relays.wait(lane)
+            return False
         if self._sessions < self._max_sessions and not (lane.has_sessions and self._crowded):
             self._sessions += 1
+            self._relays.take(lane)
             return True
         if lane.has_sessions:
             return False
@@ -471,6 +508,7 @@ class Scheduler:
     def session_over(self, lane: Lane) -> None:
         """One session less: the lanes that wait longest may open one."""
         self._sessions -= 1
+        self._freed.add(self._relays.give_back(lane))
         if lane.ready and lane not in self._waiting_lanes:
             self._waiting_lanes.append(lane)
         if not self._serving:
@@ -484,6 +522,10 @@ class Scheduler:
             if self._sessions >= self._max_sessions:
                 break
             self._waiting_lanes.popleft().work()
+        freed, self._freed = self._freed, set()
+        for relay in freed:
+            while (lane := self._relays.next_waiting(relay)) is not None:
+                lane.work()
         self.check_quiet()
 
     def _relieve(self) -> None:

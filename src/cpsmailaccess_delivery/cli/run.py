@@ -15,9 +15,11 @@ from typing import Any, Self
 
 import click
 
+from ..address import relay_name
 from ..limits import ALONE, Share
+from ..metrics import require_client, serve
 from ..outbox import Outbox
-from ..processor import STOP_TIMEOUT
+from ..processor import STOP_TIMEOUT, QueueProcessorThread
 from ..supervisor import Supervisor, arguments_of, own_command, stop_with_parent
 from .app import EX_SOFTWARE, App, pass_app
 from .output import upcoming
@@ -71,10 +73,25 @@ class _ShareType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     help="Processes that share the work, mailbox by mailbox.",
 )
 @stop_timeout_option(STOP_TIMEOUT)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(1, 65_535),
+    metavar="PORT",
+    help="Serve Prometheus metrics; each worker has a port, from this one on.",
+)
+@click.option("--metrics-address", metavar="ADDRESS", help="On this IP address; 127.0.0.1.")
 @click.option("-v", "--verbose", is_flag=True, help="Log more; show tracebacks.")
 @click.option("--worker", "share", type=_ShareType(), hidden=True)
 @pass_app
-def run(app: App, workers: int, stop_timeout: float, verbose: bool, share: Share | None) -> int:
+def run(
+    app: App,
+    workers: int,
+    stop_timeout: float,
+    metrics_port: int | None,
+    metrics_address: str | None,
+    verbose: bool,
+    share: Share | None,
+) -> int:
     """Deliver until SIGTERM or SIGINT.
 
     Logs to standard error.  The first signal is a clean stop: mails that the relay has in
@@ -82,6 +99,9 @@ def run(app: App, workers: int, stop_timeout: float, verbose: bool, share: Share
     """
     app.verbose = app.verbose or verbose
     app.log(service=True)
+    for key, value in (("metrics_port", metrics_port), ("metrics_address", metrics_address)):
+        if value is not None:
+            app.options[key] = str(value)
     raise_open_files()
     if workers > 1 and share is None:
         return _supervise(app, workers, stop_timeout)
@@ -89,17 +109,28 @@ def run(app: App, workers: int, stop_timeout: float, verbose: bool, share: Share
         stop = stack.enter_context(StopSignal())
         if share is not None:
             stop_with_parent(stop.set)
-        return _deliver(outbox, stop, stop_timeout, share or ALONE)
+        processor = outbox.processor(share or ALONE)
+        settings = app.settings()
+        if settings.metrics_port is not None:
+            port = settings.metrics_port + (share.index if share is not None else 0)
+            stack.callback(serve(processor, address=settings.metrics_address, port=port))
+            log.info("metrics at http://%s/metrics", relay_name(settings.metrics_address, port))
+        return _deliver(outbox, processor, stop, stop_timeout, share or ALONE)
 
 
-def _deliver(outbox: Outbox, stop: StopSignal, stop_timeout: float, share: Share) -> int:
+def _deliver(
+    outbox: Outbox,
+    processor: QueueProcessorThread,
+    stop: StopSignal,
+    stop_timeout: float,
+    share: Share,
+) -> int:
     which = f", worker {share}" if share.of > 1 else ""
     log.info("delivering %s, process %d%s", outbox.location, os.getpid(), which)
     for key, note in outbox.spool.lane_notes().items():
         if share.owns(key):
             when = upcoming(note.until, time.time())
             log.info("%s waits already, next try %s: %s", note.route, when, note.reason)
-    processor = outbox.processor(share)
     processor.start()
     while not stop.wait(_LOOK) and processor.is_alive():
         pass
@@ -121,6 +152,8 @@ def _deliver(outbox: Outbox, stop: StopSignal, stop_timeout: float, share: Share
 
 def _supervise(app: App, workers: int, stop_timeout: float) -> int:
     with app.outbox(make=True) as outbox:  # what is wrong is said once, before all
+        if app.settings().metrics_port is not None:
+            require_client()  # else each worker would say so, again and again
         log.info("supervising %d workers for %s", workers, outbox.location)
     before = [*arguments_of(app.config, app.options), "run", "--stop-timeout", f"{stop_timeout}"]
     before += ["--verbose"] if app.verbose else []
