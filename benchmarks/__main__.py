@@ -69,6 +69,7 @@ def main(
         console.print(f"[yellow]without Postfix: {reason}")
         left_out.add("Postfix")
     output.mkdir(parents=True, exist_ok=True)
+    Path(directory).mkdir(parents=True, exist_ok=True)
     base = Path(tempfile.mkdtemp(prefix="cpsmail-bench-", dir=directory))
     base.chmod(0o755)
     # A hint to ext4: directories in here are spread over the disk.

@@ -436,6 +436,7 @@ class SpoolContract:
         prepared = spool.stage(envelope("b@x"), MESSAGE)
         spool.prepare([prepared])
         queued = queue(spool, "c@x")
+        assert list(spool.left_overs()) == []
         report = spool.sweep()
         assert (report.removed, report.held) == ((), ())
         spool.prepare([staged])

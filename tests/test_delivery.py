@@ -27,7 +27,12 @@ from cpsmailaccess_delivery.errors import (
     SendError,
     UnknownMailbox,
 )
-from cpsmailaccess_delivery.interfaces import IAccounts, IMailboxDelivery, IOutbox
+from cpsmailaccess_delivery.interfaces import (
+    IAccounts,
+    IMailboxDelivery,
+    IOutbox,
+    IQueueProcessor,
+)
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
 MESSAGE = b"Message-Id: <1@example.org>\nDate: today\nSubject: x\n\nbody\n"
@@ -54,6 +59,7 @@ def test_contracts(outbox):
     assert verifyObject(IMailDelivery, outbox.delivery.bind(ALICE))
     assert verifyObject(IAccounts, outbox.accounts)
     assert verifyObject(IOutbox, outbox)
+    assert verifyObject(IQueueProcessor, outbox.processor())
     assert outbox.delivery.queuePath == outbox.location
     assert IMailDelivery.providedBy(outbox.delivery)
 

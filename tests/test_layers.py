@@ -78,6 +78,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "scheduler.py",
         "processor.py",
         "status.py",
+        "upkeep.py",
         "queue.py",
     ),
     4: ("outbox.py", "settings.py", "supervisor.py", "metrics.py", "__init__.py"),

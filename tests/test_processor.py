@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -10,15 +12,18 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transaction
 
 from cpsmailaccess_delivery import Account, Outbox, State, lanes
+from cpsmailaccess_delivery import outbox as outbox_module
 from cpsmailaccess_delivery import processor as processor_module
 from cpsmailaccess_delivery import scheduler as scheduler_module
 from cpsmailaccess_delivery.errors import NoSuchEntry, SpoolError
 from cpsmailaccess_delivery.interfaces import LaneNote
+from cpsmailaccess_delivery.journal import Event
 from cpsmailaccess_delivery.retry import Schedule
 from cpsmailaccess_delivery.scheduler import Scheduler
 from cpsmailaccess_delivery.smtp import mails
@@ -239,6 +244,43 @@ def test_credentials_go_only_to_the_relay_of_the_account(outbox):
         assert evil.sessions == 0
 
 
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+def test_a_relay_by_its_ipv6_address(outbox):
+    with SMTPServer(host="::1") as server:
+        put(outbox, server)
+        by_account = send(outbox)
+        by_relay = send(outbox, hostname="::1", port=server.port)
+        assert outbox.processor().run(forever=False).accepted == 2
+    assert {mail.message_id for mail in server.mails} == {by_account, by_relay}
+
+
+def test_a_host_with_several_addresses_of_which_one_answers(outbox, server, monkeypatch):
+    async def getaddrinfo(loop, host, port, **kwargs):
+        assert host == "relay.example"
+        stream = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+        return [
+            (socket.AF_INET, *stream, ("127.0.0.9", port)),  # nobody listens there
+            (socket.AF_INET, *stream, (server.host, port)),
+        ]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    with transaction.manager:
+        outbox.accounts.put(
+            Account(mailbox="*", host="relay.example", port=server.port, security="plain")
+        )
+    send(outbox)
+    assert outbox.processor().run(forever=False).accepted == 1
+
+
 def test_a_relay_without_login(outbox, server):
     message_id = send(outbox, hostname=server.host, port=server.port)
     outbox.processor().run(forever=False)
@@ -339,6 +381,23 @@ def test_a_file_that_is_no_mail_is_set_aside(outbox, server):
     assert outbox.status(message_id).state == "accepted"
     (entry,) = outbox.spool.scan()
     assert entry.state == "held"
+
+
+def test_a_file_that_is_no_mail_can_be_cancelled(outbox):
+    (Path(outbox.location) / "new" / "1234.junk").write_bytes(b"hello\n")
+    outbox.processor().run(forever=False)
+    assert outbox.queue.cancel("1234.junk")[0].reason
+    assert list(outbox.spool.scan()) == []
+
+
+def test_each_mail_is_told_in_the_log(outbox, server, caplog):
+    put(outbox, server)
+    caplog.set_level("INFO", "cpsmailaccess_delivery")
+    message_id = send(outbox)
+    outbox.processor().run(forever=False)
+    assert any(
+        message_id in line and "bob@example.net accepted" in line for line in caplog.messages
+    )
 
 
 def test_a_relay_that_hangs_up_on_one_mail_gets_the_others_later(outbox, server):
@@ -780,3 +839,70 @@ def test_a_mail_that_we_fail_to_claim_is_held(outbox, server, monkeypatch):
         "held",
         "a fault in the processor: MemoryError: too much",
     )
+
+
+def test_what_the_spool_has_lost_is_looked_for_in_the_journal_alone(outbox, monkeypatch):
+    looked = []
+    find = outbox.spool.find
+
+    def settle_elsewhere(seconds):
+        outbox.journal.record(
+            Event(time.time(), "accepted", "", "1@x", recipient="bob@example.net", attempt=2)
+        )
+
+    monkeypatch.setattr(outbox.spool, "find", lambda name: looked.append(name) or find(name))
+    monkeypatch.setattr(outbox_module, "time", SimpleNamespace(sleep=settle_elsewhere))
+    status = outbox.status("<1@x>")
+    assert (status.state, status.attempts) == ("accepted", 2)
+    assert looked == ["1@x"]
+
+
+STAGE = """
+import sys, transaction
+from cpsmailaccess_delivery import Outbox
+with Outbox(sys.argv[1]) as outbox:
+    outbox.delivery.send("alice@example.org", ["bob@example.net"], "Subject: x\\n\\nx")
+    print("staged", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_dies_while_a_processor_runs_is_swept(outbox, server, monkeypatch, caplog):
+    monkeypatch.setattr(scheduler_module, "_SWEEP_EVERY", 0.02)
+    put(outbox, server)
+    processor = outbox.processor()
+    processor.start()
+    with subprocess.Popen(
+        [sys.executable, "-c", STAGE, outbox.location],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout.readline() == "staged\n"
+        swept = threading.Event()
+        sweep = outbox.spool.sweep
+        monkeypatch.setattr(outbox.spool, "sweep", lambda: (sweep(), swept.set())[0])
+        assert swept.wait(DEADLINE)
+        assert len(os.listdir(Path(outbox.location, "tmp"))) == 1  # of the living
+        child.kill()
+    wait_for(lambda: not os.listdir(Path(outbox.location, "tmp")))
+    wait_for(lambda: "1 uncommitted mails removed, 0 in doubt" in caplog.text)
+    assert processor.stop(timeout=DEADLINE)
+
+
+def test_what_could_not_be_published_is_published_late(outbox, server, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_SWEEP_EVERY", 0.02)
+    put(outbox, server)
+    processor = outbox.processor()
+    processor.start()
+    real = os.rename
+
+    def rename(old, new, **kw):
+        monkeypatch.setattr(os, "rename", real)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", rename)
+    message_id = send(outbox)
+    server.wait_for(1, DEADLINE)
+    assert [mail.message_id for mail in server.mails] == [message_id]
+    assert processor.stop(timeout=DEADLINE)

@@ -30,11 +30,16 @@ def test_bounds(attempts, chance):
 def test_next_try(attempts, age, now, chance):
     schedule = Schedule()
     due = schedule.next_try(attempts, age, now, chance)
-    if age >= schedule.give_up:
+    if age >= schedule.give_up and attempts >= 5:
         assert due is None
     else:
         assert due is not None
         assert due > now
+
+
+def test_a_mail_that_waited_for_its_account_still_gets_a_few_tries():
+    assert Schedule().next_try(1, 30 * 86400, 0, 0) == 60
+    assert Schedule().next_try(5, 30 * 86400, 0, 0) is None
 
 
 @pytest.mark.parametrize("age", [0, 5 * 86400 - 1])

@@ -531,6 +531,10 @@ class TestCrashes:
         os.utime(Path(spool.location, "outcomes", after.id), (old, old))
         spool.sweep()
         assert names_in(spool, "outcomes") == sorted([after.id, "young"])
+        put(spool, "outcomes", "orphan", b"{}")
+        os.utime(Path(spool.location, "outcomes", "orphan"), (old, old))
+        spool.sweep()
+        assert "orphan" in names_in(spool, "outcomes")  # for an hour: to look lists all mails
 
     def test_abandoned_files_of_others_are_swept(self, spool):
         old = time.time() - 37 * 3600

@@ -154,10 +154,13 @@ for entry in list(spool.scan()):
             """
 import os
 lease = spool.claim(next(spool.scan()))
+there, here = os.pipe()
 pid = os.fork()
 if not pid:
+    os.write(here, b"!")  # past what a fork does first: the lease is let go of
     wait()
     os._exit(0)
+os.read(there, 1)
 ready(pid)
 signal.pause()
 """
@@ -210,7 +213,10 @@ class TestSweep:
         entry_id = child.stdout.readline().strip()
         assert spool.sweep().removed == ()
         kill(child)
+        (name,) = spool.left_overs()
+        assert name.startswith(entry_id)
         assert spool.sweep().removed == (entry_id,)
+        assert spool.left_overs() == []
         assert os.listdir(spool.location + "/tmp") == []
         assert list(spool.scan()) == []
 
@@ -356,10 +362,13 @@ class TestPresence:
         parent = start(
             """
 import os
+reader, writer = os.pipe()
 pid = os.fork()
 if not pid:
+    os.write(writer, b"!")
     wait()
     os._exit(0)
+os.read(reader, 1)  # before, the child has closed nothing yet
 ready(presence.token)
 signal.pause()
 """

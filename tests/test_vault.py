@@ -413,9 +413,11 @@ def test_sweep_takes_what_dead_processes_left(tmp_path, vault):
     torn = dead.stage("carol@example.org", account("carol@example.org"))
     os.truncate(Path(vault.location, torn), 20)
     living = vault.stage("dave@example.org", account("dave@example.org"))
-    assert vault.sweep() == ()
+    assert (vault.left_overs(), vault.sweep()) == ([], ())
     sweeper = make(tmp_path, after := Presence("later"))
     after.dead.add(presence.token)
+    assert len(sweeper.left_overs()) == 3
+    assert living not in sweeper.left_overs()
     assert sorted(sweeper.sweep()) == [
         f"(unreadable: {torn})",
         "alice@example.org",

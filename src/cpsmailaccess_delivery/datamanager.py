@@ -41,34 +41,41 @@ class TwoPhaseStore(Protocol):
 
 
 class Batch:
-    """What one transaction changes in one store."""
+    """What one transaction changes in one store.  Items are hashable."""
 
     def __init__(self, store: TwoPhaseStore) -> None:
         self._store = store
         self._begun = 0
-        self._ready: list[Any] = []
+        self._ready: dict[Any, None] = {}  # what `prepare` got, or gets, in this order
         self.prepared = False
         self.published = False
+        self._discarded = False
 
     def begin(self) -> None:
         self._begun += 1
 
     def commit(self, item: Any) -> None:
         """Prepare everything when the last change has come: one batch of fsyncs."""
-        self._ready.append(item)
+        self._ready[item] = None
         if len(self._ready) == self._begun:
-            self._store.prepare(self._ready)
+            self._store.prepare(list(self._ready))
             self.prepared = True
 
     def finish(self) -> None:
         """Publish everything with the first change that finishes."""
         if not self.published:
             self.published = True
-            self._store.publish(self._ready)
+            self._store.publish(list(self._ready))
 
     def discard(self, item: Any) -> None:
-        if not self.published:
+        """Discard what joined after a savepoint; once all are ready, all: one fsync."""
+        if self.published:
+            return
+        if item not in self._ready:
             self._store.discard([item])
+        elif not self._discarded:
+            self._discarded = True
+            self._store.discard(list(self._ready))
 
 
 @implementer(IDataManagerSavepoint)

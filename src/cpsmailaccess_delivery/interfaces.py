@@ -229,6 +229,9 @@ class ISpool(Interface):
     def sweep() -> SweepReport:
         """Tidy what dead processes left: see `SweepReport`.  Safe beside living ones."""
 
+    def left_overs() -> Sequence[str]:
+        """Return the names of what dead processes left, for the doctor: `sweep` is due."""
+
     def sync() -> None:
         """Make what leases removed safe against a power loss; cheap when nothing was.
 
@@ -318,6 +321,9 @@ class IAccountStore(Interface):
     def sweep() -> tuple[str, ...]:
         """Remove changes staged by dead processes; return their mailboxes."""
 
+    def left_overs() -> Sequence[str]:
+        """Return the names of changes staged by dead processes, for the doctor."""
+
     def watch() -> IWatch:
         """Return a watch that tells no entries: `read` gives None when something changed."""
 
@@ -400,14 +406,25 @@ class IJournal(Interface):
 class IQueueProcessor(Interface):
     """Delivers what is in a spool: a `threading.Thread`."""
 
+    summary = Attribute("`scheduler.Summary` of what it has done since it was started")
+
     def start() -> None:
-        """Start the thread."""
+        """Start the thread; once."""
 
-    def stop(timeout: float) -> bool:
-        """Stop within `timeout` seconds; return whether it has ended."""
+    def run(forever: bool = True) -> object:
+        """Deliver in the calling thread, ``forever=False``: once what is due.
 
-    def run(forever: bool) -> object:
-        """Deliver in the calling thread; ``forever=False``: once what is due."""
+        Returns the summary.
+        """
+
+    def stop(timeout: float = 30.0) -> bool:
+        """Stop: finish what is past the end of data, give back the rest.
+
+        After `timeout` seconds connections are dropped.  Returns whether it has ended.
+        """
+
+    def abort() -> None:
+        """Drop the connections now."""
 
 
 class IOutbox(Interface):
@@ -416,13 +433,18 @@ class IOutbox(Interface):
     location = Attribute("Where the spool is (str)")
     accounts = Attribute("IAccounts")
     delivery = Attribute("IMailboxDelivery")
-    queue = Attribute("`queue.Queue`")
+    queue = Attribute("`queue.Queue`: for people who look and steer")
+    spool = Attribute("ISpool")
+    vault = Attribute("IAccountStore")
+    journal = Attribute("IJournal")
+    keys = Attribute("`key.KeySource` of the vault")
+    presence = Attribute("`spool.presence.Presence` of this process")
 
     def processor() -> IQueueProcessor:
-        """Return a processor, not started yet."""
+        """Return a processor, not started yet.  Raises `OutboxClosed`."""
 
     def status(message_id: str) -> object:
         """Return a `status.Status`.  Raises `NoSuchEntry`."""
 
     def close() -> None:
-        """Stop its processors and give back what it holds."""
+        """Stop its processors and give back what it holds.  Twice is fine."""

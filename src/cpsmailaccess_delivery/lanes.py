@@ -13,6 +13,7 @@ It runs in the processor's event loop; nothing here blocks but short file operat
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ from .smtp.session import Session
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
+
+log = logging.getLogger(__name__)
 
 #: Entries that one session may have before it is worth opening another.
 _BACKLOG = 8
@@ -389,6 +392,9 @@ class Lane:
 
     def _record(self, mail: Attempt, outcomes: Mapping[str, Outcome]) -> None:
         envelope, attempt = mail.lease.envelope, mail.entry.attempts + 1
+        if log.isEnabledFor(logging.INFO):
+            told = ", ".join(f"{recipient} {outcome}" for recipient, outcome in outcomes.items())
+            log.info("%s <%s> by %s: %s", mail.entry.id, envelope.message_id, self.route, told)
         relay = self._account.relay if self._account else ""
         for recipient, outcome in outcomes.items():
             self._scheduler.journal.record(

@@ -13,7 +13,7 @@ from zope.interface import implementer
 from .accounts import Accounts
 from .delivery import MailboxDelivery
 from .errors import InvalidSettings, NoSuchEntry, OutboxClosed
-from .interfaces import IOutbox
+from .interfaces import IOutbox, Record
 from .journal import MAX_LAG, Journal
 from .key import KeySource
 from .limits import ALONE, Share
@@ -113,11 +113,13 @@ class Outbox:
         delivered longer ago than the journal goes back.
         """
         message_id = message_id.strip().removeprefix("<").removesuffix(">")
-        status = self._look(message_id)
+        records = self.spool.find(message_id)
+        status = self._status(message_id, records)
         if status is None:
-            # Another process has settled it, and its journal is a moment behind its spool.
+            # Another process has settled it, and its journal is a moment behind its spool;
+            # what the spool has lost by then, it does not get back.
             time.sleep(MAX_LAG)
-            status = self._look(message_id)
+            status = self._status(message_id, records)
         if status is None:
             raise NoSuchEntry(
                 f"Message-Id {message_id!r}: not in the spool {self.location} nor in its journal:"
@@ -135,8 +137,7 @@ class Outbox:
         self.spool.close()
         self.presence.close()
 
-    def _look(self, message_id: str) -> Status | None:
-        records = self.spool.find(message_id)
+    def _status(self, message_id: str, records: list[Record]) -> Status | None:
         outcomes = self.journal.last_outcomes(message_id)
         notes = {
             record.entry.lane: note

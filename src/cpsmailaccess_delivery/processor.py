@@ -13,7 +13,7 @@ from typing import Any
 from zope.interface import implementer
 
 from .address import ascii_host
-from .errors import InvalidAddress, OutboxError
+from .errors import InvalidAddress
 from .interfaces import IQueueProcessor
 from .limits import ALONE, Share
 from .relays import CONNECTIONS_PER_RELAY
@@ -163,7 +163,6 @@ class QueueProcessorThread(threading.Thread):
                 return scheduler.summary
             self._scheduler = scheduler
         try:
-            self._sweep()
             scheduler.start()
             await scheduler.finished
         finally:
@@ -176,22 +175,6 @@ class QueueProcessorThread(threading.Thread):
             resolvers.shutdown(wait=False, cancel_futures=True)
             loop.set_default_executor(ThreadPoolExecutor(1))
         return scheduler.summary
-
-    def _sweep(self) -> None:
-        try:
-            report = self._spool.sweep()
-            changed = self._accounts.sweep()
-        except (OutboxError, OSError):
-            log.exception("cannot sweep %s", self._spool.location)
-            return
-        if report.removed or report.held:
-            log.warning(
-                "a process died here: %d uncommitted mails removed, %d in doubt and held",
-                len(report.removed),
-                len(report.held),
-            )
-        for mailbox in changed:
-            log.warning("account %s: its change was not committed: put it again", mailbox)
 
 
 def own_host_name() -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from .attempt import FINAL
 from .envelope import lane_key
-from .errors import NoSuchEntry
+from .errors import InvalidEnvelope, NoSuchEntry
 from .interfaces import Entry, LaneNote, Outcome, Record, State
 from .journal import Event
 
@@ -140,10 +140,14 @@ class Queue:
 
     def cancel(self, name: str | Entry) -> list[Record]:
         """Remove mails that are not delivered yet.  Raises `NoSuchEntry`, `EntryBusy`."""
-        records = self.find(name)
-        for record in records:
-            self._spool.cancel(record.entry)
-            self._note(record, State.CANCELLED)
+        try:
+            entries = [record.entry for record in self.find(name)]
+        except InvalidEnvelope:  # to cancel it is all that one can do
+            entries = [name if isinstance(name, Entry) else self._spool.look_up(name)]
+        records = []
+        for entry in entries:
+            records.append(self._spool.cancel(entry))
+            self._note(records[-1], State.CANCELLED)
         self._journal.flush()
         return records
 

@@ -29,6 +29,7 @@ from .lanes import Lane
 from .limits import ALONE, Share
 from .relays import Relays
 from .retry import Schedule
+from .upkeep import sweep
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,9 @@ _FILES_PER_SESSION = 10
 
 #: So many mails that cannot be recorded stop all sending until the disk takes them.
 _MANY_UNSETTLED = 8
+
+#: Seconds between two looks for what processes that died have left.
+_SWEEP_EVERY = 60.0
 
 #: Longest sleep, in seconds: after it the wall clock is asked again, which may have jumped.
 _LONGEST_SLEEP = 30.0
@@ -133,6 +137,7 @@ class Scheduler:
         self._sync_timer: asyncio.TimerHandle | None = None
         self._syncing: asyncio.Future[None] | None = None
         self._sync_thread = ThreadPoolExecutor(1, "cpsmail sync")
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._deferred: set[str] = set()  # tried when draining, and to be tried again
         self._scan: Iterator[Entry] | None = None
         self._watches: list[Any] = []
@@ -143,6 +148,8 @@ class Scheduler:
 
     def start(self) -> None:
         self._beat()
+        sweep(self.spool, self.accounts)
+        self._sweep_timer = self.loop.call_later(_SWEEP_EVERY, self._sweep)
         self._watch(self.spool.watch(), self._spool_changed)
         self._watch(self.accounts.watch(), self._accounts_changed)
         self._rescan()
@@ -170,8 +177,9 @@ class Scheduler:
             self.loop.remove_reader(watch.fileno())
             watch.close()
         self._watches.clear()
-        if self._sync_timer is not None:
-            self._sync_timer.cancel()
+        for timer in (self._sync_timer, self._sweep_timer):
+            if timer is not None:
+                timer.cancel()
         self._retry_unsettled()
         self._sync_thread.shutdown()
         try:
@@ -458,6 +466,14 @@ class Scheduler:
             self._unsynced += 1  # so that it is tried again
         if self._unsynced and self._sync_timer is None:
             self._sync_timer = self.loop.call_later(_SYNC_SOON, self._sync)
+
+    def _sweep(self) -> None:
+        swept = self.loop.run_in_executor(self._sync_thread, sweep, self.spool, self.accounts)
+        swept.add_done_callback(self._swept)
+
+    def _swept(self, done: asyncio.Future[None]) -> None:
+        if self._watches:  # else closed meanwhile
+            self._sweep_timer = self.loop.call_later(_SWEEP_EVERY, self._sweep)
 
     def _retry_unsettled(self) -> None:
         unsettled, self._unsettled = self._unsettled, []

@@ -180,9 +180,7 @@ class Vault:
         Whether such a change was committed nobody knows: it is to be put again.
         """
         swept = []
-        for name in self._names(_STAGED):
-            if self._presence.is_alive(name.removesuffix(_STAGED).split("-", 2)[-1]):
-                continue
+        for name in self.left_overs():
             path = self._path(name)
             try:
                 mailbox = staged_mailbox(_read_file(path))
@@ -194,6 +192,14 @@ class Vault:
                 continue
             swept.append(mailbox or f"(unreadable: {name})")
         return tuple(swept)
+
+    def left_overs(self) -> list[str]:
+        """See `IAccountStore`."""
+        return [
+            name
+            for name in self._names(_STAGED)
+            if not self._presence.is_alive(name.removesuffix(_STAGED).split("-", 2)[-1])
+        ]
 
     def watch(self) -> NotifyWatch | PollingWatch:
         """See `IAccountStore`."""

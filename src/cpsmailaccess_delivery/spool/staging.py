@@ -212,6 +212,12 @@ class Staging:
         self._presence.tidy()
         return SweepReport(tuple(removed), tuple(held))
 
+    def left_overs(self) -> list[str]:
+        """See `ISpool`: files of tmp/ that belong to dead processes."""
+        owners = {name: names.presence_of(name) for name in self._layout.listing("tmp")}
+        dead = {token for token in owners.values() if token and not self._presence.is_alive(token)}
+        return [name for name, token in owners.items() if token in dead]
+
     def close(self) -> None:
         """Remove what is staged and not prepared: its transaction cannot commit any more."""
         for entry_id, staged in list(self._staged.items()):

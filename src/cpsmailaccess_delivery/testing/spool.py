@@ -162,6 +162,10 @@ class MemorySpool:
         """See `ISpool`: nothing outlives a process here, so nothing is left over."""
         return SweepReport()
 
+    def left_overs(self) -> Sequence[str]:
+        """See `ISpool`."""
+        return ()
+
     def sync(self) -> None:
         """See `ISpool`: there is no disk."""
 
