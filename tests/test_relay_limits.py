@@ -134,6 +134,19 @@ def test_a_lane_with_several_makes_room_for_one_with_none(outbox: Outbox) -> Non
         assert processor.stop(timeout=DEADLINE)
 
 
+def test_lanes_of_a_relay_take_turns(tmp_path: Path) -> None:
+    with (
+        Outbox(tmp_path / "outbox", schedule=NEVER, connections_per_relay=1) as outbox,
+        SMTPServer() as server,
+    ):
+        for mailbox, count in (("a@example.org", 60), ("b@example.org", 10), ("c@example.org", 10)):
+            put(outbox, server, mailbox, mails_per_session=10)
+            send(outbox, mailbox, count)
+        assert outbox.processor().run(forever=False).accepted == 80
+        order = [mail.sender[0] for mail in server.mails]
+    assert set(order[:30]) == {"a", "b", "c"}  # a session each, before any has its second
+
+
 def test_who_waits_in_vain_blocks_nobody(outbox: Outbox) -> None:
     """A lane whose mails were cancelled while it waited for its relay."""
     with SMTPServer() as server:

@@ -102,7 +102,7 @@ class Lane:
     @property
     def idle(self) -> bool:
         """Sessions are open, and there is nothing for them to do."""
-        return len(self._sessions) > len(self._quitting) and not self.in_flight and not self.ready
+        return self.working > 0 and not self.in_flight and not self.ready
 
     @property
     def has_sessions(self) -> bool:
@@ -111,6 +111,11 @@ class Lane:
     @property
     def session_count(self) -> int:
         return len(self._sessions)
+
+    @property
+    def working(self) -> int:
+        """Sessions that were not told to end."""
+        return len(self._sessions) - len(self._quitting)
 
     def entries(self) -> list[Entry]:
         """Return what is ready and what is in flight; from any thread."""
@@ -243,11 +248,11 @@ class Lane:
             self.circuit.open(Trouble.RELAY, "the relay closes the connection before any mail")
         elif (
             not ours
-            and self._working
+            and self.working
             and failure is not None
             and asks_for_less(failure.phase, failure.reply, delivered=True)
         ):
-            self._want_fewer()
+            self._want_fewer(close=True)
         self._scheduler.session_over(self)
 
     def _settle(self, mail: Attempt, results: Mapping[str, Result]) -> None:
@@ -261,10 +266,10 @@ class Lane:
             self._careful = True  # a relay that hangs up must not make others unclear, too
         if (
             settlement.state is State.DEFERRED
-            and self._working > 1
+            and self.working > 1
             and any(asks_for_less(each.phase, each.reply) for each in results.values())
         ):
-            self._want_fewer()
+            self._want_fewer(close=True)
         self._record(mail, outcomes)
         scheduler.settle(mail, settlement)
 
@@ -371,23 +376,24 @@ class Lane:
 
     def _judge(self, failure: Failure) -> None:
         """A session failed and had delivered nothing."""
-        if self._working:  # it wants fewer of us
-            self._want_fewer()
+        if self.working:  # it wants fewer of us
+            self._want_fewer(close=False)
             return
         verdict = classify(failure.phase, failure.reply, failure.error)
         assert self._account is not None  # noqa: S101 - a session had it
         self.circuit.open(verdict.trouble, explain(self._account, failure))
 
-    @property
-    def _working(self) -> int:
-        return len(self._sessions) - len(self._quitting)
+    def _want_fewer(self, *, close: bool) -> None:
+        """The relay has too many of us: open none for a while.
 
-    def _want_fewer(self) -> None:
-        """The relay has too many of us: close some, and open none for a while."""
+        `close`: some of those that work, too.  Not while it turns away new ones: those that it
+        lets in may be the only ones.
+        """
         now = self._scheduler.now()
-        self._limit.refused(now, self._working)
-        for _ in range(self._working - self._limit.current):
-            self.give_up_one()
+        self._limit.refused(now, self.working)
+        if close:
+            for _ in range(self.working - self._limit.current):
+                self.give_up_one()
         self._wake_at(self._limit.next_step(now))
 
     def _record(self, mail: Attempt, outcomes: Mapping[str, Outcome]) -> None:

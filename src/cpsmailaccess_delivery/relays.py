@@ -67,9 +67,11 @@ class Relays:
     def wait(self, lane: Lane) -> None:
         """The lane waits for its relay; one that has sessions to spare gives one up."""
         relay = self._relays[lane.relay]
-        relay.waiting.setdefault(lane)
-        holder = max(relay.holders, key=lambda each: (each.idle, each.session_count))
-        if holder.idle or holder.session_count > 1:
+        if lane in relay.waiting:
+            return
+        relay.waiting[lane] = None
+        holder = max(relay.holders, key=lambda each: (each.idle, each.working))
+        if holder.idle or holder.working > 1:
             holder.give_up_one()
 
     def next_waiting(self, name: str) -> Lane | None:

@@ -534,14 +534,14 @@ class Scheduler:
 
     def _serve(self) -> None:
         self._serving = False
-        for _ in range(len(self._waiting_lanes)):
-            if self._sessions >= self._max_sessions:
-                break
-            self._waiting_lanes.popleft().work()
         freed, self._freed = self._freed, set()
         for relay in freed:
             while (lane := self._relays.next_waiting(relay)) is not None:
                 lane.work()
+        for _ in range(len(self._waiting_lanes)):
+            if self._sessions >= self._max_sessions:
+                break
+            self._waiting_lanes.popleft().work()
         self.check_quiet()
 
     def _relieve(self) -> None:
