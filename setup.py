@@ -53,9 +53,12 @@ setup(
         "bench": ["matplotlib >= 3.8", "trustme >= 1.1"],
         # What `make run` and applications' own tests need: certificates made on the spot.
         "demo": ["trustme >= 1.1"],
+        # What `cpsmail run --metrics-port` needs.
+        "metrics": ["prometheus_client >= 0.20"],
         "test": [
             "hypothesis >= 6.100",
             "mypy >= 1.11",
+            "prometheus_client >= 0.20",
             "pytest >= 8",
             "pytest-xdist >= 3.6",
             "ruff >= 0.6",

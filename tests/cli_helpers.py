@@ -41,11 +41,13 @@ class Site:
     def json(self, *args: str, input: bytes | str | None = None, code: int = 0) -> Any:
         return json.loads(self.run(*args, "--json", input=input, code=code).stdout)
 
+    def process_command(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "cpsmailaccess_delivery", *args]
+
     def process(self, *args: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a command as a process of its own."""
-        command = [sys.executable, "-m", "cpsmailaccess_delivery", *args]
         return subprocess.Popen(
-            command,
+            self.process_command(*args),
             env=self.environ,
             stdin=options.pop("stdin", subprocess.PIPE),
             stdout=subprocess.PIPE,

@@ -78,13 +78,14 @@ ROWS: dict[int, tuple[str, ...]] = {
         "ready.py",
         "outgoing.py",
         "notices.py",
+        "relays.py",
         "scheduler.py",
         "processor.py",
         "status.py",
         "upkeep.py",
         "queue.py",
     ),
-    4: ("outbox.py", "settings.py", "__init__.py"),
+    4: ("outbox.py", "settings.py", "supervisor.py", "metrics.py", "__init__.py"),
     6: ("testing/*", "testing.py", "demo.py", "demo/*"),  # aside: nobody imports it
 }
 
@@ -294,7 +295,8 @@ import sys, time
 
 class Absent:
     names = {{"trustme", "Zope2", "OFS", "App", "AccessControl", "Products", "plone", "psycopg",
-             "sqlalchemy", "click", "rich", "hypothesis", "pytest", "ZODB"}}
+             "sqlalchemy", "click", "rich", "hypothesis", "pytest", "ZODB",
+             "prometheus_client"}}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names or name == "zope.processlifetime":

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpsmailaccess_delivery.limits import TokenBucket, mails_per_minute
+from cpsmailaccess_delivery.limits import (
+    SessionLimit,
+    Share,
+    TokenBucket,
+    asks_for_less,
+    mails_per_minute,
+)
+from cpsmailaccess_delivery.outcome import Phase
+from cpsmailaccess_delivery.smtp.reply import Reply
 
 
 @pytest.mark.parametrize(
@@ -76,3 +84,88 @@ def test_a_clock_that_goes_back():
 def test_idle_hours_are_not_saved_up():
     bucket = TokenBucket(per_minute=60, at=0.0)
     assert sum(bucket.take(36_000.0) == 0.0 for _ in range(100)) == 10
+
+
+@given(st.integers(1, 16), st.text("0123456789abcdef", min_size=16, max_size=16))
+def test_every_lane_has_one_worker(of, lane):
+    assert sum(Share(index, of).owns(lane) for index in range(of)) == 1
+
+
+@given(st.integers(1, 16), st.integers(1, 10_000))
+def test_parts_make_the_limit(of, limit):
+    parts = [Share(index, of).part(limit) for index in range(of)]
+    assert min(parts) >= 1
+    assert sum(parts) == max(limit, of)
+    assert max(parts) - min(parts) <= 1
+
+
+@pytest.mark.parametrize(("index", "of"), [(-1, 2), (2, 2), (0, 0)])
+def test_no_such_worker(index, of):
+    with pytest.raises(ValueError, match="the first is 0"):
+        Share(index, of)
+
+
+def test_halved_then_one_more_a_minute():
+    limit = SessionLimit(8)
+    assert (limit.allowed(0.0), limit.learned) == (8, False)
+    limit.refused(100.0, working=7)
+    assert (limit.allowed(100.0), limit.learned) == (4, True)
+    assert limit.paused(104.9)
+    assert limit.next_step(100.0) == 105.0
+    assert not limit.paused(105.0)
+    assert limit.next_step(105.0) == 165.0
+    assert [limit.allowed(now) for now in (159.0, 160.0, 219.0, 220.0, 1000.0)] == [4, 5, 5, 6, 7]
+    assert [limit.allowed(now) for now in (1060.0, 1120.0)] == [8, 8]
+    assert not limit.learned
+
+
+def test_refusals_at_once_have_one_cause():
+    """Ten at once, and the relay takes three."""
+    limit = SessionLimit(10)
+    for working in (9, 8, 7, 6, 5, 4, 3):
+        limit.refused(0.0, working)
+    assert limit.allowed(1.0) == 3
+    limit.refused(61.0, 3)
+    assert limit.allowed(61.0) == 1
+
+
+@given(
+    st.integers(1, 50),
+    st.lists(st.tuples(st.sampled_from("ra"), st.floats(-10, 100), st.integers(0, 50))),
+)
+def test_always_one_and_never_more_than_the_account_allows(most, steps):
+    limit, now = SessionLimit(most), 1000.0
+    for what, step, working in steps:
+        now += step
+        if what == "r":
+            limit.refused(now, working)
+        before = limit.current
+        assert 1 <= limit.allowed(now) <= most
+        assert limit.current <= before + 1
+
+
+@pytest.mark.parametrize(
+    ("phase", "reply", "delivered", "less"),
+    [
+        (Phase.GREETING, "421 4.7.0 busy", False, True),
+        (Phase.AUTH, "454 4.7.0 Too many login attempts", False, True),
+        (Phase.MAIL, "450 4.7.1 later", False, True),
+        (Phase.MAIL, "452 4.3.1 too many mails", False, True),
+        (Phase.HELLO, "432 4.3.2 Too many concurrent sessions", False, True),
+        (Phase.MAIL, "432 4.7.12 a password transition is needed", False, False),
+        (Phase.AUTH, "535 5.7.8 wrong password", False, False),
+        (Phase.GREETING, "554 too many of you, for ever", False, False),
+        (Phase.RCPT, "450 4.2.0 greylisted", False, False),
+        (Phase.RCPT, "452 4.5.3 too many recipients", False, False),
+        (Phase.MAIL, "421 4.7.0 too many messages in this session", True, False),
+        (Phase.MAIL, "421 4.7.0 too many connections from you", True, True),
+        (Phase.MAIL, "451 4.7.500 Server busy: rate limit", True, True),
+    ],
+)
+def test_who_asks_for_less(phase, reply, delivered, less):
+    code, _, text = reply.partition(" ")
+    assert asks_for_less(phase, Reply(int(code), (text,)), delivered=delivered) is less
+
+
+def test_silence_asks_for_nothing():
+    assert not asks_for_less(Phase.CONNECT, None)

@@ -215,7 +215,7 @@ def test_every_argument_of_an_outbox():
     text = section(DOCS["api"], "Outbox")
     arguments = inspect.signature(Outbox).parameters
     assert re.findall(r"(?m)^``(\w+)``  ", text) == list(arguments)
-    for name in ("size_limit", "max_sessions"):
+    for name in ("size_limit", "max_sessions", "connections_per_relay"):
         assert default_in(text, name) == repr(arguments[name].default)
 
 

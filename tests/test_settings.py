@@ -16,6 +16,9 @@ outbox = "var/outbox"
 size_limit = 1000
 helo_name = "App.Example.org"
 max_sessions = 7
+connections_per_relay = 5
+metrics_port = 9125
+metrics_address = "::1"
 [retry]
 first = 5
 factor = 1.5
@@ -52,6 +55,8 @@ def test_every_setting_of_a_file(tmp_path: Path) -> None:
     assert settings.size_limit == 1000
     assert settings.helo_name == "app.example.org"
     assert settings.max_sessions == 7
+    assert settings.connections_per_relay == 5
+    assert (settings.metrics_address, settings.metrics_port) == ("::1", 9125)
     assert settings.retry == Schedule(5.0, 1.5, 60.0, 0.0, 3600.0)
     assert settings.source == file
 
@@ -90,6 +95,9 @@ def test_other_variables_are_left_alone() -> None:
         ('size_limit = "1"', "size_limit", "is a whole number"),
         ("size_limit = 1.5", "size_limit", "is a whole number"),
         ("size_limit = 0", "size_limit", "at least 1"),
+        ("metrics_port = 70000", "metrics_port", "is a port"),
+        ("metrics_port = 0", "metrics_port", "is a port"),
+        ('metrics_address = "localhost"', "metrics_address", "is an IP address"),
         ("max_sessions = true", "max_sessions", "is a whole number"),
         ('helo_name = "a b"', "helo_name", "is a host name"),
         ('helo_name = "192.0.2.1"', "helo_name", "in brackets"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from .bounce import GIVEN_UP, age_text
 from .interfaces import Entry, Outcome, Settlement, State
@@ -27,6 +28,39 @@ _WORST_FIRST = (
     State.CANCELLED,
     State.ACCEPTED,
 )
+
+
+#: Upper bounds, in seconds, by which attempts are counted.
+TIME_BOUNDS: Final = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    300.0,
+)
+
+
+class Times:
+    """How long attempts took: ``counts`` by `TIME_BOUNDS` and over, and the ``total``."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(TIME_BOUNDS) + 1)
+        self.total = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(TIME_BOUNDS, seconds)] += 1
+        self.total += seconds
 
 
 class Attempt:

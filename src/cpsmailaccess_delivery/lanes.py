@@ -19,13 +19,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .account import Account
+from .address import relay_name
 from .attempt import Attempt, account_trouble, outcomes_of, settlement_of, waiting_of
 from .circuit import Circuit
 from .envelope import Route, lane_key
 from .errors import VaultError
 from .interfaces import Entry, LaneNote, Outcome, Settlement, State
 from .journal import Event
-from .limits import TokenBucket, mails_per_minute
+from .limits import SessionLimit, TokenBucket, asks_for_less, mails_per_minute
 from .outcome import Trouble, classify
 from .password import resolve_secret
 from .ready import Ready
@@ -61,14 +62,15 @@ class Lane:
         self.route = route
         self.key = lane_key(route)
         self.ready = Ready()
-        self.in_flight = 0
+        self._flying: dict[Attempt, float] = {}  # and since when, on the loop's clock
         self._scheduler = scheduler
         self._sessions: set[Session] = set()
         self._quitting: set[Session] = set()  # those that we have told to
         self._account: Account | None = None
         self._version = ""
         self._bucket: TokenBucket | None = None
-        self._most_sessions: int | None = None  # learned: the relay refused one more
+        self._limit = SessionLimit(1)
+        self.relay = relay_name(route.host, route.port)
         self._careful = False  # learned: one mail at a time in the next session
         self._idle_timer: asyncio.TimerHandle | None = None
         self._woken_at = math.inf  # seconds since the epoch: the wake-up that is under way
@@ -95,6 +97,11 @@ class Lane:
         )
 
     @property
+    def in_flight(self) -> int:
+        """Mails that a session has."""
+        return len(self._flying)
+
+    @property
     def quiet(self) -> bool:
         """Nothing is on its way, and nothing can be sent now."""
         if self.in_flight or self._sessions or self._aging:
@@ -104,11 +111,25 @@ class Lane:
     @property
     def idle(self) -> bool:
         """Sessions are open, and there is nothing for them to do."""
-        return len(self._sessions) > len(self._quitting) and not self.in_flight and not self.ready
+        return self.working > 0 and not self.in_flight and not self.ready
 
     @property
     def has_sessions(self) -> bool:
         return bool(self._sessions)
+
+    @property
+    def session_count(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def working(self) -> int:
+        """Sessions that were not told to end."""
+        return len(self._sessions) - len(self._quitting)
+
+    def entries(self) -> list[Entry]:
+        """Return what is ready and what is in flight; from any thread."""
+        # Each copy is one step of the interpreter: the loop goes on meanwhile.
+        return [*self.ready.copy(), *(mail.entry for mail in list(self._flying))]
 
     def push(self, entry: Entry) -> None:
         """Add an entry; `work` follows."""
@@ -155,6 +176,14 @@ class Lane:
             self._quitting.add(session)
             session.quit()
 
+    def give_up_one(self) -> None:
+        """Close one session when it has finished what is in flight, an idle one if there is."""
+        open_ones = [session for session in self._sessions if session not in self._quitting]
+        if open_ones:
+            session = min(open_ones, key=lambda each: each.in_flight)
+            self._quitting.add(session)
+            session.quit()
+
     def longest_silence(self, now: float) -> tuple[float, Session | None]:
         """Return for how long a session has waited for its relay, in seconds, and which.
 
@@ -183,7 +212,7 @@ class Lane:
         while self.ready and not self._stopping and self._may_send():
             attempt = self._scheduler.claim(self.ready.popleft(), self)
             if attempt is not None:
-                self.in_flight += 1
+                self._flying[attempt] = self._scheduler.loop.time()
                 return attempt
             if self._bucket is not None:
                 self._bucket.give_back()
@@ -192,7 +221,7 @@ class Lane:
         return None
 
     def mail_done(self, mail: Attempt, results: Mapping[str, Result]) -> None:
-        self.in_flight -= 1
+        self._scheduler.times.add(self._scheduler.loop.time() - self._flying.pop(mail))
         trouble = account_trouble(results)
         if trouble is not None:
             self._give_back(mail)
@@ -208,11 +237,11 @@ class Lane:
             self._scheduler.set_aside(mail, error)
 
     def mail_unsent(self, mail: Attempt) -> None:
-        self.in_flight -= 1
+        del self._flying[mail]
         self._give_back(mail)
 
     def mail_broken(self, mail: Attempt, error: Exception) -> None:
-        self.in_flight -= 1
+        del self._flying[mail]
         self._scheduler.set_aside(mail, error)
 
     def session_ready(self, session: Session) -> None:
@@ -229,6 +258,13 @@ class Lane:
         elif failure is None and not session.answered and self.ready and not ours:
             # Else a relay that greets and hangs up would be asked again at once, for ever.
             self.circuit.open(Trouble.RELAY, "the relay closes the connection before any mail")
+        elif (
+            not ours
+            and self.working
+            and failure is not None
+            and asks_for_less(failure.phase, failure.reply, delivered=True)
+        ):
+            self._want_fewer(close=True)
         self._scheduler.session_over(self)
 
     def _settle(self, mail: Attempt, results: Mapping[str, Result]) -> None:
@@ -240,6 +276,12 @@ class Lane:
         )
         if settlement.state is State.UNCLEAR:
             self._careful = True  # a relay that hangs up must not make others unclear, too
+        if (
+            settlement.state is State.DEFERRED
+            and self.working > 1
+            and any(asks_for_less(each.phase, each.reply) for each in results.values())
+        ):
+            self._want_fewer(close=True)
         self._record(mail, outcomes)
         scheduler.settle(mail, settlement)
 
@@ -327,9 +369,14 @@ class Lane:
             return False
         if not count:
             return True
-        account = self._account
-        most = self._most_sessions or (account.connections if account else 1)
-        return count < most and len(self.ready) > _BACKLOG * count
+        if len(self.ready) <= _BACKLOG * count:
+            return False
+        now = self._scheduler.now()
+        if count < self._limit.allowed(now) and not self._limit.paused(now):
+            return True
+        if self._limit.learned:
+            self._wake_at(self._limit.next_step(now))
+        return False
 
     def _open_session(self) -> bool:
         try:
@@ -363,7 +410,8 @@ class Lane:
             per_minute = mails_per_minute(account.host, account.mails_per_minute)
             self._bucket = TokenBucket(per_minute, self._scheduler.now()) if per_minute else None
             self._account = account
-            self._most_sessions = None
+            self._limit = SessionLimit(account.connections)
+            self.relay = account.relay
         return account
 
     def _current_version(self) -> str:
@@ -375,7 +423,7 @@ class Lane:
             return str(error)  # to load it will fail, and says why; mended, it differs
 
     def _has_nothing_to_do(self) -> None:
-        if self._scheduler.draining or self._scheduler.lanes_wait:
+        if self._scheduler.draining or self._scheduler.is_waited_for(self):
             self._scheduler.loop.call_soon(self._idle_over)
         elif self._idle_timer is None:
             self._idle_timer = self._scheduler.loop.call_later(_IDLE, self._idle_over)
@@ -411,12 +459,25 @@ class Lane:
 
     def _judge(self, failure: Failure) -> None:
         """A session failed and had delivered nothing."""
-        if len(self._sessions) > len(self._quitting):
-            self._most_sessions = len(self._sessions)  # others work: it wants fewer of us
+        if self.working:  # it wants fewer of us
+            self._want_fewer(close=False)
             return
         verdict = classify(failure.phase, failure.reply, failure.error)
         assert self._account is not None  # noqa: S101 - a session had it
         self.circuit.open(verdict.trouble, explain(self._account, failure))
+
+    def _want_fewer(self, *, close: bool) -> None:
+        """The relay has too many of us: open none for a while.
+
+        `close`: some of those that work, too.  Not while it turns away new ones: those that it
+        lets in may be the only ones.
+        """
+        now = self._scheduler.now()
+        self._limit.refused(now, self.working)
+        if close:
+            for _ in range(self.working - self._limit.current):
+                self.give_up_one()
+        self._wake_at(self._limit.next_step(now))
 
     def _record(
         self, mail: Attempt, outcomes: Mapping[str, Outcome], *, attempt: int | None = None

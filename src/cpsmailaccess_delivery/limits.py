@@ -1,9 +1,18 @@
-"""How fast an account may send: what providers publish, and a token bucket."""
+"""How fast an account may send: what providers publish, and a token bucket.
+
+And whose a lane is, when several workers share a spool.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+import zlib
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
+
+from .outcome import Phase
+from .smtp.reply import Reply
 
 #: Mails per minute that providers publish for one mailbox, by the end of the host name.
 _PUBLISHED: Final = {
@@ -60,3 +69,108 @@ class TokenBucket:
         if self.tokens >= 1.0:
             return 0.0
         return (1.0 - self.tokens) * 60 / self.per_minute
+
+
+#: Said when we ask too much: RFC 5321 section 4.2.2, RFC 4954 section 6.
+_BUSY_CODES: Final = (421, 450, 451, 452, 454)
+
+#: Of these, in a session that has delivered already: it is not the session that is used up.
+_TOO_MUCH: Final = re.compile(r"concurren|simultaneous|connections|\brate\b|slow|throttl", re.I)
+
+_EARLY: Final = (Phase.CONNECT, Phase.GREETING, Phase.HELLO, Phase.AUTH, Phase.MAIL)
+
+
+def asks_for_less(phase: Phase, reply: Reply | None, *, delivered: bool = False) -> bool:
+    """Whether a relay says that it has too many of us.
+
+    `delivered`: the session had delivered mails before; it is then only its own end that
+    most relays announce (so many mails per session), unless their words say otherwise.
+    """
+    if reply is None or phase not in _EARLY:
+        return False
+    text = str(reply)
+    if not 400 <= reply.code < 500 or (delivered and not _TOO_MUCH.search(text)):
+        return False
+    return reply.code in _BUSY_CODES or "too many" in text.lower()
+
+
+@dataclass(slots=True)
+class SessionLimit:
+    """How many sessions an account may have: its own limit, and what its relay taught us.
+
+    Halved when the relay asks for less, one more after a minute in which it did not
+    (additive increase, multiplicative decrease).  Times are seconds on the caller's clock.
+
+    ``most``: the account's limit.
+    """
+
+    most: int
+    current: int = 0
+    at: float = 0.0  # of the last change
+    _halved: float = -math.inf
+
+    #: Seconds until one more is tried.
+    RECOVER: ClassVar[float] = 60.0
+
+    #: Seconds in which refusals have one cause, and no session more is opened.
+    PAUSE: ClassVar[float] = 5.0
+
+    def __post_init__(self) -> None:
+        self.current = self.current or self.most
+
+    @property
+    def learned(self) -> bool:
+        """Whether it is less than the account's own."""
+        return self.current < self.most
+
+    def refused(self, now: float, working: int) -> None:
+        """The relay asks for less, while `working` sessions go on."""
+        if not 0 <= now - self._halved < self.PAUSE:
+            self.current //= 2
+            self._halved = now
+        self.current = max(1, min(self.current, working))
+        self.at = now
+
+    def allowed(self, now: float) -> int:
+        """Return how many sessions there may be now: asked when there is work for more."""
+        if self.learned and not 0 <= now - self.at < self.RECOVER:
+            self.current += 1
+            self.at = now
+        return self.current
+
+    def paused(self, now: float) -> bool:
+        """Whether no session more is opened beside those that work."""
+        return 0 <= now - self._halved < self.PAUSE
+
+    def next_step(self, now: float) -> float:
+        """Return when to ask again."""
+        return now + (self.PAUSE if self.paused(now) else self.RECOVER)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one of several workers on a spool serves: worker ``index`` (from 0) of ``of``.
+
+    Each lane belongs to one worker, so that an account's limits need no talk between them.
+    """
+
+    index: int = 0
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.of:
+            raise ValueError(f"worker {self.index} of {self.of}: the first is 0")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+    def owns(self, lane: str) -> bool:
+        """Whether the lane of this key (`envelope.lane_key`) is ours."""
+        return self.of == 1 or zlib.crc32(lane.encode()) % self.of == self.index
+
+    def part(self, limit: int) -> int:
+        """Return our part of a limit over all workers; at least 1."""
+        return max(1, limit // self.of + (self.index < limit % self.of))
+
+
+ALONE: Final = Share()

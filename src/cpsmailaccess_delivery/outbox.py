@@ -16,9 +16,11 @@ from .errors import InvalidSettings, NoSuchEntry, OutboxClosed
 from .interfaces import IOutbox, Record
 from .journal import MAX_LAG, Journal
 from .key import KeySource
+from .limits import ALONE, Share
 from .message import DEFAULT_SIZE_LIMIT, LARGEST
 from .processor import MAX_SESSIONS, QueueProcessorThread
 from .queue import Queue
+from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
 from .spool.maildir import Maildir
 from .spool.presence import Presence
@@ -35,7 +37,7 @@ class Outbox:
     `size_limit`: bytes of the largest message that `send` takes.
     `key`: 32 bytes that seal the secrets; by default from ``CPSMAIL_KEY``, the systemd
     credential ``cpsmail.key``, or the file ``PATH.key`` (made on first use).
-    `schedule`, `helo_name`, `max_sessions`: see `processor`.
+    `schedule`, `helo_name`, `max_sessions`, `connections_per_relay`: see `processor`.
 
     Raises `InvalidSettings`, `SpoolError`.
     """
@@ -50,6 +52,7 @@ class Outbox:
         schedule: Schedule | None = None,
         helo_name: str | None = None,
         max_sessions: int = MAX_SESSIONS,
+        connections_per_relay: int = CONNECTIONS_PER_RELAY,
     ) -> None:
         if isinstance(path, str) and "://" in path:
             raise InvalidSettings(f"outbox {path!r}: this release knows directories only")
@@ -59,6 +62,7 @@ class Outbox:
         self._schedule = schedule
         self._helo_name = helo_name
         self._max_sessions = max_sessions
+        self._connections_per_relay = connections_per_relay
         self._processors: list[QueueProcessorThread] = []
         self._closed = False
         self.presence = Presence(directory / "presence")
@@ -87,8 +91,8 @@ class Outbox:
         """Where the spool is."""
         return str(self.spool.location)
 
-    def processor(self) -> QueueProcessorThread:
-        """Return a processor of this outbox, not started yet."""
+    def processor(self, share: Share = ALONE) -> QueueProcessorThread:
+        """Return a processor of this outbox, not started yet; `share`: see there."""
         if self._closed:
             raise OutboxClosed(f"outbox {self.location}: was closed; make a new Outbox")
         processor = QueueProcessorThread(
@@ -98,6 +102,8 @@ class Outbox:
             schedule=self._schedule,
             helo_name=self._helo_name,
             max_sessions=self._max_sessions,
+            connections_per_relay=self._connections_per_relay,
+            share=share,
         )
         self._processors.append(processor)
         return processor

@@ -17,6 +17,8 @@ from zope.interface import implementer
 from .address import ascii_host
 from .errors import InvalidAddress
 from .interfaces import IQueueProcessor
+from .limits import ALONE, Share
+from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
 from .scheduler import Scheduler, Summary
 
@@ -47,7 +49,9 @@ class QueueProcessorThread(threading.Thread):
     threads or processes, on one spool are safe: an entry is sent by whoever has its lease.
 
     `helo_name`: how it introduces itself to relays (RFC 5321 section 4.1.1.1); the name
-    of this host by default.  `max_sessions`: connections at most, over all accounts.
+    of this host by default.  `max_sessions`: connections at most, over all accounts;
+    `connections_per_relay`: and of them to one relay (host and port).
+    `share`: of several workers, the lanes that are this one's, and its part of the limits.
     `clock`: seconds since the epoch.
     """
 
@@ -60,6 +64,8 @@ class QueueProcessorThread(threading.Thread):
         schedule: Schedule | None = None,
         helo_name: str | None = None,
         max_sessions: int = MAX_SESSIONS,
+        connections_per_relay: int = CONNECTIONS_PER_RELAY,
+        share: Share = ALONE,
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(name="cpsmailaccess_delivery.QueueProcessorThread", daemon=True)
@@ -69,6 +75,8 @@ class QueueProcessorThread(threading.Thread):
         self._schedule = schedule or Schedule()
         self._helo_name = helo_name
         self._max_sessions = max_sessions
+        self._connections_per_relay = connections_per_relay
+        self._share = share
         self._clock = clock
         self._stopped = threading.Event()
         self._ended = threading.Event()  # no `run` is under way
@@ -123,6 +131,11 @@ class QueueProcessorThread(threading.Thread):
             self.join(_ABORT_TIMEOUT)
         return not self.is_alive()
 
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """What delivers now, for `metrics`; None while nothing does."""
+        return self._scheduler
+
     def abort(self) -> None:
         """Drop the connections now, see `stop`; also of a `run` in another thread."""
         with self._lock:
@@ -145,8 +158,10 @@ class QueueProcessorThread(threading.Thread):
             helo_name=self._helo_name,
             schedule=self._schedule,
             max_sessions=self._max_sessions,
+            connections_per_relay=self._connections_per_relay,
             draining=draining,
             clock=self._clock,
+            share=self._share,
         )
         self.summary = scheduler.summary
         with self._lock:

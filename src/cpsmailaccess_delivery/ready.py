@@ -27,6 +27,10 @@ class Ready:
         for entries in self._in_order:
             yield from entries
 
+    def copy(self) -> list[Entry]:
+        """Return the entries; from any thread: to copy a deque is one step of the interpreter."""
+        return [entry for entries in list(self._in_order) for entry in entries.copy()]
+
     def append(self, entry: Entry) -> None:
         """Add an entry behind those of its priority."""
         self._of(entry.priority).append(entry)

@@ -21,12 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from .attempt import ACCEPTED, Attempt, expiry_of
-from .envelope import Route
+from .attempt import ACCEPTED, Attempt, Times, expiry_of
+from .envelope import Route, lane_key
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from .interfaces import Entry, Settlement, State
 from .lanes import Lane
+from .limits import ALONE, Share
 from .notices import Notices
+from .relays import Relays
 from .retry import Schedule
 from .upkeep import sweep
 
@@ -66,6 +68,10 @@ _SWEEP_EVERY = 60.0
 _LONGEST_SLEEP = 30.0
 
 
+#: Seconds between two signs of life.
+_HEARTBEAT = 5.0
+
+
 @dataclass(slots=True)
 class Summary:
     """What a processor did: numbers of mails, by the state that they were left in."""
@@ -95,7 +101,9 @@ class Scheduler:
         helo_name: str,
         schedule: Schedule,
         max_sessions: int,
+        connections_per_relay: int,
         draining: bool,
+        share: Share = ALONE,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -106,9 +114,13 @@ class Scheduler:
         self.helo_name = helo_name
         self.schedule = schedule
         self.draining = draining
+        self.share = share
         self.now = clock
         self.chance = chance
         self.summary = Summary()
+        self.times = Times()
+        self.heartbeat = 0.0  # seconds since the epoch
+        self._heart: asyncio.TimerHandle | None = None
         self.finished: asyncio.Future[None] = loop.create_future()
         self._lanes: dict[str, Lane] = {}  # by route
         self._by_key: dict[str, Lane] = {}  # by the key in file names
@@ -116,9 +128,11 @@ class Scheduler:
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
         files = _open_files()
-        self._max_sessions = min(max_sessions, max(1, files // _FILES_PER_SESSION))
+        self._max_sessions = min(share.part(max_sessions), max(1, files // _FILES_PER_SESSION))
         self._sync_many = max(1, min(_SYNC_MANY, files // 8))
         self._sessions = 0
+        self._freed: set[str] = set()  # relays that have a connection less
+        self._relays = Relays(share.part(connections_per_relay))
         self._waiting_lanes: deque[Lane] = deque()
         self._serving = False
         self._relief: asyncio.TimerHandle | None = None
@@ -148,6 +162,7 @@ class Scheduler:
     # Life
 
     def start(self) -> None:
+        self._beat()
         sweep(self.spool, self.accounts)
         self._sweep_timer = self.loop.call_later(_SWEEP_EVERY, self._sweep)
         self._watch(self.spool.watch(), self._spool_changed)
@@ -170,8 +185,9 @@ class Scheduler:
 
     def close(self) -> None:
         """Give back what `start` took.  Settlements are tried a last time."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._heart):
+            if timer is not None:
+                timer.cancel()
         for watch in self._watches:
             self.loop.remove_reader(watch.fileno())
             watch.close()
@@ -225,11 +241,31 @@ class Scheduler:
         waiting.update(item.id for _, _, item in self._later if isinstance(item, Entry))
         self.summary.waiting = len(waiting - self._deferred)
 
+    def _beat(self) -> None:
+        self.heartbeat = self.now()
+        self._heart = self.loop.call_later(_HEARTBEAT, self._beat)
+
+    # What may be asked from any thread: copies, each made in one step of the interpreter
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes that have had an entry."""
+        return list(self._lanes.values())
+
+    @property
+    def lanes_waiting(self) -> int:
+        """How many lanes wait for a connection."""
+        return len(self._waiting_lanes) + self._relays.waiting
+
+    def entries_later(self) -> list[Entry]:
+        """Return the entries that wait for their time."""
+        return [item for _, _, item in self._later.copy() if isinstance(item, Entry)]
+
     # Where entries come from
 
     def offer(self, entry: Entry, dirty: set[Lane]) -> None:
         """Take notice of an entry; its lane is added to `dirty` when it is due."""
-        if self._stopping:
+        if self._stopping or (entry.lane and not self.share.owns(entry.lane)):
             return
         wait = entry.due - self.now() if entry.due else 0.0
         if entry.state in (State.DEFERRED, State.UNCLEAR) and entry.due:
@@ -256,7 +292,8 @@ class Scheduler:
     def _find_lane(self, entry: Entry) -> Lane | None:
         """Open one entry to learn its route: the first of its lane, or one we did not name."""
         try:
-            return self.lane(self.spool.load(entry).envelope.route)
+            route = self.spool.load(entry).envelope.route
+            return self.lane(route) if entry.lane or self.share.owns(lane_key(route)) else None
         except InvalidEnvelope:
             self.spool.claim(entry)  # sets it aside
             self.summary.held += 1
@@ -502,10 +539,9 @@ class Scheduler:
         """Whether so much cannot be recorded that it is better to send nothing."""
         return len(self._unsettled) >= _MANY_UNSETTLED or self.notices.full
 
-    @property
-    def lanes_wait(self) -> bool:
-        """Whether lanes wait for a connection."""
-        return bool(self._waiting_lanes)
+    def is_waited_for(self, lane: Lane) -> bool:
+        """Whether others wait for a connection that this lane has."""
+        return bool(self._waiting_lanes) or self._relays.is_waited_for(lane)
 
     @property
     def _crowded(self) -> bool:
@@ -514,8 +550,13 @@ class Scheduler:
 
     def may_connect(self, lane: Lane) -> bool:
         """Whether one session more is within the limit; if not, the lane waits its turn."""
+        if not self._relays.room(lane):
+            if not lane.has_sessions:
+                self._relays.wait(lane)
+            return False
         if self._sessions < self._max_sessions and not (lane.has_sessions and self._crowded):
             self._sessions += 1
+            self._relays.take(lane)
             return True
         if lane.has_sessions:
             return False
@@ -527,6 +568,7 @@ class Scheduler:
     def session_over(self, lane: Lane) -> None:
         """One session less: the lanes that wait longest may open one."""
         self._sessions -= 1
+        self._freed.add(self._relays.give_back(lane))
         if lane.ready and lane not in self._waiting_lanes:
             self._waiting_lanes.append(lane)
         if not self._serving:
@@ -536,6 +578,10 @@ class Scheduler:
 
     def _serve(self) -> None:
         self._serving = False
+        freed, self._freed = self._freed, set()
+        for relay in freed:
+            while (lane := self._relays.next_waiting(relay)) is not None:
+                lane.work()
         for _ in range(len(self._waiting_lanes)):
             if self._sessions >= self._max_sessions:
                 break

@@ -6,6 +6,9 @@
     size_limit = 52428800          # bytes
     helo_name = "app.example.org"
     max_sessions = 200
+    connections_per_relay = 20
+    metrics_port = 9125            # of `cpsmail run`: Prometheus; none by default
+    metrics_address = "127.0.0.1"
 
     [retry]
     first = 60.0                   # seconds; see `retry.Schedule`
@@ -22,6 +25,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +34,7 @@ from .errors import InvalidAddress, InvalidSettings
 from .message import DEFAULT_SIZE_LIMIT
 from .outbox import Outbox
 from .processor import MAX_SESSIONS
+from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
 
 #: Names the settings file when no option does.
@@ -49,6 +54,9 @@ class Settings:
     size_limit: int = DEFAULT_SIZE_LIMIT
     helo_name: str | None = None
     max_sessions: int = MAX_SESSIONS
+    connections_per_relay: int = CONNECTIONS_PER_RELAY
+    metrics_port: int | None = None
+    metrics_address: str = "127.0.0.1"
     retry: Schedule = field(default_factory=Schedule)
     source: Path | None = None
 
@@ -60,6 +68,7 @@ class Settings:
             schedule=self.retry,
             helo_name=self.helo_name,
             max_sessions=self.max_sessions,
+            connections_per_relay=self.connections_per_relay,
         )
 
 
@@ -123,7 +132,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _parsed(key: str, text: str) -> object:
     """Return the number that a text stands for, where the setting is one."""
-    if key in ("outbox", "helo_name"):
+    if key in ("outbox", "helo_name", "metrics_address"):
         return text
     for kind in (int, float):
         try:
@@ -165,6 +174,18 @@ def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
+def _port(value: object) -> int | None:
+    port = _whole(value)
+    return port if port is not None and port <= 65_535 else None
+
+
+def _ip_address(value: object) -> str | None:
+    try:
+        return str(ip_address(value)) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
 def _number(least: float, most: float = math.inf) -> Callable[[object], float | None]:
     def check(value: object) -> float | None:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -181,6 +202,9 @@ _RULES: Final[dict[str, tuple[Callable[[object], Any], str]]] = {
     "size_limit": (_whole, "is a whole number of bytes, at least 1"),
     "helo_name": (_helo_name, "is a host name, or an IP address in brackets"),
     "max_sessions": (_whole, "is a whole number of at least 1"),
+    "connections_per_relay": (_whole, "is a whole number of at least 1"),
+    "metrics_port": (_port, "is a port, 1 to 65535"),
+    "metrics_address": (_ip_address, "is an IP address"),
     "retry.first": _SECONDS,
     "retry.factor": (_number(1.0), "is a number of at least 1"),
     "retry.longest": _SECONDS,
