@@ -815,6 +815,65 @@ def test_a_lane_that_is_made_while_stopping_sends_nothing(outbox, server):
         assert late.sessions == 0
 
 
+def test_a_lane_that_waits_for_its_limit_gives_its_connection_to_others(tmp_path, server):
+    with (
+        SMTPServer() as other,
+        Outbox(tmp_path / "outbox", schedule=NEVER, max_sessions=1) as outbox,
+    ):
+        put(outbox, server, mails_per_minute=6)  # one at once, then one in ten seconds
+        put(outbox, other, "@other.example")
+        processor = outbox.processor()
+        processor.start()
+        with transaction.manager:
+            for _ in range(20):
+                outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+        server.wait_for(1, DEADLINE)
+        send(outbox, "a@other.example")
+        other.wait_for(1, DEADLINE)
+        assert len(server.mails) < 20
+        assert processor.stop(timeout=DEADLINE)
+
+
+def test_another_account_does_not_end_the_wait_for_a_refused_login(outbox):
+    with SMTPServer(users={"alice": "right"}) as server:
+        put(outbox, server, username="alice", password="wrong")
+        send(outbox)
+        outbox.processor().run(forever=False)
+        processor = outbox.processor()
+        processor.start()
+        send(outbox)  # its lane is known now
+        put(outbox, server, "@other.example", username="alice", password="right")
+        send(outbox, "a@other.example")
+        server.wait_for(1, DEADLINE)
+        assert processor.stop(timeout=DEADLINE)
+        assert [login.accepted for login in server.logins].count(False) == 1
+
+
+def test_a_stop_during_the_look_up_of_our_name_is_heard(outbox, server, monkeypatch):
+    put(outbox, server)
+    send(outbox)
+    asked, go_on = threading.Event(), threading.Event()
+
+    def own_host_name():
+        asked.set()
+        assert go_on.wait(DEADLINE)
+        return "client.example.org"
+
+    monkeypatch.setattr(processor_module, "own_host_name", own_host_name)
+    processor = outbox.processor()
+    processor._helo_name = None
+    thread = threading.Thread(target=processor.run, args=(False,))
+    thread.start()
+    assert asked.wait(DEADLINE)
+    stopper = threading.Thread(target=processor.stop)
+    stopper.start()
+    wait_for(processor._stopped.is_set)
+    go_on.set()
+    stopper.join(DEADLINE)
+    thread.join(DEADLINE)
+    assert server.sessions == 0
+
+
 def test_mails_per_minute(outbox, server):
     put(outbox, server, mails_per_minute=60)  # ten at once, then one a second
     with transaction.manager:

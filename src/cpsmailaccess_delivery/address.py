@@ -109,6 +109,15 @@ def relay_name(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_ip_address(host: str) -> bool:
+    """Tell whether the host is an address, so that there is nothing to look up."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether the host, by its text alone, is this machine."""
     try:

@@ -78,6 +78,7 @@ class Lane:
         self._aged_at = 0.0  # seconds since the epoch: when old mails are looked for again
         self._aging = False  # more of them are looked at soon
         self._told: set[str] = set()  # ids of mails whose delay the sender knows
+        self._version = self._current_version()
         self.circuit = Circuit(
             self.key,
             str(route),
@@ -110,8 +111,10 @@ class Lane:
 
     @property
     def idle(self) -> bool:
-        """Sessions are open, and there is nothing for them to do."""
-        return self.working > 0 and not self.in_flight and not self.ready
+        """Sessions are open, and there is nothing for them to do now."""
+        if self.working <= 0 or self.in_flight:
+            return False
+        return not self.ready or self._held_back()
 
     @property
     def has_sessions(self) -> bool:
@@ -423,9 +426,10 @@ class Lane:
             return str(error)  # to load it will fail, and says why; mended, it differs
 
     def _has_nothing_to_do(self) -> None:
-        if self._scheduler.draining or self._scheduler.is_waited_for(self):
+        drained = self._scheduler.draining and not self.ready
+        if drained or self._scheduler.is_waited_for(self):
             self._scheduler.loop.call_soon(self._idle_over)
-        elif self._idle_timer is None:
+        elif self._idle_timer is None and not self.ready:
             self._idle_timer = self._scheduler.loop.call_later(_IDLE, self._idle_over)
 
     def _cancel_idle_timer(self) -> None:
@@ -439,6 +443,12 @@ class Lane:
             self.quit()
 
     # Limits and trouble
+
+    def _held_back(self) -> bool:
+        """Whether a limit, or trouble, keeps what is ready from being sent now."""
+        if self.circuit.is_open or self._scheduler.disk_full:
+            return True
+        return self._bucket is not None and self._bucket.wait(self._scheduler.now()) > 0
 
     def _may_send(self) -> bool:
         if self.circuit.is_open or self._scheduler.disk_full:

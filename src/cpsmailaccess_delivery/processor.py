@@ -95,6 +95,8 @@ class QueueProcessorThread(threading.Thread):
         atexit.register(self.stop)  # else what the relay takes meanwhile would be sent again
         self._runner = threading.get_ident()
         self._ended.clear()
+        if not forever:
+            self._stopped.clear()  # it may drain again and again
         try:
             while True:
                 try:
@@ -165,7 +167,7 @@ class QueueProcessorThread(threading.Thread):
         )
         self.summary = scheduler.summary
         with self._lock:
-            if self._stopped.is_set() and not draining:
+            if self._stopped.is_set():
                 return scheduler.summary
             self._scheduler = scheduler
         try:

@@ -178,7 +178,9 @@ class Scheduler:
         self.check_quiet()
 
     def abort(self) -> None:
-        """Drop every session; `finished` follows."""
+        """Drop every session and take nothing more; `finished` follows."""
+        self._stopping = True
+        self._scan = None
         for lane in self._lanes.values():
             lane.abort()
         self.check_quiet()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Final, Protocol, TypeVar, cast
 
 from ..account import Account, Secret
+from ..address import is_ip_address
 from ..outcome import Phase
 from .events import Closed, Event, Failure, Mail, MailDone, MailUnsent, Ready, Result, StartTls
 from .hello import Capabilities
@@ -175,12 +176,14 @@ class Session(asyncio.BufferedProtocol):
     async def _connect(self) -> None:
         """TCP, and TLS from the first byte when the account says so."""
         account = self.account
+        # One address needs no race; and a race that is cancelled may forget a socket.
+        delay = None if is_ip_address(account.host) else _HAPPY_EYEBALLS
         async with asyncio.timeout(account.connect_timeout):
             transport, _ = await self._loop.create_connection(
                 lambda: self,
                 account.host,
                 account.port,
-                happy_eyeballs_delay=_HAPPY_EYEBALLS,
+                happy_eyeballs_delay=delay,
             )
             if account.security == "tls":
                 self._phase = Phase.TLS
