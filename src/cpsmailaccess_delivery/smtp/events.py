@@ -44,18 +44,10 @@ class Result:
         return _text(self.reply, self.error)
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(Result):
     """Why a session ended before its time: the arguments of `outcome.classify`."""
 
-    phase: Phase
-    reply: Reply | None = None
-    error: BaseException | None = None
-
-    @property
-    def text(self) -> str:
-        """The relay's words, or what happened instead of a reply."""
-        return _text(self.reply, self.error)
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
