@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import transaction
 from hypothesis import assume, example, given
@@ -233,9 +231,9 @@ def test_mutations_say_what_they_say_or_are_refused(block, position, length, rep
 
 def test_what_a_sender_asks_for():
     wishes = {"not_before": 1732369200.25, "expires": 1732455600.0, "priority": 8, "key": "k 1"}
-    block = format_block(replace(ENVELOPE, **wishes))
+    block = format_block(ENVELOPE._replace(**wishes))
     assert block == BLOCK[:-1] + WISHES + b"\n"
-    assert parse_block(block)[0] == replace(ENVELOPE, **wishes)
+    assert parse_block(block)[0] == ENVELOPE._replace(**wishes)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +252,7 @@ def test_what_a_sender_asks_for():
 )
 def test_writer_refuses_a_wish(wish):
     with pytest.raises(InvalidEnvelope):
-        format_block(replace(ENVELOPE, **wish))
+        format_block(ENVELOPE._replace(**wish))
 
 
 @pytest.mark.parametrize(

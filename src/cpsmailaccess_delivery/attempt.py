@@ -15,6 +15,8 @@ from .smtp.events import Result
 #: Outcomes after which a recipient is not tried again.
 FINAL = frozenset({State.ACCEPTED, State.REFUSED})
 
+_ALL_ACCEPTED: Final = frozenset({State.ACCEPTED})
+
 #: Why a mail is not tried any more whose sender has set a time for that.
 EXPIRED = "expired"
 
@@ -125,7 +127,7 @@ def settlement_of(
     promise); unclear for the second time, the mail is held for a person.
     """
     earlier: Mapping[str, Outcome] = attempt.lease.outcomes
-    if not earlier and all(o.state is State.ACCEPTED for o in outcomes.values()):
+    if not earlier and {outcome.state for outcome in outcomes.values()} == _ALL_ACCEPTED:
         return ACCEPTED
     known = {**earlier, **outcomes}
     attempts = attempt.entry.attempts + 1

@@ -27,9 +27,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from email.utils import getaddresses
-from typing import Final
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 from .account import DEFAULT_MAILBOX
 from .address import check_address, check_recipients, relay_name
@@ -59,6 +61,9 @@ _FOREIGN: Final = b"X-Zope-From: "
 _MAX_BLOCK: Final = 4 * 1024 * 1024  # bytes: more recipients than any mail may have
 _TIME = re.compile(r"(?:0|[1-9]\d{0,10})(?:\.\d{0,2}[1-9])?", re.ASCII)  # as `names` has it
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]")
+_BLOCK = re.compile(
+    f"X-Zope-Envelope: {VERSION}\n" + "".join(f"(?:{name}: (.*)\n)?" for name in _FIELDS) + "\n"
+)
 _QUOTED_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|(, )')  # \Z: linear in any text
 
 
@@ -79,8 +84,7 @@ class Route:
         return self.mailbox or relay_name(self.host, self.port)
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """Envelope of one mail (RFC 5321 section 2.3.1), its route and its options.
 
     ``sender`` "" is the null reverse-path.  ``message_id`` has no angle brackets.
@@ -91,7 +95,7 @@ class Envelope:
 
     sender: str
     recipients: tuple[str, ...]
-    route: Route = field(default_factory=Route)
+    route: Route = Route()
     message_id: str = ""
     token: str = ""
     not_before: float = 0.0
@@ -179,43 +183,69 @@ def parse_block(data: bytes) -> tuple[Envelope, int]:
 
 
 def _parse_own(data: bytes) -> tuple[Envelope, int]:
-    end = data.find(b"\n\n", 0, _MAX_BLOCK)
-    if end < 0:
+    end = data.find(b"\n\n", 0, _MAX_BLOCK) + 2
+    if end < 2:
         raise InvalidEnvelope("the private block has no end: the file was cut off")
     try:
-        lines = data[:end].decode().split("\n")
+        block = data[:end].decode()
     except UnicodeDecodeError:
         raise InvalidEnvelope("the private block is not UTF-8") from None
-    if lines[0] != f"X-Zope-Envelope: {VERSION}":
-        raise InvalidEnvelope(f"{lines[0][:60]!r}: this release reads version {VERSION}")
-    values = _fields(lines[1:])
-    port = values.get("X-Zope-Port", "0")
-    if not (port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 65536):
-        raise InvalidEnvelope(f"X-Zope-Port: {port[:20]!r} is no port")
-    if "X-Zope-From" not in values or not values.get("X-Zope-To"):
-        raise InvalidEnvelope("X-Zope-From or X-Zope-To is missing")
-    route = Route(
-        mailbox=values.get("X-Zope-Mailbox", ""),
-        host=values.get("X-Zope-Hostname", ""),
-        port=int(port),
+    match = _BLOCK.match(block)
+    if match is None:
+        raise InvalidEnvelope(_what_is_wrong(block))
+    # A glance at the whole block, which nearly always suffices.
+    if " \n" in block or ":  " in block or not block.replace("\n", "").isprintable():
+        _check_values(match.groups(""))
+    sender, to, host, port, mailbox, message_id, token, not_before, expires, priority, key = (
+        match.groups()
     )
-    if not route.mailbox and not (route.host and route.port):
-        raise InvalidEnvelope("the block names neither a mailbox nor a relay")
-    recipients = _split(values["X-Zope-To"])
+    if sender is None or not to:
+        raise InvalidEnvelope("X-Zope-From or X-Zope-To is missing")
+    recipients = _split(to)
     if not all(recipients):
         raise InvalidEnvelope("X-Zope-To has an empty address")
     envelope = Envelope(
-        sender=values["X-Zope-From"],
+        sender=sender,
         recipients=recipients,
-        route=route,
-        message_id=values.get("X-Zope-Message-Id", ""),
-        token=values.get("X-Zope-Token", ""),
-        not_before=_parse_time(values, "X-Zope-Not-Before"),
-        expires=_parse_time(values, "X-Zope-Expires"),
-        priority=_parse_priority(values),
-        key=values.get("X-Zope-Key", ""),
+        route=_parse_route(mailbox or "", host or "", "0" if port is None else port),
+        message_id=message_id or "",
+        token=token or "",
+        not_before=_parse_time("X-Zope-Not-Before", not_before),
+        expires=_parse_time("X-Zope-Expires", expires),
+        priority=_parse_priority(priority),
+        key=key or "",
     )
-    return envelope, end + 2
+    return envelope, end
+
+
+def _what_is_wrong(block: str) -> str:
+    """Say why a block does not have the form of `_BLOCK`."""
+    first, *lines = block.split("\n")[:-2]
+    if first != f"X-Zope-Envelope: {VERSION}":
+        return f"{first[:60]!r}: this release reads version {VERSION}"
+    expected = iter(_FIELDS)
+    for line in lines:
+        name, colon, _ = line.partition(": ")
+        if not colon or name not in expected:  # consumes: so order and number are checked
+            return f"{line[:60]!r}: unknown, repeated or out of order"
+    return "the private block cannot be read"
+
+
+def _check_values(values: Sequence[str]) -> None:
+    for name, value in zip(_FIELDS, values, strict=True):
+        if _FORBIDDEN.search(value) or value != value.strip():
+            raise InvalidEnvelope(f"{name}: has a control character or outer space")
+
+
+@lru_cache(1024)
+def _parse_route(mailbox: str, host: str, port: str) -> Route:
+    """Return a route; those of one account are one object."""
+    if not (port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 65536):
+        raise InvalidEnvelope(f"X-Zope-Port: {port[:20]!r} is no port")
+    route = Route(mailbox=mailbox, host=host, port=int(port))
+    if not mailbox and not (host and route.port):
+        raise InvalidEnvelope("the block names neither a mailbox nor a relay")
+    return route
 
 
 def _format_time(name: str, seconds: float) -> str:
@@ -228,8 +258,7 @@ def _format_time(name: str, seconds: float) -> str:
     return text
 
 
-def _parse_time(values: dict[str, str], name: str) -> float:
-    text = values.get(name)
+def _parse_time(name: str, text: str | None) -> float:
     if text is None:
         return 0.0
     if text == "0" or not _TIME.fullmatch(text):
@@ -237,27 +266,12 @@ def _parse_time(values: dict[str, str], name: str) -> float:
     return float(text)
 
 
-def _parse_priority(values: dict[str, str]) -> int:
-    text = values.get("X-Zope-Priority")
+def _parse_priority(text: str | None) -> int:
     if text is None:
         return NORMAL_PRIORITY
     if text not in _PRIORITY_DIGITS:
         raise InvalidEnvelope(f"X-Zope-Priority: {text[:20]!r} is not from 0 to 9")
     return int(text)
-
-
-def _fields(lines: list[str]) -> dict[str, str]:
-    """Read ``Name: value`` lines: known names, in their order, each at most once."""
-    values: dict[str, str] = {}
-    expected = iter(_FIELDS)
-    for line in lines:
-        name, colon, value = line.partition(": ")
-        if not colon or name not in expected:  # consumes: so order and number are checked
-            raise InvalidEnvelope(f"{line[:60]!r}: unknown, repeated or out of order")
-        if _FORBIDDEN.search(value) or value != value.strip():
-            raise InvalidEnvelope(f"{name}: has a control character or outer space")
-        values[name] = value
-    return values
 
 
 def _parse_zope_sendmail(data: bytes) -> tuple[Envelope, int]:

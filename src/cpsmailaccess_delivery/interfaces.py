@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from zope.interface import Attribute, Interface
 from zope.sendmail.interfaces import IMailDelivery, IQueuedMailDelivery
@@ -65,8 +65,7 @@ class State(StrEnum):
     CANCELLED = "cancelled"
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one recipient in the last attempt that concerned it.
 
     ``state``: queued (not tried yet), accepted, deferred, refused or unclear.
@@ -86,8 +85,7 @@ class Outcome:
 NORMAL_PRIORITY: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One mail in the spool, as a directory listing shows it: nothing was opened.
 
     ``id``: names the mail for ever, whatever its state; ids sort by time of `stage`.

@@ -498,18 +498,9 @@ class Lane:
             told = ", ".join(f"{recipient} {outcome}" for recipient, outcome in outcomes.items())
             log.info("%s <%s> by %s: %s", mail.entry.id, envelope.message_id, self.route, told)
         relay = self._account.relay if self._account else ""
-        for recipient, outcome in outcomes.items():
-            self._scheduler.journal.record(
-                Event(
-                    at=outcome.at,
-                    kind=outcome.state,
-                    entry=mail.entry.id,
-                    message_id=envelope.message_id,
-                    mailbox=str(self.route),
-                    sender=mail.sender,
-                    recipient=recipient,
-                    attempt=attempt,
-                    reply=outcome.reply,
-                    relay=relay,
-                )
+        record, entry, route = self._scheduler.journal.record, mail.entry.id, str(self.route)
+        message_id, sender = envelope.message_id, mail.sender
+        for recipient, (state, reply, at) in outcomes.items():
+            record(
+                Event(at, state, entry, message_id, route, sender, recipient, attempt, reply, relay)
             )

@@ -56,6 +56,7 @@ _DEFERRED_ACCOUNT: Final = Verdict(State.DEFERRED, Trouble.ACCOUNT)
 _DEFERRED_LOGIN: Final = Verdict(State.DEFERRED, Trouble.LOGIN)
 _DEFERRED_RELAY: Final = Verdict(State.DEFERRED, Trouble.RELAY)
 
+_BODY: Final = Phase.BODY
 _MAIL_PHASES: Final = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.BODY)
 
 #: Login needed or failed, mechanism too weak: RFC 4954 section 6.
@@ -86,7 +87,7 @@ def classify(
     if reply is None:
         return _classify_silence(phase, error)
     code = reply.code
-    if phase is Phase.BODY and 200 <= code < 300:
+    if phase is _BODY and 200 <= code < 300:
         return ACCEPTED
     if code == _ENCRYPTION_NEEDED:
         return _DEFERRED_ACCOUNT

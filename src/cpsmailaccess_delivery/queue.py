@@ -43,7 +43,7 @@ def entry_as_seen(entry: Entry, note: LaneNote | None) -> Entry:
     if entry.state is State.QUEUED and entry.due > note.until:
         return entry  # its sender wants it later
     state = State.DEFERRED if entry.state is State.QUEUED else entry.state
-    return replace(entry, state=state, due=max(entry.due, note.until))
+    return entry._replace(state=state, due=max(entry.due, note.until))
 
 
 def record_as_seen(record: Record, note: LaneNote | None) -> Record:

@@ -430,7 +430,8 @@ class Scheduler:
         if expiry is not None:
             lane.give_up(attempt, expiry)
             return None
-        if str(lease.envelope.route) != str(lane.route):
+        route = lease.envelope.route
+        if route is not lane.route and str(route) != str(lane.route):
             lease.release()
             other = self.lane(lease.envelope.route)
             other.push(entry)
@@ -440,7 +441,10 @@ class Scheduler:
 
     def settle(self, attempt: Attempt, settlement: Settlement) -> None:
         """Record a settlement; what cannot be written keeps its lease and is tried again."""
-        self.summary.count(settlement.state)
+        if settlement is ACCEPTED:  # once per mail, nearly
+            self.summary.accepted += 1
+        else:
+            self.summary.count(settlement.state)
         if self.draining and settlement.due:
             self._deferred.add(attempt.entry.id)
         self._tell_and_record(attempt, settlement)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from ..outcome import Phase
 from .hello import Capabilities
@@ -27,8 +27,7 @@ class Mail(Protocol):
         """As stored: line ends of any kind, dots not stuffed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """What became of one recipient: the arguments of `outcome.classify`.
 
     A reply that we made up (a refusal that needs no asking) looks like a relay's.
@@ -62,8 +61,7 @@ class StartTls:
     """The transport must shake hands now, then call `Machine.tls_started`."""
 
 
-@dataclass(frozen=True, slots=True)
-class MailDone:
+class MailDone(NamedTuple):
     """Every recipient of this mail has its result."""
 
     mail: Mail

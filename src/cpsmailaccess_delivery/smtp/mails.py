@@ -31,6 +31,12 @@ WINDOW_BYTES: Final = 1024 * 1024
 #: Octets of a body that are handed to the transport at a time.
 SLICE: Final = 256 * 1024
 
+_MAIL: Final = Phase.MAIL  # to look a member up in its class costs ten times as much
+_RCPT: Final = Phase.RCPT
+_DATA: Final = Phase.DATA
+_BODY: Final = Phase.BODY
+_READY: Final = State.READY
+
 _OK: Final = ord("2")
 _GO_ON: Final = ord("3")
 _REFUSED: Final = b"45"
@@ -66,7 +72,7 @@ class Mails(Opening):
     @property
     def wants_mail(self) -> bool:
         """Whether `send` may be called now."""
-        if self._leaving or self.state is not State.READY:
+        if self._leaving or self.state is not _READY:
             return False
         flying = self._flying
         if not flying:
@@ -78,7 +84,7 @@ class Mails(Opening):
             if self._probing:
                 return False
             return len(flying) < self.window and self._flying_bytes < WINDOW_BYTES
-        return len(flying) == 1 and self._expected[0][1] is Phase.BODY
+        return len(flying) == 1 and self._expected[0][1] is _BODY
 
     def send(self, mail: Mail) -> list[Event]:
         """Take a mail; only while `wants_mail`."""
@@ -101,22 +107,25 @@ class Mails(Opening):
             self._out.append(b"RSET\r\n")
             self._expected.append((self._on_reset, Phase.IDLE, transaction))
         if relay.pipelining:
-            self._out.append(transaction.mail_command)
-            self._out.extend(transaction.commands)
-            self._expected.append((self._on_mail, Phase.MAIL, transaction))
-            expectation = (self._on_recipient, Phase.RCPT, transaction)
+            group = [transaction.mail_command, *transaction.commands]
+            self._expected.append((self._on_mail, _MAIL, transaction))
+            expectation = (self._on_recipient, _RCPT, transaction)
             self._expected.extend([expectation] * len(transaction.commands))
-            if not self._probing:
+            if not relay.chunking:
+                group.append(b"DATA\r\n")
+                self._expected.append((self._on_data, _DATA, transaction))
+            self._out.append(b"".join(group))
+            if relay.chunking and not self._probing:
                 self._offer_data(transaction)
         elif not reset:
             self._out.append(transaction.mail_command)
-            self._expected.append((self._on_mail, Phase.MAIL, transaction))
+            self._expected.append((self._on_mail, _MAIL, transaction))
         return self._take_events()
 
     def _offer_data(self, transaction: Transaction) -> None:
         if not self.capabilities.chunking:
             self._out.append(b"DATA\r\n")
-            self._expected.append((self._on_data, Phase.DATA, transaction))
+            self._expected.append((self._on_data, _DATA, transaction))
             return
         self._probing = False
         self._out.append(b"BDAT %d LAST\r\n" % len(transaction.body))
@@ -131,13 +140,13 @@ class Mails(Opening):
         if not self.capabilities.chunking:
             self._out.append(b".\r\n")
         self._out.append(transaction)
-        self._expected.append((self._on_end, Phase.BODY, transaction))
+        self._expected.append((self._on_end, _BODY, transaction))
 
     def _on_reset(self, raw: bytes, transaction: Transaction) -> None:
         if raw[0] == _OK:
             if not self.capabilities.pipelining:
                 self._out.append(transaction.mail_command)
-                self._expected.append((self._on_mail, Phase.MAIL, transaction))
+                self._expected.append((self._on_mail, _MAIL, transaction))
         elif raw[0] == _GO_ON:
             raise _out_of_turn(raw)
         elif transaction.ended:
@@ -156,7 +165,7 @@ class Mails(Opening):
             if transaction.after_error and raw.startswith(b"503"):
                 transaction.unsent = True  # the relay stumbles over the mail before
             else:
-                transaction.settle(Result(Phase.MAIL, self._reply(raw)))
+                transaction.settle(Result(_MAIL, self._reply(raw)))
             if not self.capabilities.pipelining:
                 self._finish(transaction, failed=True)
                 return
@@ -175,7 +184,7 @@ class Mails(Opening):
         elif raw[0] == _GO_ON:
             raise _out_of_turn(raw)
         elif not transaction.refused:
-            transaction.results[recipient] = Result(Phase.RCPT, self._reply(raw))
+            transaction.results[recipient] = Result(_RCPT, self._reply(raw))
         if self._probing or not self.capabilities.pipelining:
             self._next_recipient(transaction)
 
@@ -184,7 +193,7 @@ class Mails(Opening):
         if transaction.cursor < len(transaction.commands):
             if not self.capabilities.pipelining:
                 self._out.append(transaction.commands[transaction.cursor])
-                self._expected.append((self._on_recipient, Phase.RCPT, transaction))
+                self._expected.append((self._on_recipient, _RCPT, transaction))
         elif transaction.accepted:
             self._offer_data(transaction)
         else:
@@ -196,9 +205,9 @@ class Mails(Opening):
                 self._put_body(stuff(transaction.body), transaction)
             else:  # RFC 2920 section 3.1: nothing for nobody
                 self._out.append(b".\r\n")
-                self._expected.append((self._on_nothing, Phase.DATA, transaction))
+                self._expected.append((self._on_nothing, _DATA, transaction))
         elif raw[0] in _REFUSED:
-            transaction.settle(Result(Phase.DATA, self._reply(raw)))
+            transaction.settle(Result(_DATA, self._reply(raw)))
             self._finish(transaction, failed=True)
         else:
             raise _out_of_turn(raw)
@@ -212,7 +221,7 @@ class Mails(Opening):
         if raw[0] == _GO_ON or (raw[0] == _OK and not transaction.ended):
             raise _out_of_turn(raw)
         if transaction.accepted:
-            transaction.settle(Result(Phase.BODY, self._reply(raw)))
+            transaction.settle(Result(_BODY, self._reply(raw)))
             self.accepted += raw[0] == _OK
         if transaction.ended:
             self._finish(transaction, failed=raw[0] != _OK or not transaction.accepted)
@@ -272,7 +281,7 @@ class Mails(Opening):
             transaction = self._flying.popleft()
             if executed and transaction.ended:
                 if not transaction.unsent:
-                    transaction.settle(Result(Phase.BODY, None, error))
+                    transaction.settle(Result(_BODY, None, error))
             elif head and (transaction.asked or not self._done) and phase is not Phase.IDLE:
                 transaction.settle(Result(phase, reply, error))
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from ..address import ascii_host, check_address
 from ..errors import InvalidAddress
@@ -101,6 +102,7 @@ def prepare(mail: Mail, relay: Capabilities) -> Transaction:
     return transaction
 
 
+@lru_cache(1024)
 def _path(address: str, smtputf8: bool) -> bytes | Reply:
     """Return an address for the wire, or why it cannot go there.
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..errors import OutboxError
 
@@ -15,6 +14,7 @@ MAX_LINES: Final = 1000
 MAX_REPLY: Final = 64 * 1024
 
 _CODES: Final = {b"%d" % code: code for code in range(200, 600)}
+_LAST_LINES: Final = frozenset(code + b" " for code in _CODES)  # as they begin, nearly always
 _ENHANCED = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?: +|\Z)")
 _PLAIN = re.compile(rb"[ -~]*\Z")
 
@@ -23,8 +23,7 @@ class ProtocolError(OutboxError):
     """The relay said what is no SMTP, or not what SMTP allows here."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """One reply, all its lines.
 
     ``code``: three digits.  ``text``: its lines joined by a space, hostile text, control
@@ -77,23 +76,20 @@ class ReplyParser:
         for line in lines:
             if line[-1:] == b"\r":
                 line = line[:-1]
-            if line[:3] not in _CODES or len(line) > MAX_LINE:
+            if line[:4] in _LAST_LINES and len(line) <= MAX_LINE and not self._lines:
+                replies.append(line)
+                continue
+            if line[:3] not in _CODES or len(line) > MAX_LINE or line[3:4] not in (b" ", b"-", b""):
                 self._refuse(line)
                 return replies
-            if line[3:4] not in b" ":  # so neither " " nor nothing
-                if line[3:4] != b"-":
-                    self._refuse(line)
-                    return replies
-                if not self._continues(line):
-                    return replies
-            elif not self._lines:
+            if line[3:4] != b"-" and not self._lines:
                 replies.append(line)
-            elif self._continues(line):
+            elif not self._continues(line):
+                return replies
+            elif line[3:4] != b"-":
                 replies.append(b"\n".join(self._lines))
                 self._lines = []
                 self._size = 0
-            else:
-                return replies
         if len(self._partial) > MAX_LINE:
             self._refuse(self._partial)
         return replies

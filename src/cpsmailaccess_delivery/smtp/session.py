@@ -2,14 +2,15 @@
 
 It pulls: whenever the machine has room, it asks its source for a mail.  Only connecting
 and TLS handshakes are a task; everything else is a callback of the event loop, one turn
-per arrival of bytes: replies in, results to the source, more mails from it, one write.
-All calls in the thread of the loop.
+per arrival of bytes: replies in, results to the source, more mails from it, one write.  `tls`
+stands between the two, where there is encryption.  All calls in the thread of the loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -21,7 +22,7 @@ from ..outcome import Phase
 from .events import Closed, Event, Failure, Mail, MailDone, MailUnsent, Ready, Result, StartTls
 from .hello import Capabilities
 from .machine import WINDOW, Machine, State
-from .tls import client_context
+from .tls import Tls, client_context
 
 __all__ = ["Failure", "Mail", "Result", "Session", "Source"]
 
@@ -85,6 +86,8 @@ class Session(asyncio.BufferedProtocol):
         self._machine = Machine(account, secret, helo_name=helo_name)
         self._machine.window = window
         self._transport: asyncio.Transport | None = None
+        self._tls: Tls | None = None
+        self._shaken: asyncio.Future[None] | None = None  # the handshake that is under way
         self._view = memoryview(b"")
         self._task: asyncio.Task[None] | None = None
         self._phase: Phase | None = None  # of the task
@@ -167,9 +170,7 @@ class Session(asyncio.BufferedProtocol):
     @property
     def cipher(self) -> tuple[str, str] | None:
         """TLS version and cipher, or None: not encrypted."""
-        tls = self._transport.get_extra_info("ssl_object") if self._transport else None
-        cipher = tls.cipher() if tls else None
-        return (tls.version(), cipher[0]) if tls and cipher else None
+        return self._tls.cipher if self._tls is not None else None
 
     # Connecting
 
@@ -178,8 +179,12 @@ class Session(asyncio.BufferedProtocol):
         account = self.account
         # One address needs no race; and a race that is cancelled may forget a socket.
         delay = None if is_ip_address(account.host) else _HAPPY_EYEBALLS
+        if account.security == "tls":  # before a byte can come
+            self._phase = Phase.TLS
+            self._tls = Tls(client_context(account.verify), account.host)
+            self._phase = Phase.CONNECT
         async with asyncio.timeout(account.connect_timeout):
-            transport, _ = await self._loop.create_connection(
+            await self._loop.create_connection(
                 lambda: self,
                 account.host,
                 account.port,
@@ -187,29 +192,31 @@ class Session(asyncio.BufferedProtocol):
             )
             if account.security == "tls":
                 self._phase = Phase.TLS
-                await self._shake_hands(transport)
+                await self._shake_hands()
         self._phase = None
 
     async def _start_tls(self) -> None:
-        assert self._transport is not None  # noqa: S101 - for the type checker
+        self._tls = Tls(client_context(self.account.verify), self.account.host)
         async with asyncio.timeout(self.account.connect_timeout):
-            await self._shake_hands(self._transport)
+            await self._shake_hands()
         self._phase = None
         self._events += self._machine.tls_started()
 
-    async def _shake_hands(self, transport: asyncio.Transport) -> None:
-        account = self.account
-        encrypted = await self._loop.start_tls(
-            transport,
-            self,
-            client_context(account.verify),
-            server_hostname=account.host,
-            ssl_handshake_timeout=account.connect_timeout,
-            ssl_shutdown_timeout=QUIT_TIMEOUT,
-        )
-        if encrypted is None:  # the connection went away during the handshake
-            raise ConnectionResetError("the relay closed the connection")
-        self._transport = encrypted
+    async def _shake_hands(self) -> None:
+        self._shaken = self._loop.create_future()
+        self._go_on_shaking()
+        await self._shaken
+
+    def _go_on_shaking(self) -> None:
+        tls, shaken, transport = self._tls, self._shaken, self._transport
+        if tls is None or transport is None or shaken is None or shaken.done():
+            return  # not begun, over, failed or out of time
+        try:
+            if tls.shake_hands():
+                shaken.set_result(None)
+        except ssl.SSLError as error:
+            shaken.set_exception(error)
+        transport.write(tls.output())
 
     def _run(self, work: Coroutine[None, None, None], phase: Phase) -> None:
         self._phase = phase
@@ -226,9 +233,10 @@ class Session(asyncio.BufferedProtocol):
         if error is not None:
             self._turn(self._machine.fail(error, self._phase))
         if not self._over:
+            if self._tls is not None:
+                self._decrypt()  # what came with the end of the handshake
             self._turn(())
             return
-        # after a handshake that failed, nobody calls `connection_lost`
         if self._transport is not None:
             self._transport.abort()
         self._loop.call_soon(self._end)
@@ -240,20 +248,40 @@ class Session(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         self.peer = str((transport.get_extra_info("peername") or [""])[0])
         self._view = _receive_buffer()
-        if self.account.security == "tls":
-            self._transport.pause_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._view
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._turn(self._machine.receive(bytes(self._view[:nbytes])))
+        data = bytes(self._view[:nbytes])
+        if self._tls is None:
+            self._turn(self._machine.receive(data))
+            return
+        self._tls.feed(data)
+        if self._task is None:
+            self._decrypt()
+        else:
+            self._go_on_shaking()
+
+    def _decrypt(self) -> None:
+        tls, machine = self._tls, self._machine
+        assert tls is not None  # noqa: S101 - for the type checker
+        try:
+            data = tls.decrypt()
+        except ssl.SSLError as error:
+            self._turn(machine.fail(error))
+        else:
+            self._turn(machine.receive(data) if data else ())
 
     def eof_received(self) -> None:
-        self._turn(self._machine.eof())
+        if self._task is None:
+            self._turn(self._machine.eof())
 
     def connection_lost(self, exc: Exception | None) -> None:
         error = exc or ConnectionResetError("the relay closed the connection")
+        if self._shaken is not None and not self._shaken.done():
+            self._shaken.set_exception(error)  # the task says it, and ends the session
+            return
         self._turn(self._machine.fail(error, self._phase))
         self._end()
 
@@ -287,7 +315,11 @@ class Session(asyncio.BufferedProtocol):
         machine, source, events = self._machine, self._source, self._events
         while True:
             while events:
-                self._dispatch(events.popleft())
+                event = events.popleft()
+                if type(event) is MailDone:  # once per mail
+                    self._tell(source.mail_done, event.mail, event.results)
+                else:
+                    self._dispatch(event)
             if self._paused or not machine.wants_mail:
                 return
             mail = self._tell(source.next_mail)
@@ -314,15 +346,11 @@ class Session(asyncio.BufferedProtocol):
 
     def _dispatch(self, event: Event) -> None:
         match event:
-            case MailDone(mail, results):
-                self._tell(self._source.mail_done, mail, results)
             case MailUnsent(mail):
                 self._tell(self._source.mail_unsent, mail)
             case Ready():
                 self._tell(self._source.session_ready, self)
             case StartTls():
-                if self._transport is not None:
-                    self._transport.pause_reading()  # what comes now belongs to the handshake
                 self._run(self._start_tls(), Phase.TLS)
             case Closed(failure):
                 self._over = True
@@ -332,6 +360,9 @@ class Session(asyncio.BufferedProtocol):
         transport = self._transport
         if transport is not None:
             while not self._paused and (data := self._machine.data_to_send()):
+                if self._tls is not None:
+                    self._tls.encrypt(data)
+                    data = self._tls.output()
                 transport.write(data)
         if self._over:
             if self._task is not None:

@@ -1,10 +1,17 @@
-"""TLS for sessions: one context per setting and process, for each costs 30 ms to make."""
+"""TLS for sessions: one context per setting and process, for each costs 30 ms to make.
+
+`Tls` is without sockets, like the machine above it: bytes of the wire in, plain bytes out, and
+back.  asyncio's own costs a turn of its loop for every write.
+"""
 
 from __future__ import annotations
 
 import os
 import ssl
 import threading
+from typing import Final
+
+_READ: Final = 256 * 1024  # bytes; a read gives one record, at most 16 KiB
 
 _lock = threading.Lock()
 _contexts: dict[bool | str, tuple[object, ssl.SSLContext]] = {}
@@ -41,3 +48,54 @@ def _make(verify: bool | str) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
+
+
+class Tls:
+    """One encrypted connection, from the client's side.
+
+    `host`: what its certificate must be for.  Its methods raise `ssl.SSLError`; what
+    must be written then (the alert) is in `output`.
+    """
+
+    def __init__(self, context: ssl.SSLContext, host: str) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self.established = False
+
+    @property
+    def cipher(self) -> tuple[str, str] | None:
+        """Version and cipher; None before the handshake has ended."""
+        version, cipher = self._object.version(), self._object.cipher()
+        return (version, cipher[0]) if version and cipher and self.established else None
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes of the wire."""
+        self._incoming.write(data)
+
+    def shake_hands(self) -> bool:
+        """Go on with the handshake; return whether it is over."""
+        try:
+            self._object.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        self.established = True
+        return True
+
+    def decrypt(self) -> bytes:
+        """Return what has been fed and not been returned; b"" at the end, too."""
+        incoming, source = self._incoming, self._object
+        parts = []
+        try:
+            while incoming.pending or source.pending():
+                parts.append(source.read(_READ))
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            pass  # the rest of a record is still to come; or none will
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def encrypt(self, data: bytes) -> None:
+        """Put data into `output`."""
+        self._object.write(data)
+
+    def output(self) -> bytes:
+        """Return what must be written now; mostly nothing unless `encrypt` was called."""
+        return self._outgoing.read() if self._outgoing.pending else b""

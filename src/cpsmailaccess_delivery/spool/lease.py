@@ -15,7 +15,6 @@ import fcntl
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from zope.interface import implementer
@@ -148,7 +147,7 @@ class Lease:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {settlement.state}")
         due, attempts = settlement.due, settlement.attempts
         after = names.normal(
-            replace(self.entry, state=settlement.state, due=due, attempts=attempts)
+            self.entry._replace(state=settlement.state, due=due, attempts=attempts)
         )
         outcomes = {**self.outcomes, **settlement.outcomes}
         side = Side(after.state, after.due, after.attempts, settlement.reason, outcomes)

@@ -15,7 +15,6 @@ import os
 import stat
 import time
 from collections import deque
-from dataclasses import replace
 from typing import Final
 
 from ..envelope import Envelope, parse_block
@@ -126,7 +125,7 @@ class Mails:
             return None
         if side is not None and side.attempts > entry.attempts:
             # Somebody died between the two steps of `record`: take the second.
-            after = replace(entry, state=side.state, due=side.due, attempts=side.attempts)
+            after = entry._replace(state=side.state, due=side.due, attempts=side.attempts)
             self.rename(entry, names.normal(after))
             return None
         return Lease(self, fd, entry, envelope=envelope, message=data[offset:], side=side)
@@ -196,7 +195,7 @@ class Mails:
         except DamagedSide:
             attempts = 0  # the next claim holds it again, and says why
         attempts = max(entry.attempts, attempts)  # so that the side file is not newer
-        after = names.normal(replace(entry, state=State.QUEUED, due=0.0, attempts=attempts))
+        after = names.normal(entry._replace(state=State.QUEUED, due=0.0, attempts=attempts))
         self.rename(entry, after)
         return after
 
@@ -288,4 +287,4 @@ class Mails:
 
 
 def _held(entry: Entry) -> Entry:
-    return replace(entry, state=State.HELD, due=0.0)
+    return entry._replace(state=State.HELD, due=0.0)

@@ -18,7 +18,6 @@ id and has no lane; in the spool it is queued like any other.  A name is *canoni
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from sys import intern
 from typing import Final
 
@@ -40,6 +39,7 @@ _STAGED = re.compile(
 _KEY = re.compile(rf"({_ID}),K=([0-9a-f]{{32}}),P=[0-9a-f]{{16}}\Z", re.ASCII)
 _SCRAP = re.compile(r".*,P=([0-9a-f]{16})\Z", re.ASCII | re.DOTALL)
 
+_QUEUED: Final = State.QUEUED
 _LAST_DUE: Final = 99_999_999_999  # seconds: eleven digits
 _LAST_ATTEMPT: Final = 999_999
 
@@ -60,14 +60,14 @@ def first_entry(entry_id: str, envelope: Envelope) -> Entry:
 def file_name(entry: Entry) -> str:
     """Return the name of an entry in its `folder`."""
     name = _base(entry) if entry.lane else entry.id
-    if entry.state is State.QUEUED and not entry.due and not entry.attempts:
+    if entry.state is _QUEUED and not entry.due and not entry.attempts:
         return name
     return f"{name}:1,{entry.state.value},{_number(entry.due)},{entry.attempts}"
 
 
 def folder(state: State) -> str:
     """Return where mails of a state live: new/ holds those that a processor may take now."""
-    return "new" if state is State.QUEUED else "cur"
+    return "new" if state is _QUEUED else "cur"
 
 
 def parse(name: str, where: str) -> Entry | None:
@@ -99,7 +99,7 @@ def normal(entry: Entry) -> Entry:
     if due < wanted:
         due = float(_number(wanted + 0.001))
     attempts = min(max(entry.attempts, 0), _LAST_ATTEMPT)
-    return replace(entry, due=due, attempts=attempts)
+    return entry._replace(due=due, attempts=attempts)
 
 
 def usable_id(name: str) -> Entry | None:

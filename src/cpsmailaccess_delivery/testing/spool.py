@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from zope.interface import implementer
 
@@ -145,14 +145,14 @@ class MemorySpool:
         """See `ISpool`."""
         with self._lock:
             mail = self._idle(entry)
-            return self.change(mail, replace(mail.entry, state=State.QUEUED, due=0.0))
+            return self.change(mail, mail.entry._replace(state=State.QUEUED, due=0.0))
 
     def hold(self, entry: Entry, reason: str) -> Entry:
         """See `ISpool`."""
         with self._lock:
             mail = self._idle(entry)
             mail.reason = reason
-            return self.change(mail, replace(mail.entry, state=State.HELD, due=0.0))
+            return self.change(mail, mail.entry._replace(state=State.HELD, due=0.0))
 
     def cancel(self, entry: Entry) -> Record:
         """See `ISpool`."""
@@ -255,7 +255,7 @@ class MemoryLease:
             mail.outcomes = {**self.outcomes, **settlement.outcomes}
             mail.reason = settlement.reason
             due, attempts = settlement.due, settlement.attempts
-            after = replace(self.entry, state=state, due=due, attempts=attempts)
+            after = self.entry._replace(state=state, due=due, attempts=attempts)
         self.release()
         cancelled = state is State.CANCELLED and not self.entry.attempts
         now = self._spool.change(mail, after, free_key=cancelled)
