@@ -14,6 +14,8 @@
     X-Zope-Expires: 1732455600
     X-Zope-Priority: 8
     X-Zope-Key: invoice 4711
+    X-Zope-Notify: failure,delay
+    X-Zope-Ret: full
 
     From: ... (the message, opaque from here)
 
@@ -27,12 +29,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from email.utils import getaddresses
 from typing import Final
 
 from .account import DEFAULT_MAILBOX
 from .address import check_address, check_recipients, relay_name
+from .dsn import NOTIFIES, RETURNS, Wish
 from .errors import InvalidAddress, InvalidEnvelope, NoRecipients
 from .interfaces import NORMAL_PRIORITY
 from .message import find_message_id
@@ -52,6 +56,8 @@ _FIELDS: Final = (
     "X-Zope-Expires",
     "X-Zope-Priority",
     "X-Zope-Key",
+    "X-Zope-Notify",
+    "X-Zope-Ret",
 )
 _PRIORITIES: Final = range(10)
 _PRIORITY_DIGITS: Final = [str(each) for each in _PRIORITIES if each != NORMAL_PRIORITY]
@@ -87,6 +93,8 @@ class Envelope:
     ``token`` names the transaction for a witness.  ``not_before`` and ``expires``: seconds
     since the epoch, in whole milliseconds; it is sent between them; 0: no limit.
     ``priority``: 0 to 9.  ``key``: no second mail with the same one is committed; "": none.
+    ``notify``: of what the sender is told, one of `dsn.NOTIFIES`; ``ret``: what of the mail is
+    returned to him, one of `dsn.RETURNS`; "": nothing was said.
     """
 
     sender: str
@@ -98,6 +106,15 @@ class Envelope:
     expires: float = 0.0
     priority: int = NORMAL_PRIORITY
     key: str = ""
+    notify: str = ""
+    ret: str = ""
+
+    @property
+    def wish(self) -> Wish | None:
+        """What a relay is asked to tell the sender (RFC 3461); None: nothing was said."""
+        if not (self.notify or self.ret):
+            return None
+        return Wish(self.notify, self.ret, self.message_id)
 
 
 def lane_key(route: Route) -> str:
@@ -141,9 +158,17 @@ def format_block(envelope: Envelope) -> bytes:
         _format_time("X-Zope-Expires", envelope.expires),
         "" if envelope.priority == NORMAL_PRIORITY else str(envelope.priority),
         envelope.key,
+        envelope.notify,
+        envelope.ret,
     )
     if envelope.priority not in _PRIORITIES:
         raise InvalidEnvelope(f"X-Zope-Priority: {envelope.priority!r} is not from 0 to 9")
+    for name, word, words in (
+        ("X-Zope-Notify", envelope.notify, NOTIFIES),
+        ("X-Zope-Ret", envelope.ret, RETURNS),
+    ):
+        if word and word not in words:
+            raise InvalidEnvelope(f"{name}: {word!r} is none of {', '.join(words)}")
     lines = [f"X-Zope-Envelope: {VERSION}"]
     for name, value in zip(_FIELDS, values, strict=True):
         if _FORBIDDEN.search(value) or value != value.strip():
@@ -214,6 +239,8 @@ def _parse_own(data: bytes) -> tuple[Envelope, int]:
         expires=_parse_time(values, "X-Zope-Expires"),
         priority=_parse_priority(values),
         key=values.get("X-Zope-Key", ""),
+        notify=_parse_word(values, "X-Zope-Notify", NOTIFIES),
+        ret=_parse_word(values, "X-Zope-Ret", RETURNS),
     )
     return envelope, end + 2
 
@@ -244,6 +271,15 @@ def _parse_priority(values: dict[str, str]) -> int:
     if text not in _PRIORITY_DIGITS:
         raise InvalidEnvelope(f"X-Zope-Priority: {text[:20]!r} is not from 0 to 9")
     return int(text)
+
+
+def _parse_word(values: dict[str, str], name: str, words: Collection[str]) -> str:
+    text = values.get(name)
+    if text is None:
+        return ""
+    if text not in words:
+        raise InvalidEnvelope(f"{name}: {text[:60]!r} is not written so")
+    return text
 
 
 def _fields(lines: list[str]) -> dict[str, str]:
