@@ -6,6 +6,8 @@ import email
 import email.policy
 import subprocess
 import sys
+import time
+from email.utils import parsedate_to_datetime
 
 import pytest
 
@@ -116,6 +118,18 @@ def test_a_relay_with_dsn_is_asked(outbox):
     }
 
 
+def test_an_address_beyond_ascii_is_named_in_seven_bits(outbox):
+    with SMTPServer() as server:
+        put(outbox, server)
+        send(outbox, to=["j\u00f6rg@example.net"], notify="delay")
+        assert drain(outbox).accepted == 1
+        (mail,) = server.mails
+    assert mail.recipient_params["j\u00f6rg@example.net"] == {
+        "NOTIFY": "DELAY",
+        "ORCPT": "utf-8;j\\x{F6}rg@example.net",
+    }
+
+
 def test_nothing_is_said_that_nobody_wants(outbox, server):
     put(outbox, server)
     send(outbox)
@@ -171,6 +185,18 @@ def test_a_delay_is_told_to_who_wants_it(outbox, server, notify, told):
     drain(outbox)
     drain(outbox, 5 * HOUR)
     assert len(notices(server)) == told
+
+
+def test_a_delay_says_until_when_it_is_tried(outbox, server):
+    put(outbox, server)
+    server.on("RCPT", reply="450 4.2.0 greylisted", match="bob@")
+    expires = int(time.time()) + DAY
+    send(outbox, expires=expires)
+    drain(outbox)
+    drain(outbox, 5 * HOUR)
+    (notice,) = notices(server)
+    (bob,) = fields(notice)
+    assert parsedate_to_datetime(bob["Will-Retry-Until"]).timestamp() == expires
 
 
 def test_nobody_is_told_that_a_relay_is_down_who_does_not_want_it(outbox, server):
