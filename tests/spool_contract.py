@@ -310,7 +310,7 @@ class SpoolContract:
         assert list(spool.refused_before(now - 60)) == []
         assert list(spool.refused_before(max(now, time.time()) + 60)) == [refused]
 
-    @pytest.mark.parametrize("ending", ["released", "cancelled", "neither"])
+    @pytest.mark.parametrize("ending", ["released", "cancelled", "left"])
     @pytest.mark.parametrize("state", [State.QUEUED, State.DEFERRED, State.UNCLEAR, State.HELD])
     def test_set_aside_while_leased(self, spool, state, ending):
         entry = queue(spool)
@@ -337,7 +337,10 @@ class SpoolContract:
             assert lease.settle(Settlement(State.CANCELLED)) is None
             assert list(spool.scan()) == []
         else:
+            lease.leave()
+            lease.leave()
             assert list(spool.scan()) == [held]
+            assert not spool.leased(held)
 
     def test_what_is_no_settlement_is_refused_and_keeps_the_lease(self, spool):
         entry = queue(spool)

@@ -297,6 +297,9 @@ class ILease(Interface):
     def release() -> None:
         """End the lease without a trace: the mail is as it was.  Twice is fine."""
 
+    def leave() -> None:
+        """End the lease as the death of the process would: what was set aside stays so."""
+
 
 class IWatch(Interface):
     """Tells a processor what changed.  The rim adds `fileno` to its event loop."""

@@ -125,6 +125,7 @@ class Removals:
                 lease.settle(_CANCELLED)
             except SpoolError as error:
                 log.critical("%s: cancelled, but only held on disk: %s", removal.entry.id, error)
+                lease.leave()
                 continue
             removed = True
             self._note(lease)

@@ -159,9 +159,9 @@ class Lease:
             self._mails.record(self.entry, after, side)
         except NoSuchEntry as error:
             log.warning("%s; nothing is left to be settled", error)
-            self._end()
+            self.leave()
             return None
-        self._end()
+        self.leave()
         return after
 
     def set_aside(self, reason: str) -> None:
@@ -180,12 +180,13 @@ class Lease:
                 self._mails.put_back(self.entry, self._before, self._side)
             except SpoolError as error:
                 log.error("%s stays held: %s", self.entry.id, error)
-        self._end()
+        self.leave()
 
-    def _end(self) -> None:
+    def leave(self) -> None:
+        """See `ILease`."""
         if self._fd >= 0 and self._generation == forks.generation():
             fd, self._fd = self._fd, -1
             unlock(fd)
 
     def __del__(self) -> None:
-        self._end()  # a mail that was set aside stays so: nobody has decided
+        self.leave()  # a mail that was set aside stays so: nobody has decided

@@ -265,7 +265,7 @@ class MemoryLease:
             mail.settled_at = time.time()
             due, attempts = settlement.due, settlement.attempts
             after = replace(self.entry, state=state, due=due, attempts=attempts)
-        self._end()
+        self.leave()
         cancelled = state is State.CANCELLED and not self.entry.attempts
         now = self._spool.change(mail, after, free_key=cancelled)
         return None if after is None else now
@@ -284,9 +284,10 @@ class MemoryLease:
         if self._mail is not None and self._before is not None:
             before, self._mail.reason = self._before
             self._spool.change(self._mail, before)
-        self._end()
+        self.leave()
 
-    def _end(self) -> None:
+    def leave(self) -> None:
+        """See `ILease`."""
         if self._mail is not None:
             self._mail.leased = False
             self._mail = None
