@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpsmailaccess_delivery.account import HIDDEN, Account, Secret
+from cpsmailaccess_delivery.dsn import Wish
 from cpsmailaccess_delivery.outcome import Phase
 from cpsmailaccess_delivery.smtp.machine import (
     Closed,
@@ -40,6 +41,7 @@ class Letter:
     sender: str
     recipients: tuple[str, ...]
     message: bytes
+    wish: Wish | None = None
 
 
 def letter(number: int = 1, *recipients: str, message: bytes | None = None) -> Letter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -294,6 +295,53 @@ class SpoolContract:
             spool.load(entry)
         spool.sync()
 
+    def test_a_refused_mail_may_leave(self, spool):
+        entry = queue(spool)
+        assert settle(spool, entry, State.REFUSED, keep=False) is None
+        assert list(spool.scan()) == []
+        spool.sync()
+
+    def test_refused_mails_by_their_age(self, spool, now):
+        queue(spool, "1@x")
+        settle(spool, queue(spool, "2@x"), State.DEFERRED, outcomes={"bob@example.net": DEFERRED})
+        refused = settle(
+            spool, queue(spool, "3@x"), State.REFUSED, outcomes={"bob@example.net": REFUSED}
+        )
+        assert list(spool.refused_before(now - 60)) == []
+        assert list(spool.refused_before(max(now, time.time()) + 60)) == [refused]
+
+    @pytest.mark.parametrize("ending", ["released", "cancelled", "left"])
+    @pytest.mark.parametrize("state", [State.QUEUED, State.DEFERRED, State.UNCLEAR, State.HELD])
+    def test_set_aside_while_leased(self, spool, state, ending):
+        entry = queue(spool)
+        if state is State.HELD:
+            entry = spool.hold(entry, "a person wants to look")
+        elif state is not State.QUEUED:
+            outcomes = {"bob@example.net": DEFERRED}
+            entry = settle(spool, entry, state, outcomes=outcomes, due=9e9, attempts=3)
+        before = spool.load(entry)
+        lease = spool.claim(entry)
+        lease.set_aside("in doubt")
+        held = lease.entry
+        assert list(spool.scan()) == [held]
+        assert (held.id, held.state, held.attempts) == (entry.id, State.HELD, entry.attempts)
+        assert spool.load(held).reason == "in doubt"
+        assert spool.load(held).outcomes == before.outcomes
+        assert spool.claim(entry) is None
+        assert spool.claim(held) is None
+        if ending == "released":
+            lease.release()
+            assert spool.load(entry) == before
+            assert list(spool.scan()) == [entry]
+        elif ending == "cancelled":
+            assert lease.settle(Settlement(State.CANCELLED)) is None
+            assert list(spool.scan()) == []
+        else:
+            lease.leave()
+            lease.leave()
+            assert list(spool.scan()) == [held]
+            assert not spool.leased(held)
+
     def test_what_is_no_settlement_is_refused_and_keeps_the_lease(self, spool):
         entry = queue(spool)
         lease = spool.claim(entry)
@@ -313,6 +361,7 @@ class SpoolContract:
 
     def test_a_listing_tells_due_time_and_priority(self, spool):
         wishes = {"not_before": 1_900_000_000.25, "expires": 2e9, "priority": 8, "key": "k"}
+        wishes |= {"notify": "never", "ret": "full"}
         watch = spool.watch()
         entry = queue(spool, **wishes)
         assert (entry.state, entry.due, entry.priority) == (State.QUEUED, 1_900_000_000.25, 8)

@@ -61,10 +61,30 @@ def test_wishes(site: Site) -> None:
         ("--undo", "x", 64),
         ("--priority", "10", 65),
         ("--priority", "urgent", 65),
+        ("--notify", "sometimes", 65),
+        ("--notify", "", 65),
+        ("--ret", "body", 65),
     ],
 )
 def test_a_wish_that_makes_no_sense(site: Site, option: str, value: str, code: int) -> None:
     site.run("send", option, value, "b@x.org", input=MAIL, code=code)
+
+
+@pytest.mark.parametrize(
+    ("options", "notify", "ret"),
+    [
+        (("--notify", "delay,success", "--ret", "headers"), "success,delay", "headers"),
+        (("-N", "never", "-R", "hdrs"), "never", "headers"),
+        (("-N", "SUCCESS", "-R", "FULL"), "success", "full"),
+    ],
+)
+def test_what_the_sender_is_told_of(
+    site: Site, options: tuple[str, ...], notify: str, ret: str
+) -> None:
+    site.run("send", *options, "b@x.org", input=MAIL)
+    with site.outbox() as outbox:
+        (record,) = outbox.queue.records()
+    assert (record.envelope.notify, record.envelope.ret) == (notify, ret)
 
 
 def test_recipients_from_the_header(site: Site) -> None:
@@ -102,7 +122,7 @@ def test_dot_is_text(site: Site, option: str) -> None:
 
 
 def test_sendmails_harmless_options(site: Site) -> None:
-    options = ["-oem", "-odb", "-bm", "-B8BITMIME", "-N", "never", "-R", "hdrs", "-G", "-em"]
+    options = ["-oem", "-odb", "-bm", "-B8BITMIME", "-V", "id", "-G", "-em"]
     site.run("send", *options, "-i", "-f", "a@b.c", "--", "d@e.f", input=MAIL)
     assert sent(site)[1] == ["d@e.f"]
 

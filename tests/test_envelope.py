@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from zope.sendmail.delivery import QueuedMailDelivery
 from zope.sendmail.queue import QueueProcessorThread
 
+from cpsmailaccess_delivery.dsn import NOTIFIES, RETURNS
 from cpsmailaccess_delivery.envelope import (
     Envelope,
     Route,
@@ -44,6 +45,8 @@ X-Zope-Not-Before: 1732369200.25
 X-Zope-Expires: 1732455600
 X-Zope-Priority: 8
 X-Zope-Key: k 1
+X-Zope-Notify: success,delay
+X-Zope-Ret: headers
 """
 
 # Any line of text: more than addresses, so that the framing stands by itself.
@@ -71,6 +74,8 @@ envelopes = st.builds(
     expires=times,
     priority=st.integers(0, 9),
     key=lines,
+    notify=st.sampled_from(["", *NOTIFIES]),
+    ret=st.sampled_from(["", *RETURNS]),
 )
 
 
@@ -99,6 +104,8 @@ def test_round_trip(envelope, message):
         st.floats() | times,
         st.integers(-1, 11),
         lines,
+        st.sampled_from(["", *NOTIFIES]) | lines,
+        st.sampled_from(["", *RETURNS]) | lines,
     )
 )
 @example(Envelope("", ('a"b', 'c"d'), ROUTE))
@@ -209,6 +216,8 @@ def independent_reading(data: bytes) -> tuple[Envelope, int]:
         float(values.get("X-Zope-Expires", "0")),
         int(values.get("X-Zope-Priority", "5")),
         values.get("X-Zope-Key", ""),
+        values.get("X-Zope-Notify", ""),
+        values.get("X-Zope-Ret", ""),
     )
     return envelope, len(head) + 2
 
@@ -231,6 +240,7 @@ def test_mutations_say_what_they_say_or_are_refused(block, position, length, rep
 
 def test_what_a_sender_asks_for():
     wishes = {"not_before": 1732369200.25, "expires": 1732455600.0, "priority": 8, "key": "k 1"}
+    wishes |= {"notify": "success,delay", "ret": "headers"}
     block = format_block(ENVELOPE._replace(**wishes))
     assert block == BLOCK[:-1] + WISHES + b"\n"
     assert parse_block(block)[0] == ENVELOPE._replace(**wishes)
@@ -248,6 +258,10 @@ def test_what_a_sender_asks_for():
         {"priority": -1},
         {"key": "a\nX-Zope-Port: 1"},
         {"key": " a"},
+        {"notify": "failure,success"},
+        {"notify": "NEVER"},
+        {"notify": "never\nX-Zope-Ret: full"},
+        {"ret": "hdrs"},
     ],
 )
 def test_writer_refuses_a_wish(wish):
@@ -272,6 +286,13 @@ def test_writer_refuses_a_wish(wish):
         b"X-Zope-Priority: high",
         b"X-Zope-Priority: ",
         b"X-Zope-Key: a\nX-Zope-Priority: 8",
+        b"X-Zope-Notify: ",
+        b"X-Zope-Notify: never,failure",
+        b"X-Zope-Notify: delay,failure",
+        b"X-Zope-Notify: failure NOTIFY=NEVER",
+        b"X-Zope-Ret: ",
+        b"X-Zope-Ret: HDRS",
+        b"X-Zope-Ret: full\nX-Zope-Notify: never",
     ],
 )
 def test_reader_refuses_a_wish(line):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import os
 import subprocess
 import sys
 import time
@@ -117,16 +118,77 @@ def test_a_null_sender_is_never_told(outbox, server):
     server.on("RCPT", reply="550 5.1.1 no such user")
     send(outbox, "", mailbox=ALICE)
     assert drain(outbox).refused == 1
-    assert len(list(outbox.spool.scan())) == 1
+    assert list(outbox.spool.scan()) == []
 
 
-def test_a_notice_that_is_refused_is_the_end(outbox, server):
+@pytest.mark.parametrize("phase", ["MAIL", "RCPT"])
+def test_a_notice_that_is_refused_is_the_end(outbox, server, caplog, phase):
+    """Nobody can be told; journal and log say it, and it leaves the queue."""
     put(outbox, server)
-    server.on("RCPT", reply="550 5.1.1 no such user")
-    send(outbox)
+    server.on("RCPT", reply="550 5.1.1 no such user", match="bob@")
+    server.on(phase, reply="550 5.7.1 no notices", match={"MAIL": "<>", "RCPT": "alice@"}[phase])
+    message_id = send(outbox)
     assert drain(outbox).refused == 2
-    assert drain(outbox, 6 * DAY).refused == 0
-    assert [entry.state for entry in outbox.spool.scan()] == ["refused"] * 2
+    assert [entry.state for entry in outbox.spool.scan()] == ["refused"]
+    assert outbox.status(message_id).state == "refused"
+    refused, removed = outbox.journal.events(address=ALICE)[-2:]
+    assert (refused.kind, removed.kind) == ("refused", "removed")
+    assert removed.recipient == ALICE
+    assert removed.message_id == refused.message_id != message_id
+    assert outbox.status(removed.message_id).state == "refused"
+    assert any(r.levelname == "WARNING" and removed.entry in r.getMessage() for r in caplog.records)
+    assert os.listdir(f"{outbox.location}/outcomes") == [entry.id for entry in outbox.spool.scan()]
+
+
+def test_a_notice_that_only_waits_stays(outbox, server):
+    put(outbox, server)
+    server.on("RCPT", reply="550 5.1.1 no such user", match="bob@")
+    server.on("RCPT", reply="450 4.2.0 greylisted", match="alice@")
+    send(outbox)
+    drain(outbox)
+    assert sorted(entry.state for entry in outbox.spool.scan()) == ["deferred", "refused"]
+
+
+def test_a_refused_mail_is_kept_for_thirty_days(outbox, server):
+    put(outbox, server)
+    server.on("RCPT", reply="550 5.1.1 no such user", match="bob@")
+    old, waiting = send(outbox), send(outbox, to=["carol@x.org"])
+    outbox.queue.hold(waiting, "a person wants to look")
+    drain(outbox)
+    drain(outbox, 29 * DAY)
+    assert outbox.status(old).state == "refused"
+    drain(outbox, 31 * DAY)
+    assert [entry.state for entry in outbox.spool.scan()] == ["held"]
+    removed = outbox.journal.events(message_id=old)[-1]
+    assert (removed.kind, removed.reply) == ("removed", "refused 30 days ago")
+    assert outbox.status(old).state == "refused"
+    outbox.spool.sync()
+    assert len(os.listdir(f"{outbox.location}/outcomes")) == 1
+
+
+def test_of_those_who_are_kept_none_is_opened(outbox, server, monkeypatch):
+    put(outbox, server)
+    server.on("RCPT", reply="550 5.1.1 no such user", match="bob@")
+    for _ in range(3):
+        send(outbox)
+    drain(outbox)
+    monkeypatch.setattr(outbox.spool, "claim", lambda entry: 1 / 0)
+    drain(outbox, 29 * DAY)
+    assert len(list(outbox.spool.scan())) == 3
+
+
+def test_the_thirty_days_begin_with_the_refusal(outbox, server):
+    put(outbox, server)
+    server.on("RCPT", reply="550 5.1.1 no such user", match="bob@")
+    send(outbox)
+    drain(outbox)
+    (entry,) = (e for e in outbox.spool.scan() if e.state == "refused")
+    side = f"{outbox.location}/outcomes/{entry.id}"
+    os.utime(side, (0, time.time() + 10 * DAY))  # tried again by a person, ten days later
+    drain(outbox, 39 * DAY)
+    assert list(outbox.spool.scan()) == [entry]
+    drain(outbox, 41 * DAY)
+    assert list(outbox.spool.scan()) == []
 
 
 def test_given_up_is_said(outbox, server):

@@ -22,10 +22,11 @@ from cpsmailaccess_delivery import Account, Outbox, QueueProcessorThread, State
 from cpsmailaccess_delivery import outbox as outbox_module
 from cpsmailaccess_delivery.delivery import MailboxDelivery
 from cpsmailaccess_delivery.envelope import parse_block
-from cpsmailaccess_delivery.errors import EntryBusy, InvalidOption, NoSuchEntry
+from cpsmailaccess_delivery.errors import EntryBusy, InvalidOption, NoSuchEntry, SpoolError
 from cpsmailaccess_delivery.interfaces import Entry
 from cpsmailaccess_delivery.ready import Ready
 from cpsmailaccess_delivery.retry import Schedule
+from cpsmailaccess_delivery.spool.mails import Mails
 from cpsmailaccess_delivery.testing import SMTPServer
 from test_transaction import Participant
 
@@ -401,7 +402,7 @@ def test_nobody_sends_it_between_vote_and_finish(outbox, server):
     summaries: list[Any] = []
     transaction.get().join(Last(lambda: summaries.append(drain(outbox))))
     transaction.commit()
-    assert summaries[0].waiting == 1
+    assert (summaries[0].accepted, summaries[0].waiting) == (0, 0)
     assert server.mails == []
     assert outbox.status(message_id).state is State.CANCELLED
 
@@ -436,8 +437,14 @@ def test_two_transactions_cancel_one_mail(outbox):
     assert list(outbox.spool.scan()) == []
 
 
-def test_a_crash_before_the_finish_leaves_the_mail(outbox, tmp_path):
+@pytest.mark.parametrize("tried", [False, True])
+@pytest.mark.parametrize("decision", ["release", "cancel"])
+def test_a_crash_before_the_finish_is_a_doubt(outbox, server, clock, tried, decision):
+    """Nobody knows whether the transaction has committed: nobody but a person decides."""
     message_id = send(outbox)
+    if tried:
+        server.on("RCPT", reply="450 4.2.0 greylisted", times=1)
+        drain(outbox)
     code = (
         "import os, sys, transaction\n"
         "from cpsmailaccess_delivery import Outbox\n"
@@ -451,7 +458,55 @@ def test_a_crash_before_the_finish_leaves_the_mail(outbox, tmp_path):
         [sys.executable, "-c", code, outbox.location, message_id], timeout=60, check=False
     )
     assert done.returncode == 9
-    assert drain(outbox).accepted == 1
+    clock.ahead = 2 * 3600.0
+    assert drain(outbox).accepted == 0
+    status = outbox.status(message_id)
+    assert status.state is State.HELD
+    assert status.reason.startswith("in doubt")
+    (record,) = getattr(outbox.queue, decision)(message_id)
+    assert record.entry.attempts == tried
+    assert drain(outbox).accepted == (decision == "release")
+    assert list(outbox.spool.scan()) == []
+
+
+def test_a_veto_leaves_no_trace_of_a_cancel(outbox, server):
+    """Whatever is known of a mail, in its name and beside it, is what it was."""
+    server.on("RCPT", reply="450 4.2.0 greylisted", match="bob@", times=1)
+    message_id = send(outbox, to=(BOB, "carol@x.org"))
+    drain(outbox)
+    untried = send(outbox)
+    held = send(outbox)
+    outbox.queue.hold(held, "a person wants to look")
+    before = [outbox.spool.load(entry) for entry in outbox.spool.scan()]
+    sides = {p.name: p.read_bytes() for p in Path(outbox.location, "outcomes").iterdir()}
+    for name in (message_id, untried, held):
+        outbox.delivery.cancel(name)
+    seen: list[State] = []
+    look = Last(lambda: seen.extend(e.state for e in outbox.spool.scan()), fail="tpc_vote")
+    transaction.get().join(look)
+    with pytest.raises(RuntimeError, match="veto"):
+        transaction.commit()
+    transaction.abort()
+    assert seen == [State.HELD] * 3
+    assert [outbox.spool.load(entry) for entry in outbox.spool.scan()] == before
+    after = {p.name: p.read_bytes() for p in Path(outbox.location, "outcomes").iterdir()}
+    assert after == sides
+
+
+def test_a_cancelled_mail_that_cannot_be_removed_is_not_sent(outbox, monkeypatch, caplog):
+    message_id = send(outbox)
+    outbox.delivery.cancel(message_id)
+
+    def fail(self: Any, entry: Entry, **_: Any) -> None:
+        raise SpoolError("read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mails, "remove", fail)
+        transaction.commit()
+    assert "cancelled, but only held" in caplog.text
+    assert not outbox.spool.leased(next(outbox.spool.scan()))
+    assert drain(outbox).accepted == 0
+    assert outbox.status(message_id).state is State.HELD
 
 
 # Once
@@ -685,12 +740,41 @@ def test_a_key_is_as_private_as_a_mail(outbox):
         {"idempotency_key": "\ud800"},
         {"idempotency_key": b"k"},
         {"idempotency_key": 7},
+        {"notify": ""},
+        {"notify": []},
+        {"notify": "never,failure"},
+        {"notify": ["failure", "sometimes"]},
+        {"notify": ["failure", 7]},
+        {"notify": "failure NOTIFY=NEVER"},
+        {"notify": b"never"},
+        {"notify": 7},
+        {"ret": ""},
+        {"ret": "hdrs"},
+        {"ret": "full ENVID=x"},
+        {"ret": b"full"},
     ],
 )
 def test_what_makes_no_sense_is_refused(outbox, wish):
     with pytest.raises(InvalidOption, match=next(iter(wish))):
         send(outbox, **wish)
     assert list(outbox.spool.scan()) == []
+
+
+@pytest.mark.parametrize(
+    ("notify", "kept"),
+    [
+        ("never", "never"),
+        (["NEVER"], "never"),
+        ("failure", "failure"),
+        ("delay, success", "success,delay"),
+        (("delay", "success", "failure", "delay"), "success,failure,delay"),
+        ({"failure", "delay"}, "failure,delay"),
+    ],
+)
+def test_of_what_the_sender_is_told(outbox, notify, kept):
+    send(outbox, notify=notify, ret="full")
+    (record,) = outbox.queue.records()
+    assert (record.envelope.notify, record.envelope.ret) == (kept, "full")
 
 
 def test_nothing_of_it_is_on_the_wire(outbox, server):

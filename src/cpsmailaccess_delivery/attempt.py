@@ -6,9 +6,11 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .bounce import GIVEN_UP, age_text
+from .bounce import age_text
+from .dsn import SUCCESS, Wish, wants
 from .interfaces import Entry, Outcome, Settlement, State
 from .outcome import Trouble, classify
+from .report import EXPIRED, GIVEN_UP
 from .retry import Schedule
 from .smtp.events import Result
 
@@ -16,9 +18,6 @@ from .smtp.events import Result
 FINAL = frozenset({State.ACCEPTED, State.REFUSED})
 
 _ALL_ACCEPTED: Final = frozenset({State.ACCEPTED})
-
-#: Why a mail is not tried any more whose sender has set a time for that.
-EXPIRED = "expired"
 
 #: Of several outcomes, what is said of the mail: the first that occurs.
 _WORST_FIRST = (
@@ -68,12 +67,14 @@ class Times:
 class Attempt:
     """The lease of an entry on its way through a session: a `smtp.session.Mail`."""
 
-    __slots__ = ("lease", "message", "notified", "recipients", "sender")
+    __slots__ = ("lease", "message", "notified", "recipients", "relayed", "sender", "wish")
 
     def __init__(self, lease: Any) -> None:
         self.lease = lease
         self.sender: str = lease.envelope.sender
         self.message: bytes = lease.message
+        self.wish: Wish | None = lease.envelope.wish
+        self.relayed: dict[str, Outcome] = {}  # see `relayed_of`
         self.notified = False  # whether the notices of its settlement are durable
         self.recipients = _open_recipients(lease.envelope.recipients, lease.outcomes)
 
@@ -111,6 +112,22 @@ def outcomes_of(attempt: Attempt, results: Mapping[str, Result], now: float) -> 
         verdict = classify(result.phase, result.reply, result.error)
         outcomes[recipient] = Outcome(verdict.state, result.text, now)
     return outcomes
+
+
+def relayed_of(
+    attempt: Attempt, results: Mapping[str, Result], outcomes: Mapping[str, Outcome]
+) -> dict[str, Outcome]:
+    """Return who was accepted, when the sender wants to know and the relay will not tell him.
+
+    RFC 3461 section 5.2.2: then we do, and say ``relayed``.
+    """
+    if attempt.wish is None or not wants(attempt.wish.notify, SUCCESS):
+        return {}
+    return {
+        recipient: outcome
+        for recipient, outcome in outcomes.items()
+        if outcome.state is State.ACCEPTED and not results[recipient].notifies
+    }
 
 
 def settlement_of(

@@ -12,60 +12,31 @@ from __future__ import annotations
 
 import quopri
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from email.utils import formatdate
-from enum import StrEnum
 from itertools import islice
 from typing import Final
 
 from .address import ascii_host
 from .envelope import digest
 from .errors import InvalidAddress
-from .interfaces import Outcome
+from .report import Action, Notice, block, date, delivery_status, one_line, status_code
 
-#: How the reply of a recipient begins that was given up; the relay's words follow after "; ".
-GIVEN_UP: Final = "given up after "
-
-#: Recipients that are named: for people, and for programs.
+#: Recipients that are named for people.
 _NAMED: Final = 100
-_LISTED: Final = 1000
 
 _MAX_HEADER: Final = 64 * 1024  # bytes of the original header that are returned
-_MAX_REPLY: Final = 500  # characters: a field stays below the 998 of RFC 5322
+_MAX_FULL: Final = 5 * 1024 * 1024  # bytes of a mail that is returned: relays take twice as much
 
-_CODE = re.compile(r"[245]\d\d(?:[ -](?P<enhanced>[245]\.\d{1,3}\.\d{1,3})\b)?")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 _PLAIN = re.compile(rb"[\t\n\x20-\x7e]*\Z")
 _LONG = re.compile(rb"[^\n]{999}")
-_MESSAGE_ID = re.compile(r"[!-;=?-~]{1,250}\Z")
 
+#: Too large, or cannot be converted for this relay (RFC 3463): so it would not take it back.
+_TOO_MUCH: Final = ("5.2.3", "5.3.4", "5.6.")
 
-class Action(StrEnum):
-    """What happened, in the words of RFC 3464 section 2.3.3."""
-
-    FAILED = "failed"
-    DELAYED = "delayed"
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """What a notification tells.
-
-    ``to``: the sender of the mail, who gets it.  ``recipients``: those concerned, with their
-    last outcome.  ``message``: the mail, or its header, as it is stored.  ``message_id``: of
-    the mail, without angle brackets.  ``queued_at``, ``now``, ``give_up_at``: seconds since
-    the epoch.
-    """
-
-    action: Action
-    to: str
-    recipients: Mapping[str, Outcome]
-    message: bytes
-    message_id: str
-    queued_at: float
-    now: float
-    give_up_at: float = 0.0
+_SUBJECTS: Final = {
+    Action.FAILED: "Your mail could not be delivered",
+    Action.DELAYED: "Your mail is delayed",
+    Action.RELAYED: "Your mail was passed on",
+}
 
 
 def notice_id(action: str, key: str, number: int | str, to: str) -> str:
@@ -81,25 +52,26 @@ def notice_id(action: str, key: str, number: int | str, to: str) -> str:
     return f"{action}.{digest(key)}.{number}@{domain}"
 
 
-def compose(notice: Notice, *, message_id: str, reporting_mta: str) -> bytes:
+def compose(notice: Notice, *, message_id: str, reporting_mta: str, remote_mta: str = "") -> bytes:
     """Return the notification as a message: multipart/report (RFC 6522), lines end in LF.
 
-    `message_id`: its own, without angle brackets.  `reporting_mta`: our host name.  A sender
-    whose own address is not ASCII reads message/global-delivery-status (RFC 6533).
+    `message_id`: its own, without angle brackets.  `reporting_mta`: our host name; `remote_mta`:
+    that of the relay.  A sender whose own address is not ASCII reads
+    message/global-delivery-status (RFC 6533).
     """
-    failed = notice.action is Action.FAILED
-    international = not notice.to.isascii()
+    international = notice.international
     kind = "message/global-delivery-status" if international else "message/delivery-status"
-    status = _status(notice, reporting_mta, international=international)
+    status = delivery_status(notice, reporting_mta=reporting_mta, remote_mta=remote_mta)
+    whole = _whole(notice)
     parts = [
-        _text_part("text/plain", _text(notice).encode("utf-8", "replace")),
+        _text_part("text/plain", _text(notice, whole is not None).encode("utf-8", "replace")),
         _part(kind, "8bit" if international else "7bit", status),
-        _text_part("text/rfc822-headers", original_header(notice.message)),
+        _header(notice) if whole is None else whole,
     ]
     boundary = "=_cpsmail_" + digest(b"\n".join(parts).decode("utf-8", "replace"))
     fields = [
         *_common_fields(notice.to, notice.now, message_id),
-        ("Subject", f"Your mail {'could not be delivered' if failed else 'is delayed'}"),
+        ("Subject", _SUBJECTS[notice.action]),
         ("Auto-Submitted", "auto-replied"),
         ("MIME-Version", "1.0"),
         (
@@ -107,11 +79,11 @@ def compose(notice: Notice, *, message_id: str, reporting_mta: str) -> bytes:
             f'multipart/report; report-type={kind.partition("/")[2]};\n boundary="{boundary}"',
         ),
     ]
-    if _MESSAGE_ID.match(notice.message_id):
-        fields.append(("References", f"<{notice.message_id}>"))
+    if notice.envelope_id:
+        fields.append(("References", f"<{notice.envelope_id}>"))
     mark = f"--{boundary}".encode()
     body = b"".join(b"%s\n%s\n" % (mark, part) for part in parts)
-    return _block(fields) + b"\n" + body + mark + b"--\n"
+    return block(fields) + b"\n" + body + mark + b"--\n"
 
 
 def compose_trouble(
@@ -122,8 +94,8 @@ def compose_trouble(
     `give_up`: seconds that a mail may wait.
     """
     text = (
-        f"The mailbox {_line(mailbox)} cannot send mail at the moment:\n\n"
-        f"    {_line(reason)}\n\n"
+        f"The mailbox {one_line(mailbox)} cannot send mail at the moment:\n\n"
+        f"    {one_line(reason)}\n\n"
         "Its mails wait; none is lost so far.  Once the settings of its account are right\n"
         "(password, host name, security), they leave by themselves, and at once.  What has\n"
         f"waited for {age_text(give_up)} is given up, and its sender is told.\n\n"
@@ -135,7 +107,7 @@ def compose_trouble(
         ("Auto-Submitted", "auto-generated"),
         ("MIME-Version", "1.0"),
     ]
-    return _block(fields) + _text_part("text/plain", text.encode("utf-8", "replace"))
+    return block(fields) + _text_part("text/plain", text.encode("utf-8", "replace"))
 
 
 def original_header(message: bytes) -> bytes:
@@ -160,16 +132,16 @@ def age_text(seconds: float) -> str:
 
 def _common_fields(to: str, now: float, message_id: str) -> list[tuple[str, str]]:
     return [
-        ("From", f"Mail Delivery System <{_line(to)}>"),
-        ("To", f"<{_line(to)}>"),
-        ("Date", _date(now)),
+        ("From", f"Mail Delivery System <{one_line(to)}>"),
+        ("To", f"<{one_line(to)}>"),
+        ("Date", date(now)),
         ("Message-Id", f"<{message_id}>"),
     ]
 
 
-def _text(notice: Notice) -> str:
+def _text(notice: Notice, whole: bool) -> str:
     lines = ["This is an automatic message about a mail of yours"]
-    if queued := _date(notice.queued_at):
+    if queued := date(notice.queued_at):
         lines[0] += f" of {queued}"
     lines[0] += "."
     if notice.action is Action.FAILED:
@@ -177,45 +149,55 @@ def _text(notice: Notice) -> str:
             "",
             "It could not be delivered to the following recipients, and is not tried again:",
         ]
-    else:
+    elif notice.action is Action.DELAYED:
         lines += [
             "",
             "It has not been delivered yet to the following recipients.  You need not send it",
-            f"again: it is tried until {_date(notice.give_up_at)}.",
+            f"again: it is tried until {date(notice.give_up_at)}.",
+        ]
+    else:
+        lines += [
+            "",
+            "It was taken by the next mail server, which sends no such messages: you may not hear",
+            "of its delivery to the following recipients:",
         ]
     for recipient, outcome in islice(notice.recipients.items(), _NAMED):
-        lines += ["", f"    {_line(recipient)}", f"        {_line(outcome.reply) or outcome.state}"]
+        reply = one_line(outcome.reply) or outcome.state
+        lines += ["", f"    {one_line(recipient)}", f"        {reply}"]
     if (more := len(notice.recipients) - _NAMED) > 0:
         lines += ["", f"    and {more} more recipients"]
-    return "\n".join([*lines, "", "The header of your mail is attached.", ""])
+    what = "Your mail" if whole else "The header of your mail"
+    return "\n".join([*lines, "", f"{what} is attached.", ""])
 
 
-def _status(notice: Notice, reporting_mta: str, *, international: bool) -> bytes:
-    """The part for programs: RFC 3464 section 2, one group of fields for each recipient."""
-    mta = _line(reporting_mta).encode("ascii", "replace").decode("ascii")
-    groups = [[("Reporting-MTA", f"dns; {mta}"), ("Arrival-Date", _date(notice.queued_at))]]
-    for recipient, outcome in islice(notice.recipients.items(), _LISTED):
-        reply = _relay_words(outcome.reply)
-        groups.append(
-            [
-                ("Final-Recipient", _address(_line(recipient), international=international)),
-                ("Action", str(notice.action)),
-                ("Status", _enhanced(notice.action, outcome.reply, reply)),
-                ("Diagnostic-Code", _diagnostic(reply)),
-                ("Last-Attempt-Date", _date(outcome.at)),
-                (
-                    "Will-Retry-Until",
-                    _date(notice.give_up_at) if notice.action is Action.DELAYED else "",
-                ),
-            ]
-        )
-    return b"\n".join(_block(group) for group in groups)
+def _whole(notice: Notice) -> bytes | None:
+    """Return the mail as a part, when it is wanted; None: its header must do.
+
+    It must do for what this relay would not take back: see `_TOO_MUCH`; what is too large for
+    most; and what cannot stand in a message as it is (RFC 2046 section 5.2.1).
+    """
+    message = notice.message
+    if not notice.full or len(message) > _MAX_FULL:
+        return None
+    codes = {status_code(notice.action, outcome.reply) for outcome in notice.recipients.values()}
+    if any(code.startswith(_TOO_MUCH) for code in codes):
+        return None
+    message = message.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if b"\0" in message or _LONG.search(message):
+        return None
+    header = message.partition(b"\n\n")[0]
+    if not _is_utf8(header):
+        return None
+    kind = "message/rfc822" if header.isascii() else "message/global"
+    return _part(kind, "7bit" if message.isascii() else "8bit", message)
 
 
-def _block(fields: Iterable[tuple[str, str]]) -> bytes:
-    """Return fields whose values are safe already; empty ones are left out."""
-    lines = (f"{name}: {value}\n" for name, value in fields if value)
-    return "".join(lines).encode("utf-8", "replace")
+def _header(notice: Notice) -> bytes:
+    header = original_header(notice.message)
+    fits = _is_utf8(header) and b"\0" not in header and not _LONG.search(header)
+    if notice.international and fits and not header.isascii():
+        return _part("message/global-headers", "8bit", header)
+    return _text_part("text/rfc822-headers", header)
 
 
 def _part(kind: str, encoding: str, content: bytes) -> bytes:
@@ -225,52 +207,14 @@ def _part(kind: str, encoding: str, content: bytes) -> bytes:
 def _text_part(kind: str, content: bytes) -> bytes:
     if _PLAIN.match(content) and not _LONG.search(content):
         return _part(f"{kind}; charset=us-ascii", "7bit", content)
-    try:
-        content.decode("utf-8")
-        charset = "utf-8"
-    except UnicodeDecodeError:
-        charset = "unknown-8bit"  # RFC 1428: nobody knows, and the bytes are kept
+    # RFC 1428: nobody knows, and the bytes are kept
+    charset = "utf-8" if _is_utf8(content) else "unknown-8bit"
     return _part(f"{kind}; charset={charset}", "quoted-printable", quopri.encodestring(content))
 
 
-def _line(text: str) -> str:
-    return _CONTROL.sub(" ", text).strip()[:_MAX_REPLY]
-
-
-def _date(when: float) -> str:
+def _is_utf8(content: bytes) -> bool:
     try:
-        return formatdate(when, localtime=True) if when > 0 else ""
-    except (ValueError, OverflowError, OSError):
-        return ""
-
-
-def _address(recipient: str, *, international: bool) -> str:
-    """RFC 3464 section 2.1.2; beyond ASCII RFC 6533 section 3: as it is, or utf-8-addr-xtext."""
-    if recipient.isascii():
-        return f"rfc822; {recipient}"
-    if international:
-        return f"utf-8; {recipient}"
-    escaped = "".join(
-        c if "!" <= c <= "~" and c not in "\\+=" else f"\\x{{{ord(c):02X}}}" for c in recipient
-    )
-    return f"utf-8; {escaped}"
-
-
-def _relay_words(reply: str) -> str:
-    return reply.partition("; ")[2] if reply.startswith(GIVEN_UP) else reply
-
-
-def _diagnostic(reply: str) -> str:
-    kind = "smtp" if _CODE.match(reply) else "x-cpsmail"
-    text = _line(reply).encode("ascii", "replace").decode("ascii")
-    return f"{kind}; {text or 'no reply'}"
-
-
-def _enhanced(action: Action, outcome: str, reply: str) -> str:
-    """The relay's own enhanced code when it fits, else the undefined one of its class."""
-    if action is Action.FAILED and outcome.startswith(GIVEN_UP):
-        return "5.4.7"  # RFC 3463: delivery time expired
-    wanted = "5" if action is Action.FAILED else "4"
-    found = _CODE.match(reply)
-    enhanced = found["enhanced"] if found else None
-    return enhanced if enhanced and enhanced[0] == wanted else f"{wanted}.0.0"
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -76,6 +76,8 @@ class MailboxDelivery:
         expires: float | datetime | None = None,
         priority: int | str | None = None,
         idempotency_key: str | None = None,
+        notify: str | Iterable[str] | None = None,
+        ret: str | None = None,
     ) -> str:
         now = self._clock()
         sender = _check_sender(fromaddr, null_allowed=mailbox is not None or hostname is not None)
@@ -88,6 +90,8 @@ class MailboxDelivery:
             expires=expires,
             priority=priority,
             key=idempotency_key,
+            notify=notify,
+            ret=ret,
         )
         stored, message_id = complete(
             to_bytes(message), sender=sender, now=now, size_limit=self.size_limit
@@ -104,6 +108,8 @@ class MailboxDelivery:
                 expires=options.expires,
                 priority=options.priority,
                 key=options.key,
+                notify=options.notify,
+                ret=options.ret,
             )
             return Outgoing(self._spool.stage(envelope, stored), message_id, options.key)
 

@@ -14,6 +14,8 @@
     X-Zope-Expires: 1732455600
     X-Zope-Priority: 8
     X-Zope-Key: invoice 4711
+    X-Zope-Notify: failure,delay
+    X-Zope-Ret: full
 
     From: ... (the message, opaque from here)
 
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from email.utils import getaddresses
 from functools import lru_cache
@@ -35,6 +37,7 @@ from typing import Final, NamedTuple
 
 from .account import DEFAULT_MAILBOX
 from .address import check_address, check_recipients, relay_name
+from .dsn import NOTIFIES, RETURNS, Wish
 from .errors import InvalidAddress, InvalidEnvelope, NoRecipients
 from .interfaces import NORMAL_PRIORITY
 from .message import find_message_id
@@ -54,6 +57,8 @@ _FIELDS: Final = (
     "X-Zope-Expires",
     "X-Zope-Priority",
     "X-Zope-Key",
+    "X-Zope-Notify",
+    "X-Zope-Ret",
 )
 _PRIORITIES: Final = range(10)
 _PRIORITY_DIGITS: Final = [str(each) for each in _PRIORITIES if each != NORMAL_PRIORITY]
@@ -91,6 +96,8 @@ class Envelope(NamedTuple):
     ``token`` names the transaction for a witness.  ``not_before`` and ``expires``: seconds
     since the epoch, in whole milliseconds; it is sent between them; 0: no limit.
     ``priority``: 0 to 9.  ``key``: no second mail with the same one is committed; "": none.
+    ``notify``: of what the sender is told, one of `dsn.NOTIFIES`; ``ret``: what of the mail is
+    returned to him, one of `dsn.RETURNS`; "": nothing was said.
     """
 
     sender: str
@@ -102,6 +109,15 @@ class Envelope(NamedTuple):
     expires: float = 0.0
     priority: int = NORMAL_PRIORITY
     key: str = ""
+    notify: str = ""
+    ret: str = ""
+
+    @property
+    def wish(self) -> Wish | None:
+        """What a relay is asked to tell the sender (RFC 3461); None: nothing was said."""
+        if not (self.notify or self.ret):
+            return None
+        return Wish(self.notify, self.ret, self.message_id)
 
 
 def lane_key(route: Route) -> str:
@@ -145,9 +161,17 @@ def format_block(envelope: Envelope) -> bytes:
         _format_time("X-Zope-Expires", envelope.expires),
         "" if envelope.priority == NORMAL_PRIORITY else str(envelope.priority),
         envelope.key,
+        envelope.notify,
+        envelope.ret,
     )
     if envelope.priority not in _PRIORITIES:
         raise InvalidEnvelope(f"X-Zope-Priority: {envelope.priority!r} is not from 0 to 9")
+    for name, word, words in (
+        ("X-Zope-Notify", envelope.notify, NOTIFIES),
+        ("X-Zope-Ret", envelope.ret, RETURNS),
+    ):
+        if word and word not in words:
+            raise InvalidEnvelope(f"{name}: {word!r} is none of {', '.join(words)}")
     lines = [f"X-Zope-Envelope: {VERSION}"]
     for name, value in zip(_FIELDS, values, strict=True):
         if _FORBIDDEN.search(value) or value != value.strip():
@@ -196,9 +220,8 @@ def _parse_own(data: bytes) -> tuple[Envelope, int]:
     # A glance at the whole block, which nearly always suffices.
     if " \n" in block or ":  " in block or not block.replace("\n", "").isprintable():
         _check_values(match.groups(""))
-    sender, to, host, port, mailbox, message_id, token, not_before, expires, priority, key = (
-        match.groups()
-    )
+    sender, to, host, port, mailbox, message_id, token, *wishes = match.groups()
+    not_before, expires, priority, key, notify, ret = wishes
     if sender is None or not to:
         raise InvalidEnvelope("X-Zope-From or X-Zope-To is missing")
     recipients = _split(to)
@@ -214,6 +237,8 @@ def _parse_own(data: bytes) -> tuple[Envelope, int]:
         expires=_parse_time("X-Zope-Expires", expires),
         priority=_parse_priority(priority),
         key=key or "",
+        notify=_parse_word("X-Zope-Notify", notify, NOTIFIES),
+        ret=_parse_word("X-Zope-Ret", ret, RETURNS),
     )
     return envelope, end
 
@@ -272,6 +297,14 @@ def _parse_priority(text: str | None) -> int:
     if text not in _PRIORITY_DIGITS:
         raise InvalidEnvelope(f"X-Zope-Priority: {text[:20]!r} is not from 0 to 9")
     return int(text)
+
+
+def _parse_word(name: str, text: str | None, words: Collection[str]) -> str:
+    if text is None:
+        return ""
+    if text not in words:
+        raise InvalidEnvelope(f"{name}: {text[:60]!r} is not written so")
+    return text
 
 
 def _parse_zope_sendmail(data: bytes) -> tuple[Envelope, int]:

@@ -128,6 +128,7 @@ class Settlement:
     due: float = 0.0  # seconds since the epoch, when DEFERRED
     attempts: int = 0
     reason: str = ""
+    keep: bool = True  # False: it leaves the spool, whatever its state
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +245,12 @@ class ISpool(Interface):
     def cancel(entry: Entry) -> Record:
         """Remove one mail that is not being delivered.  Raises `NoSuchEntry`, `EntryBusy`."""
 
+    def refused_before(when: float) -> Iterator[Entry]:
+        """Yield the refused mails that were settled before a time (epoch seconds).
+
+        Without opening one.
+        """
+
     def sweep() -> SweepReport:
         """Tidy what dead processes left: see `SweepReport`.  Safe beside living ones."""
 
@@ -272,14 +279,24 @@ class ILease(Interface):
     def settle(settlement: Settlement) -> Entry | None:
         """Record what an attempt left, and end the lease.
 
-        ACCEPTED and CANCELLED remove it, durably with the next `ISpool.sync`.  Else outcomes
-        of recipients that must not be tried again are durable when this returns.
+        ACCEPTED, CANCELLED and what is not kept are removed, durably with the next
+        `ISpool.sync`.  Else outcomes of recipients that must not be tried again are durable when
+        this returns.
         Returns the entry as it is now, or None.  When it raises `SpoolError` the lease
         is still held: settle again later, or release.
         """
 
+    def set_aside(reason: str) -> None:
+        """Hold the mail, durably, and keep the lease: so it stays if this process dies.
+
+        ``entry`` is the held one from now on.  Raises `SpoolError`.
+        """
+
     def release() -> None:
         """End the lease without a trace: the mail is as it was.  Twice is fine."""
+
+    def leave() -> None:
+        """End the lease as the death of the process would: what was set aside stays so."""
 
 
 class IWatch(Interface):
@@ -387,6 +404,8 @@ class IMailboxDelivery(IQueuedMailDelivery):
         expires=None,
         priority=None,
         idempotency_key=None,
+        notify=None,
+        ret=None,
     ):
         """Queue a mail that is delivered when the transaction commits.
 
@@ -403,6 +422,10 @@ class IMailboxDelivery(IQueuedMailDelivery):
         `idempotency_key`: a text; with one that was committed in the last 30 days nothing is
         queued, and that mail's Message-Id is returned.  When two transactions commit one at the
         same time, the later one fails with `KeyTaken`, a `TransientError`.
+        `notify`: "never", or of what the sender is told: some of "success", "failure" and
+        "delay", as a sequence or with commas between them; when nothing is said, of the last
+        two.  `ret`: "full" or "headers": what of a mail that failed is returned to him.  Relays
+        that offer DSN are asked for the same (RFC 3461).
 
         Returns the Message-Id without angle brackets.  Raises `InvalidAddress`,
         `NoRecipients`, `UnknownMailbox`, `InvalidMessage`, `InvalidOption`,

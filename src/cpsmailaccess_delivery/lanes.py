@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from .account import Account
 from .address import relay_name
-from .attempt import Attempt, account_trouble, outcomes_of, settlement_of, waiting_of
+from .attempt import Attempt, account_trouble, outcomes_of, relayed_of, settlement_of, waiting_of
 from .circuit import Circuit
 from .envelope import Route, lane_key
 from .errors import VaultError
@@ -274,6 +274,7 @@ class Lane:
         scheduler = self._scheduler
         now = scheduler.now()
         outcomes = outcomes_of(mail, results, now)
+        mail.relayed = relayed_of(mail, results, outcomes)
         settlement = settlement_of(
             mail, outcomes, schedule=scheduler.schedule, now=now, chance=scheduler.chance()
         )

@@ -28,10 +28,12 @@ from typing import Any, Final
 
 from .account import DEFAULT_MAILBOX
 from .attempt import Attempt
-from .bounce import Action, Notice, compose, compose_trouble, notice_id
+from .bounce import compose, compose_trouble, notice_id
+from .dsn import DELAY, FAILURE, FULL, wants
 from .envelope import Envelope, Route, digest, lane_key
 from .errors import SpoolError, VaultError
 from .interfaces import Entry, LaneNote, Outcome, Settlement, State
+from .report import Action, Notice
 from .retry import Schedule
 
 log = logging.getLogger(__name__)
@@ -111,14 +113,16 @@ class Notices:
 
     def of(self, attempt: Attempt, settlement: Settlement) -> tuple[Wanted, ...]:
         """Return what the sender is to be told with this settlement: mostly nothing."""
-        if not settlement.outcomes or not attempt.sender:
+        if not attempt.sender or not (settlement.outcomes or attempt.relayed):
             return ()
         earlier: Mapping[str, Outcome] = attempt.lease.outcomes
+        number = attempt.entry.attempts + 1
         found = []
+        if attempt.relayed:
+            found.append(self._notice(Action.RELAYED, attempt, attempt.relayed, number))
         refused = _those(settlement.outcomes, State.REFUSED)
         refused = {r: o for r, o in refused.items() if earlier.get(r) != o}
-        if refused:
-            number = attempt.entry.attempts + 1
+        if refused and wants(attempt.lease.envelope.notify, FAILURE):
             found.append(self._notice(Action.FAILED, attempt, refused, number))
         if settlement.due and self.delay_is_due(attempt):
             deferred = _those(settlement.outcomes, State.DEFERRED)
@@ -130,6 +134,8 @@ class Notices:
         """Tell whether an attempt now is the first one after the time to tell of a delay."""
         after = self._schedule.delay_notice
         since = attempt.since
+        if not wants(attempt.lease.envelope.notify, DELAY):
+            return False
         if not after or not since or self._now() - since < after:
             return False
         earlier = attempt.lease.outcomes
@@ -142,6 +148,7 @@ class Notices:
         entry, envelope = attempt.entry, attempt.lease.envelope
         message_id = notice_id(action, entry.id, number, attempt.sender)
         now = self._now()
+        give_up_at = (attempt.since or now) + self._schedule.give_up
         notice = Notice(
             action,
             to=attempt.sender,
@@ -150,10 +157,20 @@ class Notices:
             message_id=envelope.message_id,
             queued_at=entry.staged_at,
             now=now,
-            give_up_at=(attempt.since or now) + self._schedule.give_up,
+            give_up_at=min(give_up_at, envelope.expires or give_up_at),
+            full=envelope.ret == FULL and action is Action.FAILED,
         )
-        work = partial(compose, notice, message_id=message_id, reporting_mta=self._reporting_mta)
+        work = partial(self._compose, notice, message_id, envelope.route)
         return Wanted(message_id, attempt.sender, envelope.route, work)
+
+    def _compose(self, notice: Notice, message_id: str, route: Route) -> bytes:
+        account = self._peek(route.mailbox) if route.mailbox else None
+        return compose(
+            notice,
+            message_id=message_id,
+            reporting_mta=self._reporting_mta,
+            remote_mta=route.host if account is None else account.host,
+        )
 
     def tell_owner(self, route: Route, note: LaneNote, then: Callable[[], None]) -> None:
         """Tell the owner of a mailbox that it cannot send, if there is another way to him.

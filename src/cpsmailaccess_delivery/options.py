@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+from . import dsn
 from .errors import InvalidOption
 from .interfaces import NORMAL_PRIORITY
 
@@ -26,6 +28,8 @@ class Options:
     expires: float = 0.0
     priority: int = NORMAL_PRIORITY
     key: str = ""
+    notify: str = ""
+    ret: str = ""
 
 
 def check_options(
@@ -36,6 +40,8 @@ def check_options(
     expires: Any = None,
     priority: Any = None,
     key: Any = None,
+    notify: Any = None,
+    ret: Any = None,
 ) -> Options:
     """Return what is asked for.  `now`: seconds since the epoch.  Raises `InvalidOption`."""
     start = 0.0 if not_before is None else _time("not_before", not_before)
@@ -53,6 +59,8 @@ def check_options(
         expires=end,
         priority=NORMAL_PRIORITY if priority is None else _priority(priority),
         key="" if key is None else _key(key),
+        notify="" if notify is None else _notify(notify),
+        ret="" if ret is None else _ret(ret),
     )
 
 
@@ -97,3 +105,24 @@ def _key(value: Any) -> str:
             " control characters or outer space"
         )
     return str(value)
+
+
+def _notify(value: Any) -> str:
+    """Return one of `dsn.NOTIFIES`: each event once, in their order."""
+    words = value.split(",") if isinstance(value, str) else value
+    if isinstance(words, Iterable) and not isinstance(words, bytes):
+        wanted = {word.strip().lower() if isinstance(word, str) else None for word in words}
+        if wanted == {dsn.NEVER}:
+            return dsn.NEVER
+        if wanted and wanted.issubset(dsn.EVENTS):
+            return ",".join(event for event in dsn.EVENTS if event in wanted)
+    raise InvalidOption(
+        f"notify={value!r}: is 'never', or some of 'success', 'failure' and 'delay', as a sequence"
+        " or with commas between them"
+    )
+
+
+def _ret(value: Any) -> str:
+    if isinstance(value, str) and value.lower() in dsn.RETURNS:
+        return value.lower()
+    raise InvalidOption(f"ret={value!r}: is 'full' or 'headers'")

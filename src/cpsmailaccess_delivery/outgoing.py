@@ -3,11 +3,11 @@
 ::
 
     send     stage -> (dropped by a cancel in the same transaction) -> prepare -> publish
-    cancel   find  -> prepare: lease  -> publish: remove
-                                      -> discard: release
+    cancel   find  -> prepare: lease, hold -> publish: remove
+                                           -> discard: release
 
 The lease between vote and finish is why no processor sends what is being cancelled.  A crash
-in between releases it: the mail is as it was.
+in between ends it, and leaves the mail held, in doubt: nobody knows whether it is cancelled.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ log = logging.getLogger(__name__)
 
 _LOOK_UPS: Final = 5  # a mail may move between look-up and claim; nobody moves one that often
 _CANCELLED: Final = Settlement(State.CANCELLED)
+
+IN_DOUBT: Final = (
+    "in doubt: a process died between the vote and the end of a transaction that cancels it, and"
+    " nobody can tell whether that committed; cancel it if it did, release it if not"
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -103,10 +108,11 @@ class Removals:
         self._clock = clock
 
     def prepare(self, removals: Sequence[Removal]) -> None:
-        """Take the leases.  Raises `NoSuchEntry`, `EntryBusy`."""
+        """Take the leases, and hold the mails.  Raises `NoSuchEntry`, `EntryBusy`."""
         for removal in removals:
             if removal.own is None:
                 removal.lease = self._lease(removal.entry)
+                removal.lease.set_aside(IN_DOUBT)
 
     def publish(self, removals: Sequence[Removal]) -> None:
         """Remove the mails.  Never raises: it logs."""
@@ -118,8 +124,8 @@ class Removals:
             try:
                 lease.settle(_CANCELLED)
             except SpoolError as error:
-                log.critical("%s is cancelled, but cannot be removed: %s", removal.entry.id, error)
-                lease.release()
+                log.critical("%s: cancelled, but only held on disk: %s", removal.entry.id, error)
+                lease.leave()
                 continue
             removed = True
             self._note(lease)

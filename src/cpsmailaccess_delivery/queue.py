@@ -31,6 +31,9 @@ class Counts:
 _RETRIED: Final = "retried"
 _RELEASED: Final = "released"
 
+#: A refused mail has left the spool, as it stands in the journal.
+REMOVED: Final = "removed"
+
 
 def entry_as_seen(entry: Entry, note: LaneNote | None) -> Entry:
     """Return an entry as people see it; `note`: why its lane waits, or None.
@@ -180,7 +183,7 @@ def events_of(
     concerned = [
         r for r in envelope.recipients if r not in outcomes or outcomes[r].state not in FINAL
     ]
-    if not concerned and kind in (_RETRIED, _RELEASED):  # they are tried again
+    if not concerned and kind in (_RETRIED, _RELEASED, REMOVED):  # it is about them
         concerned = [r for r in outcomes if outcomes[r].state is State.REFUSED]
     return [
         Event(

@@ -30,7 +30,7 @@ from .limits import ALONE, Share
 from .notices import Notices
 from .relays import Relays
 from .retry import Schedule
-from .upkeep import sweep
+from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ class Scheduler:
         self._sync_timer: asyncio.TimerHandle | None = None
         self._syncing: asyncio.Future[None] | None = None
         self._sync_thread = ThreadPoolExecutor(1, "cpsmail sync")
+        self._upkeep = Upkeep(spool, accounts, journal, clock)
         self._sweep_timer: asyncio.TimerHandle | None = None
         self.notices = Notices(
             spool,
@@ -163,7 +164,9 @@ class Scheduler:
 
     def start(self) -> None:
         self._beat()
-        sweep(self.spool, self.accounts)
+        self._upkeep.sweep()
+        if self.draining:
+            self._sync_thread.submit(self._upkeep.remove_refused)
         self._sweep_timer = self.loop.call_later(_SWEEP_EVERY, self._sweep)
         self._watch(self.spool.watch(), self._spool_changed)
         self._watch(self.accounts.watch(), self._accounts_changed)
@@ -447,6 +450,10 @@ class Scheduler:
             self.summary.count(settlement.state)
         if self.draining and settlement.due:
             self._deferred.add(attempt.entry.id)
+        if settlement.state is State.REFUSED and not attempt.sender:
+            log.warning("%s is refused, and nobody can be told: removed", attempt.entry.id)
+            why = "refused, and it has no sender who could be told"
+            settlement = self._upkeep.leaving(attempt.lease, settlement.outcomes, why)
         self._tell_and_record(attempt, settlement)
 
     def _tell_and_record(self, attempt: Attempt, settlement: Settlement) -> None:
@@ -524,7 +531,7 @@ class Scheduler:
             self._sync_timer = self.loop.call_later(_SYNC_SOON, self._sync)
 
     def _sweep(self) -> None:
-        swept = self.loop.run_in_executor(self._sync_thread, sweep, self.spool, self.accounts)
+        swept = self.loop.run_in_executor(self._sync_thread, self._upkeep.run)
         swept.add_done_callback(self._swept)
 
     def _swept(self, done: asyncio.Future[None]) -> None:

@@ -1,28 +1,94 @@
-"""What a processor does about the work of processes that died."""
+"""What a processor does beside delivering: it tidies, and removes what nobody waits for.
+
+A refused mail stays in the spool, for a person to look at and retry; but for as long as the
+journal's events only, and not at all when it has no sender who could be told.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+import math
+import time
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any, Final
 
 from .errors import OutboxError
+from .interfaces import Entry, Outcome, Settlement, State
+from .queue import REMOVED, events_of
 
 log = logging.getLogger(__name__)
 
+#: Seconds that a refused mail is kept after its last attempt: as long as the journal's events.
+KEPT: Final = 30 * 86400.0
 
-def sweep(spool: Any, accounts: Any) -> None:
-    """Tidy what dead processes left, and log what became of it.  Never raises."""
-    try:
-        report = spool.sweep()
-        changed = accounts.sweep()
-    except (OutboxError, OSError):
-        log.exception("cannot sweep %s", spool.location)
-        return
-    if report.removed or report.held:
-        log.warning(
-            "a process died here: %d uncommitted mails removed, %d in doubt and held",
-            len(report.removed),
-            len(report.held),
-        )
-    for mailbox in changed:
-        log.warning("account %s: its change was not committed: put it again", mailbox)
+#: Seconds between two looks for refused mails to remove, and how many at once.
+_LOOK: Final = 3600.0
+_STEP: Final = 1000
+
+
+class Upkeep:
+    """The upkeep of one outbox; not in the thread of the loop, but for `sweep` at the start.
+
+    `clock`: seconds since the epoch.
+    """
+
+    def __init__(self, spool: Any, accounts: Any, journal: Any, clock: Callable[[], float]) -> None:
+        self._spool = spool
+        self._accounts = accounts
+        self._journal = journal
+        self._clock = clock
+        self._look_at = -math.inf  # by the monotonic clock
+
+    def run(self) -> None:
+        """Do what is to be done now and then.  Never raises."""
+        self.sweep()
+        if time.monotonic() >= self._look_at:
+            more = self.remove_refused()
+            self._look_at = time.monotonic() + (0.0 if more else _LOOK)
+
+    def sweep(self) -> None:
+        """Tidy what dead processes left, and log what became of it.  Never raises."""
+        try:
+            report = self._spool.sweep()
+            changed = self._accounts.sweep()
+        except (OutboxError, OSError):
+            log.exception("cannot sweep %s", self._spool.location)
+            return
+        if report.removed or report.held:
+            log.warning(
+                "a process died here: %d uncommitted mails removed, %d in doubt and held",
+                len(report.removed),
+                len(report.held),
+            )
+        for mailbox in changed:
+            log.warning("account %s: its change was not committed: put it again", mailbox)
+
+    def remove_refused(self) -> bool:
+        """Remove mails that were refused `KEPT` ago; return whether there are more.
+
+        Never raises.
+        """
+        removed = 0
+        entries: list[Entry] = []
+        try:
+            entries += islice(self._spool.refused_before(self._clock() - KEPT), _STEP)
+            for entry in entries:
+                lease = self._spool.claim(entry)
+                if lease is not None:
+                    lease.settle(self.leaving(lease, lease.outcomes, "refused 30 days ago"))
+                    removed += 1
+            if removed:
+                log.info("%d mails that were refused 30 days ago are removed", removed)
+                self._spool.sync()
+        except (OutboxError, OSError):
+            log.exception("cannot remove old refused mails of %s", self._spool.location)
+            return False
+        return len(entries) == _STEP
+
+    def leaving(self, lease: Any, outcomes: Mapping[str, Outcome], why: str) -> Settlement:
+        """Return how a refused mail leaves the spool; the journal says why."""
+        now = self._clock()
+        for event in events_of(lease.entry, lease.envelope, outcomes, REMOVED, now, why):
+            self._journal.record(event)
+        return Settlement(State.REFUSED, outcomes, keep=False)

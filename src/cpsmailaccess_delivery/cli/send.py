@@ -21,9 +21,9 @@ from .output import emit, say
 _NULL = ("", "<>")
 _DIGITS = tuple("0123456789")
 
-# sendmail's, and of no use here: how errors are reported, aliases, names, body types, DSN.
+# sendmail's, and of no use here: how errors are reported, aliases, names, body types, envelope ids.
 _IGNORED_FLAGS = ("-n", "-m", "-U", "-G")
-_IGNORED_VALUES = ("-e", "-h", "-B", "-N", "-R", "-V", "-L", "-A", "-O", "-X")
+_IGNORED_VALUES = ("-e", "-h", "-B", "-V", "-L", "-A", "-O", "-X")
 
 
 def _time(value: str) -> float:
@@ -56,6 +56,8 @@ def _ignored(function: Any) -> Any:
 @click.option("--not-before", type=_time, metavar="TIME", help="Do not send earlier.")
 @click.option("--undo", type=float, metavar="SECONDS", help="Hold back so long; see cancel.")
 @click.option("--priority", metavar="WORD|0-9", help="low, normal, high, or 0 to 9.")
+@click.option("-N", "--notify", metavar="EVENTS", help="never, or of success,failure,delay.")
+@click.option("-R", "--ret", metavar="WHAT", help="Of a mail that failed: full or headers.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the Message-Id.")
 @click.option("-o", "settings", multiple=True, metavar="X", help="sendmail's; -oi is -i.")
 @click.option("-b", "modes", multiple=True, metavar="m", help="sendmail's mode; -bm only.")
@@ -74,6 +76,8 @@ def send(
     not_before: float | None,
     undo: float | None,
     priority: str | None,
+    notify: str | None,
+    ret: str | None,
     verbose: bool,
     settings: tuple[str, ...],
     modes: tuple[str, ...],
@@ -119,6 +123,8 @@ def send(
                 not_before=not_before,
                 undo=undo,
                 priority=int(priority) if priority in _DIGITS else priority,
+                notify=notify,
+                ret="headers" if ret and ret.lower() == "hdrs" else ret,  # sendmail's word
             )
     if as_json:
         emit({"message_id": message_id, "sender": sender, "recipients": addresses})

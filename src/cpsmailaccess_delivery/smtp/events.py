@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
+from ..dsn import Wish
 from ..outcome import Phase
 from .hello import Capabilities
 from .reply import Reply
@@ -26,16 +27,22 @@ class Mail(Protocol):
     def message(self) -> bytes:
         """As stored: line ends of any kind, dots not stuffed."""
 
+    @property
+    def wish(self) -> Wish | None:
+        """What the relay is asked to tell the sender, if it offers that (RFC 3461)."""
+
 
 class Result(NamedTuple):
     """What became of one recipient: the arguments of `outcome.classify`.
 
     A reply that we made up (a refusal that needs no asking) looks like a relay's.
+    ``notifies``: the relay has taken the mail's `wish` over with the mail.
     """
 
     phase: Phase
     reply: Reply | None = None
     error: BaseException | None = None
+    notifies: bool = False
 
     @property
     def text(self) -> str:

@@ -221,7 +221,7 @@ class Mails(Opening):
         if raw[0] == _GO_ON or (raw[0] == _OK and not transaction.ended):
             raise _out_of_turn(raw)
         if transaction.accepted:
-            transaction.settle(Result(_BODY, self._reply(raw)))
+            transaction.settle(Result(_BODY, self._reply(raw), None, transaction.notifies))
             self.accepted += raw[0] == _OK
         if transaction.ended:
             self._finish(transaction, failed=raw[0] != _OK or not transaction.accepted)

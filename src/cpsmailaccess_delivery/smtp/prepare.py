@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from .. import dsn
 from ..address import ascii_host, check_address
 from ..errors import InvalidAddress
 from ..outcome import Phase
@@ -30,6 +31,7 @@ class Transaction:
         "ended",
         "mail",
         "mail_command",
+        "notifies",
         "recipients",
         "refused",
         "results",
@@ -46,6 +48,7 @@ class Transaction:
         self.cursor = 0  # recipients whose RCPT was answered
         self.accepted = 0  # recipients that the relay takes
         self.refused = False  # by MAIL
+        self.notifies = False  # the relay is asked to tell the sender what he wants to know
         self.asked = False  # any reply came: the relay has heard of this mail
         self.ended = False  # the transport has the end of data
         self.after_error = False  # travels behind a transaction that failed
@@ -85,6 +88,7 @@ def prepare(mail: Mail, relay: Capabilities) -> Transaction:
     if isinstance(sender, Reply):
         return _refuse(transaction, sender)
     needs_utf8 = needs_utf8 or not sender.isascii()
+    wish = mail.wish if "DSN" in relay.keywords else None
     for recipient in mail.recipients:
         path = _path(recipient, relay.smtputf8)
         if isinstance(path, Reply):
@@ -92,9 +96,13 @@ def prepare(mail: Mail, relay: Capabilities) -> Transaction:
             continue
         needs_utf8 = needs_utf8 or not path.isascii()
         transaction.recipients.append(recipient)
-        transaction.commands.append(b"RCPT TO:<%b>\r\n" % path)
+        told = b"" if wish is None else dsn.recipient_parameters(wish, recipient)
+        transaction.commands.append(b"RCPT TO:<%b>%b\r\n" % (path, told))
     if needs_utf8:
         parameters += b" SMTPUTF8"
+    if wish is not None:
+        transaction.notifies = True
+        parameters += dsn.mail_parameters(wish)
     if "SIZE" in relay.keywords:
         parameters = b" SIZE=%d%b" % (len(body), parameters)
     transaction.mail_command = b"MAIL FROM:<%b>%b\r\n" % (sender, parameters)

@@ -100,10 +100,11 @@ class Lease:
     """See `ILease`.  When `settle` raises, the lease is still held: settle again, or release."""
 
     __slots__ = (
+        "_before",
         "_fd",
         "_generation",
-        "_has_side",
         "_mails",
+        "_side",
         "entry",
         "envelope",
         "message",
@@ -123,7 +124,8 @@ class Lease:
         self._mails = mails
         self._fd = fd
         self._generation = forks.generation()
-        self._has_side = side is not None
+        self._side = side
+        self._before: Entry | None = None  # the entry as it was before `set_aside`
         self.entry = entry
         self.envelope = envelope
         self.message = message
@@ -136,8 +138,9 @@ class Lease:
         """See `ILease`."""
         if self._fd < 0 or self._generation != forks.generation():
             raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
-        if settlement.state in _GONE:
-            self._mails.remove(self.entry, has_side=self._has_side)
+        if settlement.state in _GONE or not settlement.keep:
+            has_side = self._side is not None or self._before is not None
+            self._mails.remove(self.entry, has_side=has_side)
             if settlement.state is State.CANCELLED:
                 self._mails.free_key(self.entry, self.envelope)
             fd, self._fd = self._fd, -1
@@ -155,16 +158,34 @@ class Lease:
             self._mails.record(self.entry, after, side)
         except NoSuchEntry as error:
             log.warning("%s; nothing is left to be settled", error)
-            self.release()
+            self.leave()
             return None
-        self.release()
+        self.leave()
         return after
 
+    def set_aside(self, reason: str) -> None:
+        """See `ILease`."""
+        if self._fd < 0 or self._generation != forks.generation():
+            raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
+        self._before = before = self.entry
+        self.entry = self._mails.set_aside(before, self._side, reason)
+
     def release(self) -> None:
+        """See `ILease`."""
+        if self._fd < 0 or self._generation != forks.generation():
+            return
+        if self._before is not None:
+            try:
+                self._mails.put_back(self.entry, self._before, self._side)
+            except SpoolError as error:
+                log.error("%s stays held: %s", self.entry.id, error)
+        self.leave()
+
+    def leave(self) -> None:
         """See `ILease`."""
         if self._fd >= 0 and self._generation == forks.generation():
             fd, self._fd = self._fd, -1
             unlock(fd)
 
     def __del__(self) -> None:
-        self.release()
+        self.leave()  # a mail that was set aside stays so: nobody has decided

@@ -218,6 +218,10 @@ class Maildir:
 
     # Upkeep
 
+    def refused_before(self, when: float) -> Iterator[Entry]:
+        """See `ISpool`."""
+        return self._mails.refused_before(when)
+
     def sweep(self) -> SweepReport:
         """See `ISpool`."""
         report = self._staging.sweep(self._mails.hold_staged)

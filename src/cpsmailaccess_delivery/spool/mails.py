@@ -15,6 +15,7 @@ import os
 import stat
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Final
 
 from ..envelope import Envelope, parse_block
@@ -188,6 +189,25 @@ class Mails:
             self._sync("cur")
         return after
 
+    def set_aside(self, entry: Entry, side: Side | None, reason: str) -> Entry:
+        """Hold a mail for as long as its lease lasts, and longer when nobody ends that."""
+        after = _held(entry)
+        outcomes = (side or NOTHING).outcomes
+        held = Side(after.state, after.due, after.attempts, reason, outcomes)
+        self._sides.write(entry.id, held, sync=True)
+        self.rename(entry, after)
+        self._sync("cur")
+        return after
+
+    def put_back(self, entry: Entry, before: Entry, side: Side | None) -> None:
+        """Undo `set_aside`: name and side file are what they were."""
+        self.rename(entry, before)
+        if side is None:
+            self._sides.remove(entry.id)
+        else:
+            self._sides.write(entry.id, side)
+        self._sync(names.folder(before.state))
+
     def requeue(self, entry: Entry) -> Entry:
         """Make a mail due now."""
         try:
@@ -243,6 +263,16 @@ class Mails:
                 self._sides.remove(self._spent.popleft())
             except IndexError:
                 break  # another thread does it
+
+    def refused_before(self, when: float) -> Iterator[Entry]:
+        """See `ISpool`: the side file was written when the mail was settled."""
+        for name in self._layout.listing("cur"):
+            entry = names.parse(name, "cur") if ":1,refused," in name else None
+            if entry is None or entry.staged_at >= when:
+                continue
+            written = self._sides.written_at(entry.id)
+            if written is not None and written < when:
+                yield entry
 
     def remove_orphans(self) -> None:
         """Remove side files whose mail is gone, when they have not been written for long."""

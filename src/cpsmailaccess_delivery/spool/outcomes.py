@@ -109,6 +109,14 @@ class SideFiles:
                 pass  # never made, renamed, or left to `sweep`
             raise spool_error(f"write outcomes/{entry_id}", self._layout.path, error) from error
 
+    def written_at(self, entry_id: str) -> float | None:
+        """Return when the side of a mail was written (epoch seconds), or None: it has none."""
+        try:
+            status = os.stat(entry_id, dir_fd=self._layout["outcomes"], follow_symlinks=False)
+        except OSError:
+            return None
+        return status.st_mtime
+
     def remove(self, entry_id: str) -> None:
         """Forget a mail; what cannot be removed is an orphan that `sweep` tries again."""
         try:

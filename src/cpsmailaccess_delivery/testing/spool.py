@@ -34,6 +34,7 @@ class _Mail:
     message: bytes
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
     reason: str = ""
+    settled_at: float = 0.0  # seconds since the epoch
     prepared: bool = False
     leased: bool = False
 
@@ -177,6 +178,12 @@ class MemorySpool:
         """See `ISpool`."""
         return dict(self._notes)
 
+    def refused_before(self, when: float) -> Iterator[Entry]:
+        """See `ISpool`."""
+        with self._lock:
+            refused = [m for m in self._visible.values() if m.entry.state is State.REFUSED]
+        return iter([m.entry for m in refused if m.entry.staged_at < when > m.settled_at])
+
     def sweep(self) -> SweepReport:
         """See `ISpool`: nothing outlives a process here, so nothing is left over."""
         return SweepReport()
@@ -238,6 +245,7 @@ class MemoryLease:
     def __init__(self, spool: MemorySpool, mail: _Mail) -> None:
         self._spool = spool
         self._mail: _Mail | None = mail
+        self._before: tuple[Entry, str] | None = None
         self.entry = mail.entry
         self.envelope = mail.envelope
         self.message = mail.message
@@ -251,17 +259,34 @@ class MemoryLease:
         if state is State.QUEUED:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {state}")
         after = None
-        if state not in (State.ACCEPTED, State.CANCELLED):
+        if settlement.keep and state not in (State.ACCEPTED, State.CANCELLED):
             mail.outcomes = {**self.outcomes, **settlement.outcomes}
             mail.reason = settlement.reason
+            mail.settled_at = time.time()
             due, attempts = settlement.due, settlement.attempts
             after = self.entry._replace(state=state, due=due, attempts=attempts)
-        self.release()
+        self.leave()
         cancelled = state is State.CANCELLED and not self.entry.attempts
         now = self._spool.change(mail, after, free_key=cancelled)
         return None if after is None else now
 
+    def set_aside(self, reason: str) -> None:
+        """See `ILease`."""
+        mail = self._mail
+        if mail is None:
+            raise SpoolError(f"{self.entry.id}: the lease has ended")
+        self._before = mail.entry, mail.reason
+        mail.reason = reason
+        self.entry = self._spool.change(mail, mail.entry._replace(state=State.HELD, due=0.0))
+
     def release(self) -> None:
+        """See `ILease`."""
+        if self._mail is not None and self._before is not None:
+            before, self._mail.reason = self._before
+            self._spool.change(self._mail, before)
+        self.leave()
+
+    def leave(self) -> None:
         """See `ILease`."""
         if self._mail is not None:
             self._mail.leased = False
