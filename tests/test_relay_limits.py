@@ -204,3 +204,25 @@ def test_fewer_sessions_when_mail_from_is_too_much(
         assert len(server.mails) < 2000
         assert processor.stop(timeout=DEADLINE)
         assert processor.summary.deferred == 1
+
+
+def test_connections_of_an_account_that_moved_count_at_its_new_relay(tmp_path: Path) -> None:
+    with (
+        SMTPServer() as before,
+        SMTPServer() as after,
+        Outbox(tmp_path / "outbox", schedule=NEVER, connections_per_relay=1) as outbox,
+    ):
+        after.on("RCPT", silence=True)
+        put(outbox, before, "moves@example.org")
+        put(outbox, before, "stays@example.org")
+        processor = outbox.processor()
+        processor.start()
+        send(outbox, "moves@example.org", 1)
+        before.wait_for(1, DEADLINE)
+        put(outbox, after, "moves@example.org")
+        wait_for(lambda: before.open_sessions == 0)
+        send(outbox, "moves@example.org", 1)
+        after.wait_until(lambda: any(c.line.startswith("RCPT") for c in after.commands), DEADLINE)
+        send(outbox, "stays@example.org", 1)
+        before.wait_for(2, DEADLINE)
+        assert processor.stop(DEADLINE)

@@ -151,9 +151,8 @@ class Lane:
             self._told.clear()
         for session in list(self._sessions):
             session.wake()
-        while self.ready and self._wants_session() and self._scheduler.may_connect(self):
-            if not self._open_session():
-                break
+        while self.ready and self._wants_session() and self._open_session():
+            pass
 
     def wake(self) -> None:
         """What `_wake_at` asked for."""
@@ -268,7 +267,7 @@ class Lane:
             and asks_for_less(failure.phase, failure.reply, delivered=True)
         ):
             self._want_fewer(close=True)
-        self._scheduler.session_over(self)
+        self._scheduler.session_over(self, session.account.relay)
 
     def _settle(self, mail: Attempt, results: Mapping[str, Result]) -> None:
         scheduler = self._scheduler
@@ -383,12 +382,14 @@ class Lane:
         return False
 
     def _open_session(self) -> bool:
+        """Return whether one is opened: else the account, or the limit of connections, forbids."""
         try:
-            account = self._load_account()
+            account = self._load_account()  # first: it says to which relay
             secret = resolve_secret(account)
         except VaultError as error:
             self.circuit.open(Trouble.ACCOUNT, str(error))
-            self._scheduler.session_over(self)
+            return False
+        if not self._scheduler.may_connect(self):
             return False
         self._cancel_idle_timer()
         session = Session(

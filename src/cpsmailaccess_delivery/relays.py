@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ class Relays:
     def __init__(self, most: int) -> None:
         self._most = most
         self._relays: dict[str, _Relay] = {}
-        self._taken: dict[Lane, deque[str]] = {}  # by name: an account may move meanwhile
 
     def room(self, lane: Lane) -> bool:
         """Whether the lane may connect to its relay."""
@@ -47,14 +45,9 @@ class Relays:
         relay = self._relays.setdefault(lane.relay, _Relay())
         relay.connections += 1
         relay.holders[lane] = relay.holders.get(lane, 0) + 1
-        self._taken.setdefault(lane, deque()).append(lane.relay)
 
-    def give_back(self, lane: Lane) -> str:
-        """A session of the lane is over; return its relay: somebody may wait for it."""
-        taken = self._taken[lane]
-        name = taken.popleft()
-        if not taken:
-            del self._taken[lane]
+    def give_back(self, lane: Lane, name: str) -> None:
+        """A session of the lane with this relay, maybe no longer its own, is over."""
         relay = self._relays[name]
         relay.connections -= 1
         relay.holders[lane] -= 1
@@ -62,7 +55,6 @@ class Relays:
             del relay.holders[lane]
         if not relay.connections and not relay.waiting:
             del self._relays[name]
-        return name
 
     def wait(self, lane: Lane) -> None:
         """The lane waits for its relay; one that has sessions to spare gives one up."""

@@ -578,10 +578,11 @@ class Scheduler:
         self._relieve()
         return False
 
-    def session_over(self, lane: Lane) -> None:
-        """One session less: the lanes that wait longest may open one."""
+    def session_over(self, lane: Lane, relay: str) -> None:
+        """One session less, to this relay: the lanes that wait longest may open one."""
         self._sessions -= 1
-        self._freed.add(self._relays.give_back(lane))
+        self._relays.give_back(lane, relay)
+        self._freed.add(relay)
         if lane.ready and lane not in self._waiting_lanes:
             self._waiting_lanes.append(lane)
         if not self._serving:
