@@ -14,6 +14,7 @@ from cpsmailaccess_delivery.attempt import (
     account_trouble,
     outcomes_of,
     settlement_of,
+    were_too_many,
     worst,
 )
 from cpsmailaccess_delivery.envelope import Envelope, Route
@@ -29,6 +30,7 @@ ACCEPTED = Result(Phase.BODY, Reply(250, "2.0.0 queued as 4711"))
 REFUSED = Result(Phase.RCPT, Reply(550, "5.1.1 no such user"))
 GREYLISTED = Result(Phase.RCPT, Reply(450, "4.7.1 greylisted"))
 UNCLEAR = Result(Phase.BODY, error=ConnectionResetError())
+TOO_MANY = Result(Phase.RCPT, Reply(452, "4.5.3 too many recipients"))
 LOGIN = Result(Phase.AUTH, Reply(535, "5.7.8 bad credentials"))
 
 
@@ -117,6 +119,33 @@ def test_giving_up():
     assert "given up after 10 attempts; 450" in settlement.outcomes[A].reply
     assert settlement.outcomes[B].state is State.ACCEPTED
     assert settled(old, {A: GREYLISTED, B: ACCEPTED, C: ACCEPTED}).state is State.REFUSED
+
+
+@pytest.mark.parametrize(
+    ("results", "at_once"),
+    [
+        ({A: ACCEPTED, B: TOO_MANY}, True),
+        ({A: ACCEPTED, B: Result(Phase.RCPT, Reply(552, "too many")), C: REFUSED}, True),
+        ({A: TOO_MANY, B: TOO_MANY}, False),
+        ({A: REFUSED, B: TOO_MANY}, False),  # nothing says that the relay takes anybody
+        ({A: ACCEPTED, B: TOO_MANY, C: GREYLISTED}, False),
+        ({A: UNCLEAR, B: TOO_MANY}, False),
+        ({A: ACCEPTED, B: REFUSED}, False),
+        ({}, False),
+    ],
+)
+def test_recipients_that_were_too_many(results, at_once):
+    assert were_too_many(results) is at_once
+
+
+def test_recipients_that_were_too_many_do_not_wait_nor_expire():
+    old = attempt((A, B), staged=NOW - 6 * 86400, attempts=30)
+    outcomes = outcomes_of(old, {A: ACCEPTED, B: TOO_MANY}, NOW)
+    settlement = settlement_of(
+        old, outcomes, schedule=Schedule(), now=NOW, chance=0.0, at_once=True
+    )
+    assert (settlement.state, settlement.attempts) == (State.DEFERRED, 31)
+    assert 0 < settlement.due <= NOW
 
 
 def test_age_unknown_is_young():

@@ -151,6 +151,20 @@ def test_only_the_deferred_are_tried_again(outbox, server):
     assert status.recipients["bob@x.org"].state == "accepted"
 
 
+def test_recipients_over_the_limit_of_a_relay_follow_at_once(outbox, server):
+    put(outbox, server)
+    people = [f"bob{number}@x.org" for number in range(10)]
+    for sent in range(2):  # it takes four at a time
+        for person in people[4 * sent + 4 :]:
+            server.on("RCPT", reply="452 4.5.3 too many recipients", match=person, times=1)
+    message_id = send(outbox, to=people)
+    summary = outbox.processor().run(forever=False)
+    assert [len(mail.recipients) for mail in server.mails] == [4, 4, 2]
+    assert (summary.accepted, summary.deferred, summary.waiting) == (1, 0, 0)
+    status = outbox.status(message_id)
+    assert {r: o.state for r, o in status.recipients.items()} == dict.fromkeys(people, "accepted")
+
+
 def test_a_deferred_mail_is_tried_again_by_itself(tmp_path, server):
     server.on("MAIL", reply="451 4.3.0 later", times=2)
     with Outbox(tmp_path / "outbox", schedule=SOON) as outbox:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, Final
@@ -9,7 +10,7 @@ from typing import Any, Final
 from .bounce import age_text
 from .dsn import SUCCESS, Wish, wants
 from .interfaces import Entry, Outcome, Settlement, State
-from .outcome import Trouble, classify
+from .outcome import Phase, Trouble, classify
 from .report import EXPIRED, GIVEN_UP
 from .retry import Schedule
 from .smtp.events import Result
@@ -104,6 +105,25 @@ def account_trouble(results: Mapping[str, Result]) -> Result | None:
     return found
 
 
+def were_too_many(results: Mapping[str, Result]) -> bool:
+    """Whether the relay took some recipients, and all others were only too many for one mail.
+
+    RFC 5321 section 4.5.3.1.10: 452, or 552 of old relays; they go in a next transaction,
+    without a wait.
+    """
+    taken = left = False
+    for result in results.values():
+        state = classify(result.phase, result.reply, result.error).state
+        code = result.reply.code if result.reply else 0
+        if state is State.ACCEPTED:
+            taken = True
+        elif result.phase is Phase.RCPT and code in (452, 552):
+            left = True
+        elif state is not State.REFUSED:
+            return False
+    return taken and left
+
+
 def outcomes_of(attempt: Attempt, results: Mapping[str, Result], now: float) -> dict[str, Outcome]:
     """Return the outcomes of this attempt, by recipient."""
     outcomes = {}
@@ -137,8 +157,11 @@ def settlement_of(
     schedule: Schedule,
     now: float,
     chance: float,
+    at_once: bool = False,
 ) -> Settlement:
     """Return what is to be recorded: the state of the mail, and when it is tried again.
+
+    `at_once`: who is deferred is tried again without a wait, see `were_too_many`.
 
     A recipient whose attempt ended unclear is tried once more (at least once is the
     promise); unclear for the second time, the mail is held for a person.
@@ -157,6 +180,8 @@ def settlement_of(
     envelope = attempt.lease.envelope
     age = now - (attempt.since or now)
     due = schedule.next_try(attempts, age, now, chance)
+    if at_once:
+        due = math.floor(now)  # in no name later than now
     if due is not None and not (envelope.expires and due >= envelope.expires):
         return Settlement(state, known, due=due, attempts=attempts)
     reason = EXPIRED if due is not None else f"{GIVEN_UP}{attempts} attempts"

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING
 
 from .account import Account
 from .address import relay_name
-from .attempt import Attempt, account_trouble, outcomes_of, relayed_of, settlement_of, waiting_of
+from .attempt import (
+    Attempt,
+    account_trouble,
+    outcomes_of,
+    relayed_of,
+    settlement_of,
+    waiting_of,
+    were_too_many,
+)
 from .circuit import Circuit
 from .envelope import Route, lane_key
 from .errors import VaultError
@@ -275,7 +283,12 @@ class Lane:
         outcomes = outcomes_of(mail, results, now)
         mail.relayed = relayed_of(mail, results, outcomes)
         settlement = settlement_of(
-            mail, outcomes, schedule=scheduler.schedule, now=now, chance=scheduler.chance()
+            mail,
+            outcomes,
+            schedule=scheduler.schedule,
+            now=now,
+            chance=scheduler.chance(),
+            at_once=were_too_many(results),
         )
         if settlement.state is State.UNCLEAR:
             self._careful = True  # a relay that hangs up must not make others unclear, too

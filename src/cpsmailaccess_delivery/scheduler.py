@@ -446,10 +446,10 @@ class Scheduler:
         """Record a settlement; what cannot be written keeps its lease and is tried again."""
         if settlement is ACCEPTED:  # once per mail, nearly
             self.summary.accepted += 1
-        else:
+        elif not 0 < settlement.due <= self.now():  # else it goes on at once
             self.summary.count(settlement.state)
-        if self.draining and settlement.due:
-            self._deferred.add(attempt.entry.id)
+            if self.draining and settlement.due:
+                self._deferred.add(attempt.entry.id)
         if settlement.state is State.REFUSED and not attempt.sender:
             log.warning("%s is refused, and nobody can be told: removed", attempt.entry.id)
             why = "refused, and it has no sender who could be told"
