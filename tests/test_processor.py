@@ -27,6 +27,7 @@ from cpsmailaccess_delivery.journal import Event
 from cpsmailaccess_delivery.retry import Schedule
 from cpsmailaccess_delivery.scheduler import Scheduler
 from cpsmailaccess_delivery.smtp import mails
+from cpsmailaccess_delivery.spool.maildir import Maildir
 from cpsmailaccess_delivery.spool.mails import Mails
 from cpsmailaccess_delivery.testing import ServerThread, SMTPServer
 
@@ -371,6 +372,41 @@ def test_a_processor_killed_with_a_lease_leaves_the_mail_to_others(outbox, serve
     server.wait_for(1, DEADLINE)
     wait_for(lambda: outbox.status(message_id).state == State.ACCEPTED)
     assert second.stop(timeout=DEADLINE)
+
+
+def test_a_lease_given_back_at_the_wrong_moment_is_not_the_end(outbox, server, monkeypatch):
+    put(outbox, server)
+    send(outbox)
+    (entry,) = outbox.spool.scan()
+    leases = [outbox.spool.claim(entry)]  # another processor's
+    claim = Maildir.claim
+
+    def claim_just_before_it_is_free(spool, entry):
+        lease = claim(spool, entry)
+        while leases:
+            leases.pop().release()
+        return lease
+
+    monkeypatch.setattr(Maildir, "claim", claim_just_before_it_is_free)
+    assert outbox.processor().run(forever=False).accepted == 1
+
+
+@pytest.mark.parametrize("silent", ["RCPT", "TAKEN"])
+def test_an_account_that_leaves_a_silent_relay_leaves_at_once(outbox, running, silent):
+    with SMTPServer(extensions=("PIPELINING",)) as server, SMTPServer() as other:
+        server.on(silent, silence=True)
+        put(outbox, server, command_timeout=300)
+        first = send(outbox)
+        if silent == "TAKEN":  # past the end of data: nobody knows, and it stays there
+            server.wait_for(1, DEADLINE)
+        else:
+            asked = lambda: any(c.line.startswith("RCPT") for c in server.commands)  # noqa: E731
+            server.wait_until(asked, DEADLINE)
+        second = send(outbox)
+        put(outbox, other)
+        expected = {second} if silent == "TAKEN" else {first, second}
+        late = other.wait_for(len(expected), DEADLINE)
+        assert {mail.message_id for mail in late} == expected
 
 
 def test_files_of_zope_sendmail_go_through_the_default_account(outbox, server):

@@ -126,7 +126,8 @@ class Lane:
 
     @property
     def has_sessions(self) -> bool:
-        return bool(self._sessions)
+        """Whether it has sessions with its relay, not only with one that it has left."""
+        return self._count_here() > 0
 
     @property
     def session_count(self) -> int:
@@ -213,7 +214,13 @@ class Lane:
         if not self.route.mailbox or self._version == self._current_version():
             return
         self.circuit.close()
-        self.quit()
+        for session in list(self._sessions):  # it may be because of their silence
+            self._quitting.add(session)
+            session.stop()
+        try:
+            self._load_account()
+        except VaultError:
+            pass  # for whoever opens a session
         self.work()
 
     # What sessions call: `smtp.session.Source`
@@ -378,8 +385,11 @@ class Lane:
 
     # How many sessions
 
+    def _count_here(self) -> int:
+        return sum(session.account.relay == self.relay for session in self._sessions)
+
     def _wants_session(self) -> bool:
-        count = len(self._sessions)
+        count = self._count_here()
         if self._bucket is not None and (wait := self._bucket.wait(self._scheduler.now())):
             self._wake_at(self._scheduler.now() + wait)
             return False

@@ -413,6 +413,9 @@ class Scheduler:
         """Lease an entry for a lane, or None: it is gone, leased, or belongs elsewhere."""
         try:
             lease = self.spool.claim(entry)
+            if lease is None and not self.spool.leased(entry):
+                # Gone; or whoever had it gave it back between our two looks, and may die.
+                lease = self.spool.claim(entry)
         except SpoolError:
             log.exception("cannot read %s; trying again later", entry.id)
             self._at(self.now() + _LONGEST_SLEEP, entry)
