@@ -215,6 +215,20 @@ def test_a_bad_password_keeps_the_mail_and_a_new_one_sends_it(tmp_path, outbox):
         assert server.mails[0].username == "alice"
 
 
+def test_a_bad_password_is_tried_by_one_session_alone(outbox, running):
+    with SMTPServer(users={"alice": "right"}, latency=0.02) as server:
+        put(outbox, server, username="alice", password="wrong", connections=5)
+        with transaction.manager:
+            for _ in range(60):
+                outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
+        wait_for(outbox.spool.lane_notes)
+        wait_for(lambda: not server.open_sessions)
+        assert len(server.logins) == 1
+        put(outbox, server, username="alice", password="right", connections=5)
+        server.wait_for(60, DEADLINE)
+        assert 2 < server.sessions <= 6  # the others follow the first that gets through
+
+
 def test_a_dead_relay_is_probed_once_and_delays_nobody_else(outbox, server):
     put(outbox, server)
     with SMTPServer() as dead:

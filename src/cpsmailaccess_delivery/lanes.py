@@ -79,6 +79,7 @@ class Lane:
         self._bucket: TokenBucket | None = None
         self._limit = SessionLimit(1)
         self.relay = relay_name(route.host, route.port)
+        self._proven = False  # a session got through: more may be opened beside it
         self._careful = False  # learned: one mail at a time in the next session
         self._idle_timer: asyncio.TimerHandle | None = None
         self._woken_at = math.inf  # seconds since the epoch: the wake-up that is under way
@@ -214,6 +215,7 @@ class Lane:
         if not self.route.mailbox or self._version == self._current_version():
             return
         self.circuit.close()
+        self._proven = False
         for session in list(self._sessions):  # it may be because of their silence
             self._quitting.add(session)
             session.stop()
@@ -262,7 +264,9 @@ class Lane:
         self._scheduler.set_aside(mail, error)
 
     def session_ready(self, session: Session) -> None:
-        pass  # it asks for mails by itself
+        if not self._proven:
+            self._proven = True
+            self.work()
 
     def session_closed(self, session: Session, failure: Failure | None) -> None:
         self._sessions.discard(session)
@@ -282,6 +286,8 @@ class Lane:
             and asks_for_less(failure.phase, failure.reply, delivered=True)
         ):
             self._want_fewer(close=True)
+        if not self._sessions and (self.circuit.is_open or not self.ready):
+            self._proven = False
         self._scheduler.session_over(self, session.account.relay)
 
     def _settle(self, mail: Attempt, results: Mapping[str, Result]) -> None:
@@ -395,8 +401,8 @@ class Lane:
             return False
         if not count:
             return True
-        if len(self.ready) <= _BACKLOG * count:
-            return False
+        if not self._proven or len(self.ready) <= _BACKLOG * count:
+            return False  # many bad logins at once would lock the mailbox
         now = self._scheduler.now()
         if count < self._limit.allowed(now) and not self._limit.paused(now):
             return True
