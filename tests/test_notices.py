@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import transaction
 
 from cpsmailaccess_delivery import Account, Outbox
+from cpsmailaccess_delivery import notices as notices_module
 from cpsmailaccess_delivery import scheduler as scheduler_module
 from cpsmailaccess_delivery.errors import SpoolError
 from cpsmailaccess_delivery.processor import QueueProcessorThread
@@ -311,6 +313,30 @@ def test_a_notice_that_we_cannot_make_stops_nothing(outbox, server, monkeypatch)
     message_id = send(outbox)
     assert drain(outbox).refused == 1
     assert outbox.status(message_id).state == "refused"
+
+
+def test_a_slow_journal_keeps_nobody_waiting_longer(outbox, server, monkeypatch):
+    """Another process writes it: that is no large spool, for which notices make a pause."""
+    clock = [0.0]
+    flush = outbox.journal.flush
+    people = [f"eve{number}@example.net" for number in range(20)]
+
+    def slow_flush():
+        clock[0] += 1000.0
+        flush()
+
+    monkeypatch.setattr(notices_module, "_BATCH", 5)
+    monkeypatch.setattr(notices_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(outbox.journal, "flush", slow_flush)
+    put(outbox, server)
+    server.on("RCPT", reply="550 5.1.1 no such user", match="eve")
+    with transaction.manager:
+        for person in people:
+            outbox.delivery.send(ALICE, [person], MESSAGE)
+    processor = outbox.processor()
+    processor.start()
+    server.wait_for(len(people), 20.0)
+    assert processor.stop(20.0)
 
 
 def test_the_owner_of_a_mailbox_is_told_once_for_each_trouble(outbox, server):

@@ -261,11 +261,12 @@ class Notices:
 
     def _work(self, batch: list[_Job]) -> float:
         """Make the notices durable and visible; return the seconds that a look around took."""
-        begin = time.monotonic()
         wanted = {w.message_id: w for job in batch for w in job.wanted}
-        for message_id in self._queued(wanted):
-            del wanted[message_id]
+        begin = time.monotonic()
+        seen = self._seen(wanted)
         pause = time.monotonic() - begin
+        for message_id in self._queued(wanted, seen):
+            del wanted[message_id]
         staged: list[Entry] = []
         try:
             for one in wanted.values():
@@ -284,14 +285,17 @@ class Notices:
         self._spool.publish(staged)
         return pause
 
-    def _queued(self, wanted: Mapping[str, Wanted]) -> list[str]:
+    def _seen(self, wanted: Mapping[str, Wanted]) -> set[str]:
+        """Return those that are in the spool: ids end with a digest, so that nothing is opened."""
+        ends = {digest(message_id): message_id for message_id in wanted}
+        return {ends[entry.id[-16:]] for entry in self._spool.scan() if entry.id[-16:] in ends}
+
+    def _queued(self, wanted: Mapping[str, Wanted], seen: set[str]) -> list[str]:
         """Return those that are queued already, or were sent: we died after we had queued them.
 
-        An id ends with the digest of its Message-Id, so that nothing is opened.  Without the
-        journal, one that has left the spool since is sent again, as the same.
+        `seen`: in the spool.  Without the journal, one that has left the spool since is sent
+        again, as the same.
         """
-        ends = {digest(message_id): message_id for message_id in wanted}
-        seen = {ends[entry.id[-16:]] for entry in self._spool.scan() if entry.id[-16:] in ends}
         self._journal.flush()  # after the look into the spool: nothing is missed between them
         return [
             message_id
