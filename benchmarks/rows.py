@@ -157,6 +157,10 @@ def _plain(bench: Bench, who: str) -> Result:
     return drain(bench, who, mails=bench.number(5000))
 
 
+def _chunks(bench: Bench, who: str) -> Result:
+    return drain(bench, who, mails=bench.number(5000), chunking=True)
+
+
 def _tls(bench: Bench, who: str) -> Result:
     return drain(bench, who, mails=bench.number(5000), tls=True)
 
@@ -317,8 +321,14 @@ ROWS = (
         ),
     ),
     Row(
+        "chunks",
+        "the same, from a relay that offers CHUNKING",
+        "mails/s",
+        _chunks,
+    ),
+    Row(
         "tls",
-        "the same over TLS with login",
+        "drain over TLS with login",
         "mails/s",
         _tls,
         targets=(Target("x zope.sendmail", _rate("zope.sendmail"), 15),),
