@@ -83,6 +83,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "relays.py",
         "scheduler.py",
         "processor.py",
+        "settling.py",
         "status.py",
         "upkeep.py",
         "queue.py",

@@ -71,11 +71,15 @@ class Outcome(NamedTuple):
     ``state``: queued (not tried yet), accepted, deferred, refused or unclear.
     ``reply``: the relay's words, or ours when there was no reply; hostile text.
     ``at``: seconds since the epoch.
+    ``doubts``: how many attempts have ended unclear: the relay may have taken so many copies.
+    ``held``: unclear, and not tried again before a person has decided.
     """
 
     state: State
     reply: str = ""
     at: float = 0.0
+    doubts: int = 0
+    held: bool = False
 
     def __str__(self) -> str:
         return f"{self.state}: {self.reply}" if self.reply else str(self.state)
@@ -233,9 +237,10 @@ class ISpool(Interface):
         Raises `NoSuchEntry`, `InvalidEnvelope`.
         """
 
-    def requeue(entry: Entry) -> Entry:
+    def requeue(entry: Entry, *, unclear: bool = False) -> Entry:
         """Make one mail due now: retry a deferred one, release a held or unclear one.
 
+        `unclear`: those of its recipients that wait for a person are tried again, too.
         Raises `NoSuchEntry`, `EntryBusy`.
         """
 
@@ -511,7 +516,7 @@ class IOutbox(Interface):
     keys = Attribute("`key.KeySource` of the vault")
     presence = Attribute("`spool.presence.Presence` of this process")
 
-    def processor() -> IQueueProcessor:
+    def processor(*, unclear: str | None = None) -> IQueueProcessor:
         """Return a processor, not started yet.  Raises `OutboxClosed`."""
 
     def status(message_id: str) -> object:

@@ -273,12 +273,12 @@ class Lane:
     def _settle(self, mail: Attempt, results: Mapping[str, Result]) -> None:
         scheduler = self._scheduler
         now = scheduler.now()
-        outcomes = outcomes_of(mail, results, now)
+        outcomes = outcomes_of(mail, results, now, doubts=scheduler.schedule.doubts)
         mail.relayed = relayed_of(mail, results, outcomes)
         settlement = settlement_of(
             mail, outcomes, schedule=scheduler.schedule, now=now, chance=scheduler.chance()
         )
-        if settlement.state is State.UNCLEAR:
+        if any(outcome.state is State.UNCLEAR for outcome in outcomes.values()):
             self._careful = True  # a relay that hangs up must not make others unclear, too
         if (
             settlement.state is State.DEFERRED

@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from .errors import EntryBusy, SpoolError
+from .errors import SpoolError
 from .interfaces import Entry, Settlement, State
 from .queue import events_of
+from .settling import take
 
 log = logging.getLogger(__name__)
 
-_LOOK_UPS: Final = 5  # a mail may move between look-up and claim; nobody moves one that often
 _CANCELLED: Final = Settlement(State.CANCELLED)
 
 IN_DOUBT: Final = (
@@ -111,7 +111,7 @@ class Removals:
         """Take the leases, and hold the mails.  Raises `NoSuchEntry`, `EntryBusy`."""
         for removal in removals:
             if removal.own is None:
-                removal.lease = self._lease(removal.entry)
+                removal.lease = take(self._spool, removal.entry)
                 removal.lease.set_aside(IN_DOUBT)
 
     def publish(self, removals: Sequence[Removal]) -> None:
@@ -143,16 +143,6 @@ class Removals:
             if removal.lease is not None:
                 removal.lease.release()
                 removal.lease = None
-
-    def _lease(self, entry: Entry) -> Any:
-        for _ in range(_LOOK_UPS):
-            lease = self._spool.claim(entry)
-            if lease is not None:
-                return lease
-            if self._spool.leased(entry):
-                break
-            entry = self._spool.look_up(entry.id)
-        raise EntryBusy(f"{entry.id}: is being delivered right now; try again in a moment")
 
     def _note(self, lease: Any) -> None:
         if self._journal is None:

@@ -72,7 +72,7 @@ class QueueProcessorThread(threading.Thread):
         self._spool = spool
         self._accounts = accounts
         self._journal = journal
-        self._schedule = schedule or Schedule()
+        self.schedule = schedule or Schedule()
         self._helo_name = helo_name
         self._max_sessions = max_sessions
         self._connections_per_relay = connections_per_relay
@@ -158,7 +158,7 @@ class QueueProcessorThread(threading.Thread):
             self._journal,
             loop=loop,
             helo_name=self._helo_name,
-            schedule=self._schedule,
+            schedule=self.schedule,
             max_sessions=self._max_sessions,
             connections_per_relay=self._connections_per_relay,
             draining=draining,

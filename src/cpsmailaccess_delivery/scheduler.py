@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from .attempt import ACCEPTED, Attempt, Times, expiry_of
+from .attempt import Attempt, Times, expiry_of, nobody_left
 from .envelope import Route, lane_key
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from .interfaces import Entry, Settlement, State
@@ -427,7 +427,7 @@ class Scheduler:
             return None
         attempt = Attempt(lease)
         if not attempt.recipients:  # nobody is left who wants it
-            self.settle(attempt, ACCEPTED)
+            self.settle(attempt, nobody_left(attempt))
             return None
         expiry = expiry_of(attempt, self.now())
         if expiry is not None:
