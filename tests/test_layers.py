@@ -27,6 +27,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "message.py",
         "options.py",
         "dsn.py",
+        "events.py",
     ),
     1: (
         "outcome.py",
@@ -66,6 +67,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "password.py",
         "journal.py",
         "journal_file.py",
+        "announcer.py",
         "smtp/session.py",
         "smtp/tls.py",
         "smtp/check.py",
@@ -84,6 +86,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "scheduler.py",
         "processor.py",
         "settling.py",
+        "telling.py",
         "status.py",
         "upkeep.py",
         "queue.py",

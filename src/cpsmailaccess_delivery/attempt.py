@@ -70,7 +70,16 @@ class Times:
 class Attempt:
     """The lease of an entry on its way through a session: a `smtp.session.Mail`."""
 
-    __slots__ = ("lease", "message", "notified", "recipients", "relayed", "sender", "wish")
+    __slots__ = (
+        "lease",
+        "message",
+        "news",
+        "notified",
+        "recipients",
+        "relayed",
+        "sender",
+        "wish",
+    )
 
     def __init__(self, lease: Any) -> None:
         self.lease = lease
@@ -78,6 +87,7 @@ class Attempt:
         self.message: bytes = lease.message
         self.wish: Wish | None = lease.envelope.wish
         self.relayed: dict[str, Outcome] = {}  # see `relayed_of`
+        self.news: Mapping[str, Outcome] = {}  # what it has brought, told when it is recorded
         self.notified = False  # whether the notices of its settlement are durable
         self.recipients = _open_recipients(
             lease.envelope.recipients, lease.outcomes, asked_for=self.entry.state is State.QUEUED

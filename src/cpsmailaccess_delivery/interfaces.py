@@ -29,11 +29,20 @@ if TYPE_CHECKING:
 __all__ = [
     "NORMAL_PRIORITY",
     "Entry",
+    "IAccountEvent",
+    "IAccountPaused",
+    "IAccountResumed",
     "IAccountStore",
     "IAccounts",
     "IJournal",
     "ILease",
+    "IMailAccepted",
+    "IMailDeferred",
     "IMailDelivery",
+    "IMailEvent",
+    "IMailQueued",
+    "IMailRefused",
+    "IMailUnclear",
     "IMailboxDelivery",
     "IOutbox",
     "IQueueProcessor",
@@ -141,7 +150,8 @@ class LaneNote:
 
     ``route``: mailbox or relay.  ``trouble``: account or relay.  ``until``: seconds since
     the epoch of the next probe.  ``version``: `IAccountStore.version` when it was written.
-    ``told``: whether the owner of the mailbox was.
+    ``told``: whether the owner of the mailbox was.  ``paused``: whether journal and
+    subscribers were told that the account is.
     """
 
     route: str
@@ -152,6 +162,7 @@ class LaneNote:
     failures: int = 1
     version: str = ""
     told: bool = False
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,6 +488,60 @@ class IJournal(Interface):
 
     def close() -> None:
         """Flush and close.  Twice is fine."""
+
+
+class IMailEvent(Interface):
+    """Something has happened to a mail: for subscribers of zope.event.
+
+    Told after the fact, in a thread of its own of the process in which it happened.
+    """
+
+    at = Attribute("When: seconds since the epoch")
+    id = Attribute("Id of the entry in the spool (str)")
+    message_id = Attribute("Without angle brackets (str)")
+    mailbox = Attribute("Its route: a mailbox, or a relay without login as host:port (str)")
+    sender = Attribute("Address of the sender; empty: the null reverse-path (str)")
+    recipients = Attribute("Those whom the event concerns: Mapping[str, Outcome]")
+
+
+class IMailQueued(IMailEvent):
+    """A mail was committed."""
+
+
+class IMailAccepted(IMailEvent):
+    """The relay has taken the mail for these recipients, or a person says so."""
+
+
+class IMailDeferred(IMailEvent):
+    """An attempt has ended; these recipients are tried again."""
+
+
+class IMailRefused(IMailEvent):
+    """For good: the relay, a person, or time has refused these recipients."""
+
+
+class IMailUnclear(IMailEvent):
+    """The connection died before the reply to the end of data: see `Outcome.held`."""
+
+
+class IAccountEvent(Interface):
+    """Something has happened to all mails of an account, or of a relay without login."""
+
+    at = Attribute("When: seconds since the epoch")
+    mailbox = Attribute("The mailbox, or the relay without login as host:port (str)")
+    relay = Attribute("Host and port (str)")
+    reason = Attribute("Why, in words; may quote the relay, so hostile text (str)")
+
+
+class IAccountPaused(IAccountEvent):
+    """Its mails wait: the account must be mended, or its relay was not reached repeatedly.
+
+    Told once for each trouble, not for each probe.
+    """
+
+
+class IAccountResumed(IAccountEvent):
+    """Its mails are sent again."""
 
 
 class IQueueProcessor(Interface):

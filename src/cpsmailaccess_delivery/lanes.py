@@ -34,6 +34,7 @@ from .smtp.events import Failure, Result
 from .smtp.explain import explain
 from .smtp.machine import WINDOW
 from .smtp.session import Session
+from .telling import tell_circuit
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
@@ -88,6 +89,7 @@ class Lane:
             now=scheduler.now,
             chance=scheduler.chance,
             tell=self._tell_owner,
+            changed=self._circuit_changed,
         )
         self.circuit.recall(draining=scheduler.draining)
 
@@ -205,7 +207,7 @@ class Lane:
         """Look whether the account is another now; if so, try at once with the new one."""
         if not self.route.mailbox or self._version == self._current_version():
             return
-        self.circuit.close()
+        self.circuit.close("the account was changed")
         self.quit()
         self.work()
 
@@ -307,6 +309,17 @@ class Lane:
 
     def _tell_owner(self, note: LaneNote) -> None:
         self._scheduler.notices.tell_owner(self.route, note, self.circuit.told)
+
+    def _circuit_changed(self, paused: bool, reason: str) -> None:
+        tell_circuit(
+            self._scheduler.journal,
+            self._scheduler.announcer,
+            self.route,
+            relay=self.relay,
+            now=self._scheduler.now(),
+            paused=paused,
+            reason=reason,
+        )
 
     def _age(self) -> None:
         """Give up the mails that have waited too long, and tell the senders of the old ones."""
@@ -493,6 +506,7 @@ class Lane:
     def _record(
         self, mail: Attempt, outcomes: Mapping[str, Outcome], *, attempt: int | None = None
     ) -> None:
+        mail.news = outcomes
         envelope = mail.lease.envelope
         attempt = mail.entry.attempts + 1 if attempt is None else attempt
         if log.isEnabledFor(logging.INFO):

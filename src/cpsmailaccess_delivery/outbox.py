@@ -12,6 +12,7 @@ import transaction
 from zope.interface import implementer
 
 from .accounts import Accounts
+from .announcer import Announcer
 from .delivery import MailboxDelivery
 from .errors import InvalidSettings, NoSuchEntry, OutboxClosed
 from .interfaces import IOutbox, Record
@@ -74,12 +75,20 @@ class Outbox:
         self.keys = KeySource(key, file=directory.with_name(directory.name + ".key"))
         self.vault = Vault(directory / "accounts", self.keys, self.presence)
         self.journal = Journal(directory / "journal.sqlite")
+        self._announcer = Announcer()
         manager = transaction.manager if transaction_manager is None else transaction_manager
         self.accounts = Accounts(self.vault, manager)
         self.delivery = MailboxDelivery(
-            self.spool, self.accounts, manager, journal=self.journal, size_limit=size_limit
+            self.spool,
+            self.accounts,
+            manager,
+            journal=self.journal,
+            announcer=self._announcer,
+            size_limit=size_limit,
         )
-        self.queue = Queue(self.spool, self.journal, notices=self._notices)
+        self.queue = Queue(
+            self.spool, self.journal, notices=self._notices, announcer=self._announcer
+        )
 
     def __repr__(self) -> str:
         return f"<Outbox {self.location}{' closed' if self._closed else ''}>"
@@ -113,6 +122,7 @@ class Outbox:
             max_sessions=self._max_sessions,
             connections_per_relay=self._connections_per_relay,
             share=share,
+            announcer=self._announcer,
         )
         self._processors.append(processor)
         return processor
@@ -144,6 +154,7 @@ class Outbox:
         for processor in self._processors:
             processor.stop()
         self._processors.clear()
+        self._announcer.close()
         self.journal.close()
         self.spool.close()
         self.presence.close()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from .envelope import Envelope
 from .errors import SpoolError
 from .interfaces import Entry, Settlement, State
 from .queue import events_of
@@ -37,8 +38,7 @@ class Outgoing:
     """One mail that is sent in a transaction which has not ended."""
 
     entry: Entry
-    message_id: str
-    key: str = ""
+    envelope: Envelope
     dropped: bool = False  # cancelled in the same transaction
 
 
@@ -67,12 +67,16 @@ class Doings:
     def find_sent(self, message_id: str) -> list[Outgoing]:
         """Return the mails that it sends with this Message-Id."""
         sent = self.sent.values()
-        return [mail for mail in sent if mail.message_id == message_id and not mail.dropped]
+        return [
+            mail for mail in sent if mail.envelope.message_id == message_id and not mail.dropped
+        ]
 
     def find_key(self, key: str) -> str | None:
         """Return the Message-Id of the mail that it sends with this key, or None."""
-        found = (mail for mail in self.sent.values() if mail.key == key and not mail.dropped)
-        return next((mail.message_id for mail in found), None)
+        found = (
+            mail for mail in self.sent.values() if mail.envelope.key == key and not mail.dropped
+        )
+        return next((mail.envelope.message_id for mail in found), None)
 
     def has_cancelled(self, entry: Entry) -> bool:
         """Tell whether it cancels this mail."""
@@ -82,8 +86,10 @@ class Doings:
 class OutgoingMails:
     """A `datamanager.TwoPhaseStore` of `Outgoing`."""
 
-    def __init__(self, spool: Any) -> None:
+    def __init__(self, spool: Any, announcer: Any, clock: Callable[[], float]) -> None:
         self._spool = spool
+        self._announcer = announcer
+        self._clock = clock
 
     def prepare(self, mails: Sequence[Outgoing]) -> None:
         """Make durable what has not been dropped."""
@@ -91,8 +97,12 @@ class OutgoingMails:
         self._spool.prepare([mail.entry for mail in mails if not mail.dropped])
 
     def publish(self, mails: Sequence[Outgoing]) -> None:
-        """Make it visible."""
-        self._spool.publish([mail.entry for mail in mails if not mail.dropped])
+        """Make it visible, and tell of it."""
+        mails = [mail for mail in mails if not mail.dropped]
+        self._spool.publish([mail.entry for mail in mails])
+        now = self._clock()
+        for mail in mails:
+            self._announcer.queued(now, mail.entry.id, mail.envelope)
 
     def discard(self, mails: Sequence[Outgoing]) -> None:
         """Remove it."""

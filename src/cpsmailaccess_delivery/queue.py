@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from .announcer import Announcer
 from .attempt import FINAL, UNTRIED, may_be_tried
 from .envelope import Envelope, lane_key
 from .errors import InvalidEnvelope, NoSuchEntry, NotUnclear
@@ -77,6 +78,7 @@ class Queue:
     as an entry of `entries`, which saves looking for it.
 
     `notices`: makes what tells senders of refusals; called when it is needed.
+    `announcer`: tells what a person has settled through zope.event.
     """
 
     def __init__(
@@ -86,11 +88,13 @@ class Queue:
         clock: Callable[[], float] = time.time,
         *,
         notices: Callable[[], Notices],
+        announcer: Announcer,
     ) -> None:
         self._spool = spool
         self._journal = journal
         self._clock = clock
         self._notices = notices
+        self._announcer = announcer
 
     def entries(self, state: State | None = None) -> Iterator[Entry]:
         """Yield what is in the spool, the oldest first, without opening anything.
@@ -170,6 +174,7 @@ class Queue:
                     spool=self._spool,
                     journal=self._journal,
                     notices=self._notices,
+                    announcer=self._announcer,
                     now=self._clock(),
                 )
             except NotUnclear as error:  # of several mails of one Message-Id, another one may be

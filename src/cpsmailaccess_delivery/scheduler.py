@@ -30,6 +30,7 @@ from .limits import ALONE, Share
 from .notices import Notices
 from .relays import Relays
 from .retry import Schedule
+from .telling import tell_settled
 from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Scheduler:
         max_sessions: int,
         connections_per_relay: int,
         draining: bool,
+        announcer: Any,
         share: Share = ALONE,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
@@ -110,6 +112,7 @@ class Scheduler:
         self.spool = spool
         self.accounts = accounts
         self.journal = journal
+        self.announcer = announcer
         self.loop = loop
         self.helo_name = helo_name
         self.schedule = schedule
@@ -478,6 +481,7 @@ class Scheduler:
         except SpoolError as error:
             self._keep(attempt, settlement, error)
             return
+        tell_settled(self.announcer, attempt, self.now())
         self._removed_one()
 
     def _keep(self, attempt: Attempt, settlement: Settlement, error: SpoolError) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
+from .announcer import Announcer
 from .attempt import FINAL, FOR_A_PERSON, UNTRIED, Attempt, may_be_tried, worst
 from .envelope import digest
 from .errors import EntryBusy, NotUnclear
@@ -46,13 +47,14 @@ def settle(
     spool: Any,
     journal: Any,
     notices: Callable[[], Notices],
+    announcer: Announcer,
     now: float,
 ) -> None:
     """Record what a person has found out about the unclear recipients of a mail.
 
     `state`: accepted or refused.  `recipients`: of these; none: of all that are unclear.
-    `notices`: makes what tells the sender of refusals.  Raises `NotUnclear`, `NoSuchEntry`,
-    `EntryBusy`, `SpoolError`; nothing is changed then.
+    `notices`: makes what tells the sender of refusals; `announcer`: tells all.
+    Raises `NotUnclear`, `NoSuchEntry`, `EntryBusy`, `SpoolError`; nothing is changed then.
     """
     lease = take(spool, record.entry)
     try:
@@ -85,6 +87,7 @@ def settle(
             )
         )
     spool.sync()
+    announcer.outcomes(now, lease.entry.id, lease.envelope, decided)
 
 
 def _reply(outcome: Outcome) -> str:
