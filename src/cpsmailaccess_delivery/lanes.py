@@ -403,6 +403,9 @@ class Lane:
             self.circuit.open(Trouble.ACCOUNT, str(error))
             self._scheduler.session_over(self)
             return False
+        except Exception:
+            self._scheduler.session_over(self)  # the scheduler guards us
+            raise
         self._cancel_idle_timer()
         session = Session(
             account,

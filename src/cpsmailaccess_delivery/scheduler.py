@@ -28,6 +28,7 @@ from .interfaces import Entry, Settlement, State
 from .lanes import Lane
 from .limits import ALONE, Share
 from .notices import Notices
+from .outcome import Trouble
 from .relays import Relays
 from .retry import Schedule
 from .telling import tell_settled
@@ -349,7 +350,7 @@ class Scheduler:
                 log.exception("%s: cannot be offered; trying again later", entry.id)
                 self._at(self.now() + _LONGEST_SLEEP, entry)
         for lane in dirty:
-            lane.work()
+            self._guard(lane, lane.work)
 
     def _watch(self, watch: Any, changed: Callable[[], object]) -> None:
         self._watches.append(watch)
@@ -371,10 +372,7 @@ class Scheduler:
     def _accounts_changed(self) -> None:
         self._watches[1].read()
         for lane in list(self._lanes.values()):
-            try:
-                lane.account_changed()
-            except Exception:  # one account must not keep the others from being noticed
-                log.exception("%s: its account cannot be looked at", lane.route)
+            self._guard(lane, lane.account_changed)
 
     # Time
 
@@ -405,7 +403,7 @@ class Scheduler:
             self._offer_all([item for item in due if isinstance(item, Entry)])
             for item in due:
                 if isinstance(item, Lane):
-                    item.wake()
+                    self._guard(item, item.wake)
         finally:
             self._arm()
             self.check_quiet()
@@ -493,7 +491,7 @@ class Scheduler:
     def _notices_done(self, were_full: bool) -> None:
         if were_full and not self.disk_full:
             for lane in list(self._lanes.values()):
-                lane.work()
+                self._guard(lane, lane.work)
         self.check_quiet()
 
     def set_aside(self, attempt: Attempt, error: Exception) -> None:
@@ -548,7 +546,7 @@ class Scheduler:
             self._tell_and_record(attempt, settlement)
         if unsettled and not self.disk_full:
             for lane in list(self._lanes.values()):
-                lane.work()
+                self._guard(lane, lane.work)
         self.check_quiet()
 
     @property
@@ -598,12 +596,23 @@ class Scheduler:
         freed, self._freed = self._freed, set()
         for relay in freed:
             while (lane := self._relays.next_waiting(relay)) is not None:
-                lane.work()
+                self._guard(lane, lane.work)
         for _ in range(len(self._waiting_lanes)):
             if self._sessions >= self._max_sessions:
                 break
-            self._waiting_lanes.popleft().work()
+            lane = self._waiting_lanes.popleft()
+            self._guard(lane, lane.work)
         self.check_quiet()
+
+    def _guard(self, lane: Lane, work: Callable[[], object]) -> None:
+        """Let a lane work.  A fault of ours makes this lane wait, and no other."""
+        try:
+            work()
+        except Exception as error:
+            log.exception("%s: waits after a fault of ours", lane.route)
+            reason = f"a fault in the processor: {type(error).__name__}: {error}"
+            lane.circuit.open(Trouble.RELAY, reason)
+            self.wake_at(lane.circuit.until, lane)
 
     def _relieve(self) -> None:
         """Lanes wait: close what is idle, and what has been silent for long."""
