@@ -480,6 +480,12 @@ class IJournal(Interface):
     def last_outcomes(message_id: str) -> dict[str, Outcome]:
         """Return the last outcome of each recipient, as far as the journal goes back."""
 
+    def totals(since: float, *, by: str) -> list[tuple[str, str, int]]:
+        """Return (mailbox or relay, kind, number of events) since a time (epoch seconds).
+
+        `by`: ``mailbox`` or ``relay``.
+        """
+
     def counts(since: float) -> dict[str, int]:
         """Return how many events of each kind there were since a time (epoch seconds)."""
 

@@ -23,6 +23,7 @@ from .output import clean_lines, complain
 from .queue import queue, show
 from .run import run
 from .send import send
+from .stats import stats
 from .steer import cancel, hold, release, retry, settle
 from .trace import trace
 
@@ -128,7 +129,7 @@ def cli(
 
 
 for _command in (
-    run, drain, queue, show, trace, retry, hold, release, cancel, settle, send, accounts, doctor,
+    run, drain, queue, show, trace, retry, hold, release, cancel, settle, send, stats, accounts, doctor,
 ):  # fmt: skip
     cli.add_command(_command)
 
