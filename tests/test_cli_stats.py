@@ -123,7 +123,8 @@ def test_by_lane(site: Site) -> None:
     assert site.json("queue", "--by", "lane", "--state", "held")["rows"] == [second]
     assert site.json("queue", "--by", "lane", "--limit", "1")["more"] == 1
     output = site.run("queue", "--by", "lane", "--limit", "1").stdout
-    assert output.splitlines()[0].split() == ["MAILBOX", "TOTAL", "QUEUED", "HELD", "OLDEST", "OLDEST", "DUE"]
+    columns = ["MAILBOX", "TOTAL", "QUEUED", "HELD", "OLDEST", "OLDEST", "DUE"]
+    assert output.splitlines()[0].split() == columns
     assert "... and 1 more" in output
 
 

@@ -129,7 +129,8 @@ def cli(
 
 
 for _command in (
-    run, drain, queue, show, trace, retry, hold, release, cancel, settle, send, stats, accounts, doctor,
+    run, drain, queue, show, trace, stats, retry, hold, release, cancel, settle, send, accounts,
+    doctor,
 ):  # fmt: skip
     cli.add_command(_command)
 
