@@ -17,12 +17,13 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import transaction
 import zope.event
-from transaction.interfaces import NoTransaction
+from transaction.interfaces import ISynchronizer, NoTransaction
+from zope.interface import implementer
 
 from .envelope import Envelope
 from .events import EVENTS, AccountEvent, MailEvent
@@ -147,6 +148,8 @@ class Announcer:
         self._wake.set()
 
     def _run(self) -> None:
+        leftover = _Leftover()
+        transaction.manager.registerSynch(leftover)  # which keeps no reference
         while True:
             self._wake.wait()
             self._hurry.wait(_GATHER)
@@ -155,7 +158,7 @@ class Announcer:
             self._signalled = False  # from here on, who announces wakes us again
             waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
             for _ in range(len(self._pending)):
-                _tell(self._pending.popleft())
+                _tell(self._pending.popleft(), leftover)
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
                 log.error(
@@ -169,30 +172,42 @@ class Announcer:
                 return
 
 
-def _tell(event: MailEvent | AccountEvent) -> None:
-    for subscriber in _subscribers():
+@implementer(ISynchronizer)
+class _Leftover:
+    """Knows whether a subscriber has begun a transaction: to abort one that is none is dear."""
+
+    begun = False
+
+    def newTransaction(self, transaction: Any) -> None:
+        self.begun = True
+
+    def beforeCompletion(self, transaction: Any) -> None:
+        pass
+
+    def afterCompletion(self, transaction: Any) -> None:
+        pass
+
+    def abort(self) -> None:
+        """What a subscriber has not committed must not be committed by the next one."""
+        if not self.begun:
+            return
+        try:
+            transaction.abort()
+        except NoTransaction:
+            pass  # in the explicit mode, when it has ended
+        except Exception:
+            log.exception("the transaction of a subscriber cannot be aborted")
+        self.begun = False
+
+
+def _tell(event: MailEvent | AccountEvent, leftover: _Leftover) -> None:
+    for subscriber in list(zope.event.subscribers):  # a copy: a subscriber may change it
         try:
             subscriber(event)
         except BaseException:  # the next one and the next event must be told, whatever this did
             which = event.id if isinstance(event, MailEvent) else event.mailbox
             log.exception("%s: a subscriber failed on %s", which, type(event).__name__)
-        finally:
-            _abort()
-
-
-def _subscribers() -> Iterable[Any]:
-    """Return a copy of the list: a subscriber may change it."""
-    return list(zope.event.subscribers)
-
-
-def _abort() -> None:
-    """What a subscriber has not committed must not be committed by the next one."""
-    try:
-        transaction.abort()
-    except NoTransaction:
-        pass  # in the explicit mode
-    except Exception:
-        log.exception("the transaction of a subscriber cannot be aborted")
+        leftover.abort()
 
 
 def _after_fork_in_child() -> None:
