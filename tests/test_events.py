@@ -286,9 +286,11 @@ def test_what_one_has_not_committed_the_next_one_does_not(
         transaction.commit()
 
     put(outbox, server)
-    subscribe(half)
-    subscribe(whole)
+    all_called: list[Any] = []
+    for subscriber in (half, whole, all_called.append):
+        subscribe(subscriber)
     send(outbox)
+    wait_for(lambda: all_called)
     drain(outbox)
     assert [mail.recipients for mail in server.mails] == [(ANN,)]
 
