@@ -80,7 +80,7 @@ class Announcer:
         if not zope.event.subscribers:
             return
         route = str(envelope.route)
-        for state in {outcome.state for outcome in outcomes.values()}:
+        for state in dict.fromkeys(outcome.state for outcome in outcomes.values()):
             event = EVENTS.get(state)
             if event is not None:
                 those = {r: outcome for r, outcome in outcomes.items() if outcome.state is state}
