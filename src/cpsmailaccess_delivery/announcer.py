@@ -118,7 +118,8 @@ class Announcer:
 
     def close(self) -> None:
         """Tell what is left, as far as subscribers let us, and end.  Twice is fine."""
-        if not self.flush():
+        told = self.flush()
+        if not told:
             log.warning("subscribers of zope.event are slow: %d events left", len(self._pending))
         with self._lock:
             thread, self._thread = self._thread, None
@@ -127,6 +128,8 @@ class Announcer:
             atexit.unregister(self.flush)
             self._hurry.set()
             self._wake.set()
+            if told and thread is not threading.current_thread():
+                thread.join(_PATIENCE)
 
     def _signal(self) -> None:
         with self._lock:
