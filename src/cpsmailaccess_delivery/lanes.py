@@ -518,7 +518,7 @@ class Lane:
         relay = self._account.relay if self._account else ""
         record, entry, route = self._scheduler.journal.record, mail.entry.id, str(self.route)
         message_id, sender = envelope.message_id, mail.sender
-        for recipient, (state, reply, at) in outcomes.items():
+        for recipient, (state, reply, at, _, _) in outcomes.items():
             record(
                 Event(at, state, entry, message_id, route, sender, recipient, attempt, reply, relay)
             )

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from .attempt import Attempt, Times, expiry_of, nobody_left
+from .attempt import ACCEPTED, Attempt, Times, expiry_of, nobody_left
 from .envelope import Route, lane_key
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from .interfaces import Entry, Settlement, State
