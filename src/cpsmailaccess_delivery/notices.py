@@ -132,12 +132,14 @@ class Notices:
 
     def of_refusals(
         self, attempt: Attempt, refused: Mapping[str, Outcome], occasion: str
-    ) -> Wanted:
-        """Return what tells the sender of refusals that no attempt has brought.
+    ) -> tuple[Wanted, ...]:
+        """Return what tells the sender, if he wants it, of refusals that no attempt has brought.
 
         `occasion`: a word for the Message-Id, another one for each.
         """
-        return self._notice(Action.FAILED, attempt, refused, occasion)
+        if not attempt.sender or not wants(attempt.lease.envelope.notify, FAILURE):
+            return ()
+        return (self._notice(Action.FAILED, attempt, refused, occasion),)
 
     def delay_is_due(self, attempt: Attempt) -> bool:
         """Tell whether an attempt now is the first one after the time to tell of a delay."""

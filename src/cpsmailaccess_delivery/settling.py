@@ -64,10 +64,10 @@ def settle(
             for recipient in _chosen(lease, recipients)
         }
         attempt = Attempt(lease)
-        if state is State.REFUSED and attempt.sender:
+        if state is State.REFUSED:
             occasion = f"settled-{digest(' '.join(sorted(decided)))}"
             maker = notices()
-            maker.queue_now([maker.of_refusals(attempt, decided, occasion)])
+            maker.queue_now(maker.of_refusals(attempt, decided, occasion))
         known = {**earlier, **decided}
         lease.settle(_settlement(lease, known, record.reason, now))
     finally:
