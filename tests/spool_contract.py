@@ -540,6 +540,18 @@ class SpoolContract:
         assert lease.entry.attempts == 3
         lease.release()
 
+    @pytest.mark.parametrize("unclear", [False, True])
+    def test_who_waits_for_a_person_is_let_go_on_request_only(self, spool, unclear):
+        entry = queue(spool)
+        held = UNCLEAR._replace(doubts=2, held=True)
+        outcomes = {"bob@example.net": ACCEPTED, "carol@example.net": held}
+        settle(spool, entry, State.UNCLEAR, outcomes=outcomes, attempts=3)
+        assert spool.load(entry).outcomes == outcomes
+        lease = spool.claim(spool.requeue(entry, unclear=unclear))
+        now = {**outcomes, "carol@example.net": held._replace(held=not unclear)}
+        assert lease.outcomes == now
+        lease.release()
+
     def test_hold_keeps_outcomes(self, spool):
         entry = queue(spool)
         settle(spool, entry, State.DEFERRED, outcomes={"bob@example.net": ACCEPTED}, attempts=1)

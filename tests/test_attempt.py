@@ -12,12 +12,15 @@ from cpsmailaccess_delivery.attempt import (
     FINAL,
     Attempt,
     account_trouble,
+    nobody_left,
     outcomes_of,
     settlement_of,
+    waiting_of,
     were_too_many,
     worst,
 )
 from cpsmailaccess_delivery.envelope import Envelope, Route
+from cpsmailaccess_delivery.errors import InvalidSettings
 from cpsmailaccess_delivery.interfaces import Entry, Outcome, State
 from cpsmailaccess_delivery.outcome import Phase
 from cpsmailaccess_delivery.retry import Schedule
@@ -35,10 +38,16 @@ LOGIN = Result(Phase.AUTH, Reply(535, "5.7.8 bad credentials"))
 
 
 def attempt(
-    recipients=(A, B), *, earlier=None, attempts=0, staged=NOW - 60, entry_id=None
+    recipients=(A, B),
+    *,
+    earlier=None,
+    attempts=0,
+    staged=NOW - 60,
+    entry_id=None,
+    state=State.QUEUED,
 ) -> Attempt:
     lease = SimpleNamespace(
-        entry=Entry(entry_id or f"{int(staged)}.1", "lane", attempts=attempts),
+        entry=Entry(entry_id or f"{int(staged)}.1", "lane", state, attempts=attempts),
         envelope=Envelope("x@example.org", recipients, Route("*")),
         message=b"",
         outcomes=earlier or {},
@@ -47,10 +56,11 @@ def attempt(
 
 
 def settled(mail: Attempt, results: dict, schedule: Schedule | None = None):
+    schedule = schedule or Schedule()
     return settlement_of(
         mail,
-        outcomes_of(mail, results, NOW),
-        schedule=schedule or Schedule(),
+        outcomes_of(mail, results, NOW, doubts=schedule.doubts),
+        schedule=schedule,
         now=NOW,
         chance=0.0,
     )
@@ -99,15 +109,69 @@ def test_unclear_is_tried_once_more_then_held():
     held = settled(second, {A: UNCLEAR})
     assert held.state is State.UNCLEAR
     assert held.due == 0
-    assert "twice" in held.reason
+    assert held.outcomes[A].held
+    assert "settle or release" in held.reason
 
 
-def test_unclear_then_deferred_then_unclear_is_tried_again():
+def test_unclear_twice_with_a_deferral_in_between_is_twice():
+    """Else a relay that says 450 now and then gets copy after copy."""
     first = settled(attempt((A,)), {A: UNCLEAR})
     second = settled(attempt((A,), earlier=first.outcomes, attempts=1), {A: GREYLISTED})
     assert second.state is State.DEFERRED
     third = settled(attempt((A,), earlier=second.outcomes, attempts=2), {A: UNCLEAR})
-    assert third.due > NOW
+    assert third.due == 0
+    assert third.outcomes[A].held
+
+
+def test_unclear_twice_holds_no_neighbour():
+    first = settled(attempt((A, B, C)), {A: UNCLEAR, B: GREYLISTED, C: ACCEPTED})
+    assert (first.state, first.due) == (State.DEFERRED, NOW + 60)
+    second = attempt((A, B, C), earlier=first.outcomes, attempts=1)
+    assert second.recipients == (A, B)
+    settlement = settled(second, {A: UNCLEAR, B: GREYLISTED})
+    assert settlement.state is State.DEFERRED
+    assert settlement.due > NOW
+    assert "settle or release" in settlement.reason
+    third = attempt((A, B, C), earlier=settlement.outcomes, attempts=2, state=State.DEFERRED)
+    assert third.recipients == (B,)
+    last = settled(third, {B: ACCEPTED})
+    assert (last.state, last.due) == (State.UNCLEAR, 0)
+    assert [last.outcomes[r].state for r in (A, B, C)] == ["unclear", "accepted", "accepted"]
+
+
+def test_the_policy_hold_asks_at_once():
+    hold = Schedule(unclear="hold")
+    settlement = settled(attempt(), {A: UNCLEAR, B: GREYLISTED}, hold)
+    assert settlement.outcomes[A].held
+    assert (settlement.state, settlement.due) == (State.DEFERRED, NOW + 60)
+    alone = settled(attempt((A,)), {A: UNCLEAR}, hold)
+    assert (alone.state, alone.due) == (State.UNCLEAR, 0)
+
+
+def test_the_policy_is_checked():
+    with pytest.raises(InvalidSettings, match="unclear='ask'"):
+        Schedule(unclear="ask")
+
+
+def test_what_is_held_is_tried_when_a_person_asks_only():
+    earlier = {A: Outcome(State.UNCLEAR, doubts=2, held=True), B: Outcome(State.REFUSED)}
+    assert attempt(earlier=earlier, attempts=2, state=State.QUEUED).recipients == (A,)
+    mail = attempt(earlier=earlier, attempts=2, state=State.DEFERRED)  # after a crash
+    assert mail.recipients == ()
+    left = nobody_left(mail)
+    assert (left.state, left.outcomes, left.due) == (State.UNCLEAR, earlier, 0)
+
+
+def test_given_up_or_expired_the_unclear_is_for_a_person():
+    old = attempt((A, B), staged=NOW - 6 * 86400, attempts=9)
+    settlement = settled(old, {A: GREYLISTED, B: UNCLEAR})
+    assert settlement.outcomes[B].held
+    again = attempt(earlier=settlement.outcomes, attempts=10, state=State.UNCLEAR)
+    assert again.recipients == ()
+    first = settled(attempt((A,)), {A: UNCLEAR})
+    waiting = attempt((A,), earlier=first.outcomes, attempts=1)
+    assert waiting_of(waiting, "down", now=NOW, expired=True).outcomes[A].held
+    assert not waiting_of(waiting, "down", now=NOW, expired=False).outcomes[A].held
 
 
 def test_giving_up():

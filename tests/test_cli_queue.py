@@ -58,8 +58,8 @@ def test_json_of_a_mail(site: Site) -> None:
         "relay": "127.0.0.1:1",
         "sender": "alice@example.org",
         "recipients": [
-            {"address": "bob@example.net", "state": "queued", "reply": "", "at": None},
-            {"address": "carol@example.net", "state": "queued", "reply": "", "at": None},
+            {"address": who, "state": "queued", "reply": "", "at": None, "held": False}
+            for who in ("bob@example.net", "carol@example.net")
         ],
         "size": mail["size"],
         "reason": "",
@@ -170,6 +170,7 @@ def test_a_lane_in_trouble_defers_its_mails(site: Site) -> None:
             "state": "deferred",
             "reply": note.reason,
             "at": note.since,
+            "held": False,
         }
     ]
     assert site.json("show", message_id)["mails"] == [mail]

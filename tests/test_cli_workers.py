@@ -6,7 +6,10 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +23,13 @@ from cpsmailaccess_delivery import Account
 from cpsmailaccess_delivery.envelope import digest
 from cpsmailaccess_delivery.limits import Share
 from cpsmailaccess_delivery.smtp.machine import WINDOW
-from cpsmailaccess_delivery.supervisor import Supervisor, arguments_of, delay_after
+from cpsmailaccess_delivery.supervisor import (
+    SILENCE,
+    Supervisor,
+    arguments_of,
+    delay_after,
+    own_command,
+)
 from cpsmailaccess_delivery.testing import SMTPServer
 
 #: Two mailboxes of each of two workers.
@@ -203,6 +212,88 @@ def test_a_worker_that_cannot_live_is_started_later_and_later(
     supervisor.run(patience, 0.0)  # type: ignore[arg-type]
     delays = re.findall(r"ended with exit code 1; starting another in (\d+) s", caplog.text)
     assert delays[:4] == ["1", "2", "4", "8"]
+
+
+def test_one_that_keeps_dying_is_said_louder(caplog: pytest.LogCaptureFixture) -> None:
+    looks = iter(range(10**6))
+    stop = threading.Event()
+
+    def clock() -> float:
+        if "in a row" in caplog.text:
+            stop.set()
+        return next(looks) / 2
+
+    Supervisor([["false"]], clock=clock).run(stop, 0.0)
+    (critical,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert "worker 0 has died young 5 times in a row: the mails of its" in critical.getMessage()
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stopped by SIGSTOP: it keeps its leases, so that nobody else may send its mails."""
+    monkeypatch.setenv("CPSMAIL_OUTBOX", str(site.path))
+    clock, stop = Clock(), threading.Event()
+    supervisor = Supervisor([own_command(["run", "--worker", "0/2"])], clock=clock)
+    thread = threading.Thread(target=supervisor.run, args=(stop, DEADLINE))
+
+    def pid() -> int:
+        found = re.search(r"\d+", repr(supervisor))
+        return int(found[0]) if found else 0
+
+    with SMTPServer() as server:
+        rule = server.on("MAIL", silence=True)
+        stock(site, server, 1)
+        thread.start()
+        try:
+            server.wait_until(lambda: rule.hits == 2, DEADLINE)
+            victim = pid()
+            clock.now += SILENCE - 1  # a little patience
+            os.kill(victim, signal.SIGSTOP)
+            server.forget(rule)
+            server.drop_sessions()
+            deadline = time.monotonic() + DEADLINE
+            while pid() == victim or not pid():
+                assert time.monotonic() < deadline
+                clock.now += SILENCE + 1
+                time.sleep(0.3)
+            server.wait_for(2, DEADLINE)
+        finally:
+            stop.set()
+            thread.join(DEADLINE)
+    assert not thread.is_alive()
+    wait_until_dead(victim)
+    assert f"worker 0, process {victim}: no sign of life for" in caplog.text
+
+
+@pytest.mark.parametrize(("pulses", "beats"), [("1.0", 1), ("next(numbers)", 3), ("None", 3)])
+def test_the_heart_beats_with_the_loop_only(pulses: str, beats: int) -> None:
+    code = f"""
+from itertools import count
+from cpsmailaccess_delivery.supervisor import Heart
+numbers = count(1.0)
+heart = Heart(lambda: {pulses})
+for _ in range(3):
+    heart.beat()
+heart.close()
+heart.beat()
+"""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        subprocess.run(
+            [sys.executable, "-c", code], stdin=theirs.fileno(), timeout=DEADLINE, check=True
+        )
+        ours.settimeout(DEADLINE)
+        assert ours.recv(100) == b"." * beats
 
 
 def test_growth_has_an_end() -> None:

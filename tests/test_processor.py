@@ -1029,3 +1029,26 @@ def test_what_could_not_be_published_is_published_late(outbox, server, monkeypat
     server.wait_for(1, DEADLINE)
     assert [mail.message_id for mail in server.mails] == [message_id]
     assert processor.stop(timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("where", ["work", "_load_account"])
+def test_a_fault_in_one_lane_is_no_other_lanes(outbox, server, monkeypatch, where):
+    """Also where it holds a connection of the common limit: it is given back."""
+    right = getattr(lanes.Lane, where)
+
+    def wrong(lane):
+        if lane.route.mailbox.startswith("bad"):
+            raise RuntimeError("a fault of ours")
+        return right(lane)
+
+    monkeypatch.setattr(lanes.Lane, where, wrong)
+    boxes = ["bad1@example.org", "bad2@example.org", "good1@example.org", "good2@example.org"]
+    for box in boxes:
+        put(outbox, server, mailbox=box)
+    ids = {box: send(outbox, box) for box in boxes}
+    outbox._max_sessions = 1
+    done = outbox.processor().run(forever=False)
+    assert (done.accepted, done.waiting) == (2, 2)
+    assert set(done.reasons) == set(boxes[:2])
+    assert "RuntimeError: a fault of ours" in outbox.status(ids[boxes[0]]).reason
+    assert outbox.status(ids[boxes[2]]).state is State.ACCEPTED

@@ -203,6 +203,7 @@ def test_accounts_do_not_wait_for_the_threads_transaction(queue):
         (ACCOUNT.replace("port", 'dataTimeout="0" port'), "data_timeout"),
         (ACCOUNT.replace("starttls", "plain"), "in clear"),
         ('<mail:queueProcessor queuePath="{queue}" start="now" />', "start"),
+        ('<mail:queueProcessor queuePath="{queue}" unclear="ask" />', "unclear"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, queue, body, words):
@@ -363,6 +364,12 @@ def test_reading_starts_no_thread(queue):
     assert isinstance(processor, QueueProcessorThread)
     assert processor.ident is None
     assert threading.enumerate() == before
+
+
+def test_what_becomes_of_the_unclear(queue):
+    read('<mail:queueProcessor queuePath="{queue}" unclear="hold" />' + DELIVERY, queue=queue)
+    processor = getUtility(IQueueProcessor, "Mail")
+    assert processor.schedule.unclear == "hold"
 
 
 def test_by_hand(queue):

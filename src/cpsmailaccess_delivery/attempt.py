@@ -20,6 +20,9 @@ FINAL = frozenset({State.ACCEPTED, State.REFUSED})
 
 _ALL_ACCEPTED: Final = frozenset({State.ACCEPTED})
 
+#: Why a mail waits for a person, or a part of its recipients does.
+FOR_A_PERSON: Final = "unclear: nobody knows whether the relay took it; settle or release it"
+
 #: Of several outcomes, what is said of the mail: the first that occurs.
 _WORST_FIRST = (
     State.QUEUED,
@@ -68,7 +71,16 @@ class Times:
 class Attempt:
     """The lease of an entry on its way through a session: a `smtp.session.Mail`."""
 
-    __slots__ = ("lease", "message", "notified", "recipients", "relayed", "sender", "wish")
+    __slots__ = (
+        "lease",
+        "message",
+        "news",
+        "notified",
+        "recipients",
+        "relayed",
+        "sender",
+        "wish",
+    )
 
     def __init__(self, lease: Any) -> None:
         self.lease = lease
@@ -76,8 +88,11 @@ class Attempt:
         self.message: bytes = lease.message
         self.wish: Wish | None = lease.envelope.wish
         self.relayed: dict[str, Outcome] = {}  # see `relayed_of`
+        self.news: Mapping[str, Outcome] = {}  # what it has brought, told when it is recorded
         self.notified = False  # whether the notices of its settlement are durable
-        self.recipients = _open_recipients(lease.envelope.recipients, lease.outcomes)
+        self.recipients = _open_recipients(
+            lease.envelope.recipients, lease.outcomes, asked_for=self.entry.state is State.QUEUED
+        )
 
     @property
     def since(self) -> float:
@@ -124,13 +139,25 @@ def were_too_many(results: Mapping[str, Result]) -> bool:
     return taken and left
 
 
-def outcomes_of(attempt: Attempt, results: Mapping[str, Result], now: float) -> dict[str, Outcome]:
-    """Return the outcomes of this attempt, by recipient."""
+def outcomes_of(
+    attempt: Attempt, results: Mapping[str, Result], now: float, *, doubts: int = 2
+) -> dict[str, Outcome]:
+    """Return the outcomes of this attempt, by recipient.
+
+    `doubts`: after so many attempts that ended unclear, a recipient waits for a person.
+    """
+    earlier: Mapping[str, Outcome] = attempt.lease.outcomes
     outcomes = {}
     for recipient in attempt.recipients:
         result = results[recipient]
-        verdict = classify(result.phase, result.reply, result.error)
-        outcomes[recipient] = Outcome(verdict.state, result.text, now)
+        state = classify(result.phase, result.reply, result.error).state
+        before = earlier[recipient].doubts if recipient in earlier else 0
+        if state is State.UNCLEAR:
+            before += 1
+            held = before >= doubts
+            outcomes[recipient] = Outcome(state, result.text, now, doubts=before, held=held)
+        else:
+            outcomes[recipient] = Outcome(state, result.text, now, doubts=before)
     return outcomes
 
 
@@ -164,26 +191,25 @@ def settlement_of(
     `at_once`: who is deferred is tried again without a wait, see `were_too_many`.
 
     A recipient whose attempt ended unclear is tried once more (at least once is the
-    promise); unclear for the second time, the mail is held for a person.
+    promise).  One that is held waits for a person, and for it alone nothing is tried again;
+    the deferred ones of the same mail are.
     """
     earlier: Mapping[str, Outcome] = attempt.lease.outcomes
     if not earlier and {outcome.state for outcome in outcomes.values()} == _ALL_ACCEPTED:
         return ACCEPTED
     known = {**earlier, **outcomes}
     attempts = attempt.entry.attempts + 1
-    if any(_unclear(outcomes, r) and _unclear(earlier, r) for r in outcomes):
-        reason = "unclear twice: nobody knows whether the relay took it"
-        return Settlement(State.UNCLEAR, known, attempts=attempts, reason=reason)
     state = worst(known)
-    if state in FINAL:
-        return Settlement(state, known, attempts=attempts)
+    asked = FOR_A_PERSON if any(o.held for o in known.values()) else ""
+    if not any(map(may_be_tried, known.values())):
+        return Settlement(state, known, attempts=attempts, reason=asked)
     envelope = attempt.lease.envelope
     age = now - (attempt.since or now)
     due = schedule.next_try(attempts, age, now, chance)
     if at_once:
         due = math.floor(now)  # in no name later than now
     if due is not None and not (envelope.expires and due >= envelope.expires):
-        return Settlement(state, known, due=due, attempts=attempts)
+        return Settlement(state, known, due=due, attempts=attempts, reason=asked)
     reason = EXPIRED if due is not None else f"{GIVEN_UP}{attempts} attempts"
     known = {recipient: _expired(outcome, reason) for recipient, outcome in known.items()}
     return Settlement(worst(known), known, attempts=attempts, reason=reason)
@@ -209,16 +235,34 @@ def waiting_of(attempt: Attempt, reason: str, *, now: float, expired: bool) -> S
     `reason`: why the lane waits.  `expired`: it has waited too long, and is given up.
     """
     earlier: Mapping[str, Outcome] = attempt.lease.outcomes
-    outcome = Outcome(State.DEFERRED, reason, now)
+    state, reply = State.DEFERRED, reason
     if expired:
-        age = age_text(now - attempt.since)
-        outcome = Outcome(State.REFUSED, f"{GIVEN_UP}{age}; {reason}", now)
-    waiting = {r: outcome for r in attempt.recipients if not _unclear(earlier, r)}
+        state, reply = State.REFUSED, f"{GIVEN_UP}{age_text(now - attempt.since)}; {reason}"
+    waiting = {}
+    for recipient in attempt.recipients:
+        before = earlier.get(recipient, UNTRIED)
+        if before.state is State.UNCLEAR:  # held again, or let go by the person who asked for it
+            waiting[recipient] = before._replace(held=expired)
+        else:
+            waiting[recipient] = Outcome(state, reply, now, doubts=before.doubts)
     known = {**earlier, **waiting}
     attempts = attempt.entry.attempts
     if expired:
-        return Settlement(worst(known), known, attempts=attempts, reason=outcome.reply)
-    return Settlement(worst(known), known, due=now, attempts=attempts)
+        return Settlement(worst(known), known, attempts=attempts, reason=reply)
+    asked = FOR_A_PERSON if any(o.held for o in known.values()) else ""
+    return Settlement(worst(known), known, due=now, attempts=attempts, reason=asked)
+
+
+def nobody_left(attempt: Attempt) -> Settlement:
+    """Return how a mail is settled of which nobody may be tried: what is known stays so."""
+    known: Mapping[str, Outcome] = attempt.lease.outcomes
+    asked = FOR_A_PERSON if any(o.held for o in known.values()) else ""
+    return Settlement(worst(known), known, attempts=attempt.entry.attempts, reason=asked)
+
+
+def may_be_tried(outcome: Outcome) -> bool:
+    """Tell whether a recipient with this outcome is tried again without a person's word."""
+    return outcome.state not in FINAL and not outcome.held
 
 
 def worst(outcomes: Mapping[str, Outcome]) -> State:
@@ -231,22 +275,31 @@ def worst(outcomes: Mapping[str, Outcome]) -> State:
 ACCEPTED = Settlement(State.ACCEPTED)
 
 
+#: Of a recipient of which nothing is known.
+UNTRIED: Final = Outcome(State.QUEUED)
+
+
 def _open_recipients(
-    recipients: tuple[str, ...], outcomes: Mapping[str, Outcome]
+    recipients: tuple[str, ...], outcomes: Mapping[str, Outcome], *, asked_for: bool
 ) -> tuple[str, ...]:
-    """Return who is tried now: who is not settled.  Nobody: a person retries a refused mail."""
+    """Return who is tried now: who is not settled, and not a person's to decide.
+
+    `asked_for`: a person may have asked for this try: when nobody else is left, those that
+    are unclear are tried, and then those that were refused.
+    """
     if not outcomes:
         return recipients
-    states = {r: outcomes[r].state if r in outcomes else State.QUEUED for r in recipients}
-    unsettled = tuple(r for r in recipients if states[r] not in FINAL)
-    return unsettled or tuple(r for r in recipients if states[r] is State.REFUSED)
-
-
-def _unclear(outcomes: Mapping[str, Outcome], recipient: str) -> bool:
-    return recipient in outcomes and outcomes[recipient].state is State.UNCLEAR
+    known = {r: outcomes.get(r, UNTRIED) for r in recipients}
+    unsettled = tuple(r for r in recipients if may_be_tried(known[r]))
+    if unsettled or not asked_for:
+        return unsettled
+    unclear = tuple(r for r in recipients if known[r].held)
+    return unclear or tuple(r for r in recipients if known[r].state is State.REFUSED)
 
 
 def _expired(outcome: Outcome, reason: str) -> Outcome:
+    if outcome.state is State.UNCLEAR:
+        return outcome._replace(held=True)
     if outcome.state is not State.DEFERRED:
         return outcome
-    return Outcome(State.REFUSED, f"{reason}; {outcome.reply}", outcome.at)
+    return Outcome(State.REFUSED, f"{reason}; {outcome.reply}", outcome.at, outcome.doubts)

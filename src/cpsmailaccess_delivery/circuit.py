@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from .errors import SpoolError
 from .interfaces import LaneNote
@@ -19,13 +19,17 @@ from .retry import Schedule
 
 log = logging.getLogger(__name__)
 
+#: Failures in a row after which an account is paused whose relay does not answer.
+_REPEATED: Final = 2
+
 
 class Circuit:
     """The circuit of one lane.
 
     `spool`: keeps the note.  `version`: returns the version of the lane's account.
     `now`, `chance`: seconds since the epoch, and a number in [0, 1).  `tell`: called while
-    its account is in trouble and the owner has not been told.
+    its account is in trouble and the owner has not been told.  `changed`: called with True
+    and a reason when the account is paused, with False when it goes on: once for each trouble.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class Circuit:
         now: Callable[[], float],
         chance: Callable[[], float],
         tell: Callable[[LaneNote], None],
+        changed: Callable[[bool, str], None],
     ) -> None:
         self.until = 0.0  # seconds since the epoch
         self._key = key
@@ -49,7 +54,9 @@ class Circuit:
         self._now = now
         self._chance = chance
         self._tell = tell
+        self._changed = changed
         self._failures = 0
+        self._paused = False
 
     def __repr__(self) -> str:
         return f"<Circuit {'open' if self.is_open else 'closed'} failures={self._failures}>"
@@ -78,6 +85,9 @@ class Circuit:
         self.until = now + self._schedule.delay(self._failures, self._chance())
         log.warning("%s: %s; next try in %.0f s", self._route, reason, self.until - now)
         before = self._spool.lane_note(self._key)
+        account = trouble in (Trouble.ACCOUNT, Trouble.LOGIN)
+        was_paused = self._paused or (before is not None and before.paused)
+        self._paused = was_paused or account or self._failures >= _REPEATED
         note = LaneNote(
             route=self._route,
             trouble=str(trouble),
@@ -87,9 +97,12 @@ class Circuit:
             failures=self._failures,
             version=self._version(),
             told=before.told if before else False,
+            paused=self._paused,
         )
         self._note(note)
-        if trouble in (Trouble.ACCOUNT, Trouble.LOGIN) and not note.told:
+        if self._paused and not was_paused:
+            self._changed(True, reason)
+        if account and not note.told:
             self._tell(note)
 
     def told(self) -> None:
@@ -98,16 +111,23 @@ class Circuit:
         if note is not None and not note.told:
             self._note(replace(note, told=True))
 
-    def close(self) -> None:
+    def close(self, why: str = "the relay works") -> None:
         """Go on: the relay works, the account was mended, or a person wants it."""
         if self._failures or self.until:
-            self._failures, self.until = 0, 0.0
-            self._note(None)
+            # Without a note, another processor of this lane was faster, and has told.
+            tell = self._paused and self._spool.lane_note(self._key) is not None
+            self._go_on(why, tell=tell)
+
+    def _go_on(self, why: str, *, tell: bool) -> None:
+        self._failures, self.until, self._paused = 0, 0.0, False
+        self._note(None)
+        if tell:
+            self._changed(False, why)
 
     def look(self) -> None:
         """Close when a person has removed the note."""
         if self.until and self._spool.lane_note(self._key) is None:
-            self.close()
+            self._go_on("a person asks for a try", tell=self._paused)
 
     def recall(self, *, draining: bool) -> None:
         """Go on waiting where the last processor stopped, but not on a mended account.
@@ -118,9 +138,9 @@ class Circuit:
         note = self._spool.lane_note(self._key)
         if note is None:
             return
-        self._failures, self.until = note.failures, note.until
+        self._failures, self.until, self._paused = note.failures, note.until, note.paused
         if note.version != self._version():
-            self.close()
+            self.close("the account was changed")
         elif draining and note.trouble != Trouble.LOGIN:
             self.until = 0.0
 

@@ -12,6 +12,7 @@ from zope.interface import implementer
 
 from .account import Account, normalise_mailbox
 from .address import ascii_host, check_address, check_recipients
+from .announcer import Announcer
 from .datamanager import join
 from .envelope import Envelope, Route
 from .errors import (
@@ -47,6 +48,7 @@ class MailboxDelivery:
         manager: Any,
         *,
         journal: Any = None,
+        announcer: Announcer | None = None,
         size_limit: int = DEFAULT_SIZE_LIMIT,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -55,7 +57,7 @@ class MailboxDelivery:
         self._manager = manager
         self.size_limit = size_limit
         self._clock = clock
-        self._outgoing = OutgoingMails(spool)
+        self._outgoing = OutgoingMails(spool, announcer or Announcer(), clock)
         self._removals = Removals(spool, journal, clock)
 
     @property
@@ -111,7 +113,7 @@ class MailboxDelivery:
                 notify=options.notify,
                 ret=options.ret,
             )
-            return Outgoing(self._spool.stage(envelope, stored), message_id, options.key)
+            return Outgoing(self._spool.stage(envelope, stored), envelope)
 
         doings = self._doings()
         try:

@@ -84,6 +84,10 @@ class KeyTaken(SpoolError, TransientError):
     """Another transaction commits a mail with this idempotency key: begin again."""
 
 
+class NotUnclear(OutboxError, ValueError):
+    """A person wants to settle a recipient that is not unclear."""
+
+
 class EntryBusy(SpoolError):
     """A processor is delivering this mail right now."""
 

@@ -29,11 +29,20 @@ if TYPE_CHECKING:
 __all__ = [
     "NORMAL_PRIORITY",
     "Entry",
+    "IAccountEvent",
+    "IAccountPaused",
+    "IAccountResumed",
     "IAccountStore",
     "IAccounts",
     "IJournal",
     "ILease",
+    "IMailAccepted",
+    "IMailDeferred",
     "IMailDelivery",
+    "IMailEvent",
+    "IMailQueued",
+    "IMailRefused",
+    "IMailUnclear",
     "IMailboxDelivery",
     "IOutbox",
     "IQueueProcessor",
@@ -71,11 +80,15 @@ class Outcome(NamedTuple):
     ``state``: queued (not tried yet), accepted, deferred, refused or unclear.
     ``reply``: the relay's words, or ours when there was no reply; hostile text.
     ``at``: seconds since the epoch.
+    ``doubts``: how many attempts have ended unclear: the relay may have taken so many copies.
+    ``held``: unclear, and not tried again before a person has decided.
     """
 
     state: State
     reply: str = ""
     at: float = 0.0
+    doubts: int = 0
+    held: bool = False
 
     def __str__(self) -> str:
         return f"{self.state}: {self.reply}" if self.reply else str(self.state)
@@ -137,7 +150,8 @@ class LaneNote:
 
     ``route``: mailbox or relay.  ``trouble``: account or relay.  ``until``: seconds since
     the epoch of the next probe.  ``version``: `IAccountStore.version` when it was written.
-    ``told``: whether the owner of the mailbox was.
+    ``told``: whether the owner of the mailbox was.  ``paused``: whether journal and
+    subscribers were told that the account is.
     """
 
     route: str
@@ -148,6 +162,7 @@ class LaneNote:
     failures: int = 1
     version: str = ""
     told: bool = False
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +248,10 @@ class ISpool(Interface):
         Raises `NoSuchEntry`, `InvalidEnvelope`.
         """
 
-    def requeue(entry: Entry) -> Entry:
+    def requeue(entry: Entry, *, unclear: bool = False) -> Entry:
         """Make one mail due now: retry a deferred one, release a held or unclear one.
 
+        `unclear`: those of its recipients that wait for a person are tried again, too.
         Raises `NoSuchEntry`, `EntryBusy`.
         """
 
@@ -464,6 +480,12 @@ class IJournal(Interface):
     def last_outcomes(message_id: str) -> dict[str, Outcome]:
         """Return the last outcome of each recipient, as far as the journal goes back."""
 
+    def totals(since: float, *, by: str) -> list[tuple[str, str, int]]:
+        """Return (mailbox or relay, kind, number of events) since a time (epoch seconds).
+
+        `by`: ``mailbox`` or ``relay``.
+        """
+
     def counts(since: float) -> dict[str, int]:
         """Return how many events of each kind there were since a time (epoch seconds)."""
 
@@ -472,6 +494,60 @@ class IJournal(Interface):
 
     def close() -> None:
         """Flush and close.  Twice is fine."""
+
+
+class IMailEvent(Interface):
+    """Something has happened to a mail: for subscribers of zope.event.
+
+    Told after the fact, in a thread of its own of the process in which it happened.
+    """
+
+    at = Attribute("When: seconds since the epoch")
+    id = Attribute("Id of the entry in the spool (str)")
+    message_id = Attribute("Without angle brackets (str)")
+    mailbox = Attribute("Its route: a mailbox, or a relay without login as host:port (str)")
+    sender = Attribute("Address of the sender; empty: the null reverse-path (str)")
+    recipients = Attribute("Those whom the event concerns: Mapping[str, Outcome]")
+
+
+class IMailQueued(IMailEvent):
+    """A mail was committed."""
+
+
+class IMailAccepted(IMailEvent):
+    """The relay has taken the mail for these recipients, or a person says so."""
+
+
+class IMailDeferred(IMailEvent):
+    """An attempt has ended; these recipients are tried again."""
+
+
+class IMailRefused(IMailEvent):
+    """For good: the relay, a person, or time has refused these recipients."""
+
+
+class IMailUnclear(IMailEvent):
+    """The connection died before the reply to the end of data: see `Outcome.held`."""
+
+
+class IAccountEvent(Interface):
+    """Something has happened to all mails of an account, or of a relay without login."""
+
+    at = Attribute("When: seconds since the epoch")
+    mailbox = Attribute("The mailbox, or the relay without login as host:port (str)")
+    relay = Attribute("Host and port (str)")
+    reason = Attribute("Why, in words; may quote the relay, so hostile text (str)")
+
+
+class IAccountPaused(IAccountEvent):
+    """Its mails wait: the account must be mended, or its relay was not reached repeatedly.
+
+    Told once for each trouble, not for each probe.
+    """
+
+
+class IAccountResumed(IAccountEvent):
+    """Its mails are sent again."""
 
 
 class IQueueProcessor(Interface):
@@ -511,7 +587,7 @@ class IOutbox(Interface):
     keys = Attribute("`key.KeySource` of the vault")
     presence = Attribute("`spool.presence.Presence` of this process")
 
-    def processor() -> IQueueProcessor:
+    def processor(*, unclear: str | None = None) -> IQueueProcessor:
         """Return a processor, not started yet.  Raises `OutboxClosed`."""
 
     def status(message_id: str) -> object:

@@ -48,6 +48,10 @@ SELECT {_COLUMNS} FROM (
     SELECT * FROM (SELECT * FROM events WHERE sender = :key {_NEWEST})
     UNION SELECT * FROM (SELECT * FROM events WHERE recipient = :key {_NEWEST})
 ) {_NEWEST}"""  # noqa: S608
+_TOTALS: Final = {
+    column: f"SELECT {column}, kind, count(*) FROM events WHERE at >= :since GROUP BY 1, 2"  # noqa: S608
+    for column in ("mailbox", "relay")
+}
 _PRUNE: Final = "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE at < ? LIMIT ?)"
 
 #: Rows in one statement: the interpreter's lock is free while SQLite works on them.
@@ -229,6 +233,13 @@ def count(path: str, since: float) -> dict[str, int]:
     """Return how many events of each kind there were since a time."""
     query = "SELECT kind, count(*) FROM events WHERE at >= :since GROUP BY kind"
     return dict(_query(path, query, {"since": since}))
+
+
+def totals(path: str, since: float, *, by: str) -> list[tuple[str, str, int]]:
+    """Return (name, kind, number of events) since a time; see `_TOTALS` for `by`."""
+    return [
+        (name, kind, number) for name, kind, number in _query(path, _TOTALS[by], {"since": since})
+    ]
 
 
 def _query(path: str, query: str, parameters: dict[str, Any]) -> list[Any]:

@@ -42,6 +42,7 @@ from .smtp.events import Failure, Result
 from .smtp.explain import explain
 from .smtp.machine import WINDOW
 from .smtp.session import Session
+from .telling import tell_circuit
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
@@ -97,6 +98,7 @@ class Lane:
             now=scheduler.now,
             chance=scheduler.chance,
             tell=self._tell_owner,
+            changed=self._circuit_changed,
         )
         self.circuit.recall(draining=scheduler.draining)
 
@@ -214,7 +216,7 @@ class Lane:
         """Look whether the account is another now; if so, try at once with the new one."""
         if not self.route.mailbox or self._version == self._current_version():
             return
-        self.circuit.close()
+        self.circuit.close("the account was changed")
         self._proven = False
         for session in list(self._sessions):  # it may be because of their silence
             self._quitting.add(session)
@@ -293,7 +295,7 @@ class Lane:
     def _settle(self, mail: Attempt, results: Mapping[str, Result]) -> None:
         scheduler = self._scheduler
         now = scheduler.now()
-        outcomes = outcomes_of(mail, results, now)
+        outcomes = outcomes_of(mail, results, now, doubts=scheduler.schedule.doubts)
         mail.relayed = relayed_of(mail, results, outcomes)
         settlement = settlement_of(
             mail,
@@ -303,7 +305,7 @@ class Lane:
             chance=scheduler.chance(),
             at_once=were_too_many(results),
         )
-        if settlement.state is State.UNCLEAR:
+        if any(outcome.state is State.UNCLEAR for outcome in outcomes.values()):
             self._careful = True  # a relay that hangs up must not make others unclear, too
         if (
             settlement.state is State.DEFERRED
@@ -332,6 +334,17 @@ class Lane:
 
     def _tell_owner(self, note: LaneNote) -> None:
         self._scheduler.notices.tell_owner(self.route, note, self.circuit.told)
+
+    def _circuit_changed(self, paused: bool, reason: str) -> None:
+        tell_circuit(
+            self._scheduler.journal,
+            self._scheduler.announcer,
+            self.route,
+            relay=self.relay,
+            now=self._scheduler.now(),
+            paused=paused,
+            reason=reason,
+        )
 
     def _age(self) -> None:
         """Give up the mails that have waited too long, and tell the senders of the old ones."""
@@ -523,6 +536,7 @@ class Lane:
     def _record(
         self, mail: Attempt, outcomes: Mapping[str, Outcome], *, attempt: int | None = None
     ) -> None:
+        mail.news = outcomes
         envelope = mail.lease.envelope
         attempt = mail.entry.attempts + 1 if attempt is None else attempt
         if log.isEnabledFor(logging.INFO):
@@ -531,7 +545,7 @@ class Lane:
         relay = self._account.relay if self._account else ""
         record, entry, route = self._scheduler.journal.record, mail.entry.id, str(self.route)
         message_id, sender = envelope.message_id, mail.sender
-        for recipient, (state, reply, at) in outcomes.items():
+        for recipient, (state, reply, at, _, _) in outcomes.items():
             record(
                 Event(at, state, entry, message_id, route, sender, recipient, attempt, reply, relay)
             )

@@ -130,6 +130,17 @@ class Notices:
                 found.append(self._notice(Action.DELAYED, attempt, deferred, 0))
         return tuple(found)
 
+    def of_refusals(
+        self, attempt: Attempt, refused: Mapping[str, Outcome], occasion: str
+    ) -> tuple[Wanted, ...]:
+        """Return what tells the sender, if he wants it, of refusals that no attempt has brought.
+
+        `occasion`: a word for the Message-Id, another one for each.
+        """
+        if not attempt.sender or not wants(attempt.lease.envelope.notify, FAILURE):
+            return ()
+        return (self._notice(Action.FAILED, attempt, refused, occasion),)
+
     def delay_is_due(self, attempt: Attempt) -> bool:
         """Tell whether an attempt now is the first one after the time to tell of a delay."""
         after = self._schedule.delay_notice
@@ -143,7 +154,7 @@ class Notices:
         return last < since + after
 
     def _notice(
-        self, action: Action, attempt: Attempt, recipients: Mapping[str, Outcome], number: int
+        self, action: Action, attempt: Attempt, recipients: Mapping[str, Outcome], number: int | str
     ) -> Wanted:
         entry, envelope = attempt.entry, attempt.lease.envelope
         message_id = notice_id(action, entry.id, number, attempt.sender)
@@ -206,6 +217,10 @@ class Notices:
         self._waiting.append(_Job(tuple(wanted), then))
         if self._running is None and self._timer is None:
             self._timer = self._loop.call_later(_SOON, self._start)
+
+    def queue_now(self, wanted: Iterable[Wanted]) -> None:
+        """Queue notices in the calling thread: durable when it returns.  Raises `SpoolError`."""
+        self._work([_Job(tuple(wanted), lambda error: None)])
 
     def flush(self) -> None:
         """Queue what waits, now: the loop is about to end."""

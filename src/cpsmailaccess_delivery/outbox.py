@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import transaction
 from zope.interface import implementer
 
 from .accounts import Accounts
+from .announcer import Announcer
 from .delivery import MailboxDelivery
 from .errors import InvalidSettings, NoSuchEntry, OutboxClosed
 from .interfaces import IOutbox, Record
@@ -18,7 +20,8 @@ from .journal import MAX_LAG, Journal
 from .key import KeySource
 from .limits import ALONE, Share
 from .message import DEFAULT_SIZE_LIMIT, LARGEST
-from .processor import MAX_SESSIONS, QueueProcessorThread
+from .notices import Notices
+from .processor import MAX_SESSIONS, QueueProcessorThread, own_host_name
 from .queue import Queue
 from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
@@ -38,6 +41,7 @@ class Outbox:
     `key`: 32 bytes that seal the secrets; by default from ``CPSMAIL_KEY``, the systemd
     credential ``cpsmail.key``, or the file ``PATH.key`` (made on first use).
     `schedule`, `helo_name`, `max_sessions`, `connections_per_relay`: see `processor`.
+    `unclear`: ``retry`` or ``hold``, see `retry.Schedule`; None: what the schedule says.
 
     Raises `InvalidSettings`, `SpoolError`.
     """
@@ -53,13 +57,14 @@ class Outbox:
         helo_name: str | None = None,
         max_sessions: int = MAX_SESSIONS,
         connections_per_relay: int = CONNECTIONS_PER_RELAY,
+        unclear: str | None = None,
     ) -> None:
         if isinstance(path, str) and "://" in path:
             raise InvalidSettings(f"outbox {path!r}: this release knows directories only")
         if not 0 < size_limit <= LARGEST:
             raise InvalidSettings(f"size_limit={size_limit!r}: is from 1 to {LARGEST} bytes")
         directory = Path(path).absolute()
-        self._schedule = schedule
+        self._schedule = _with_policy(schedule or Schedule(), unclear)
         self._helo_name = helo_name
         self._max_sessions = max_sessions
         self._connections_per_relay = connections_per_relay
@@ -70,12 +75,20 @@ class Outbox:
         self.keys = KeySource(key, file=directory.with_name(directory.name + ".key"))
         self.vault = Vault(directory / "accounts", self.keys, self.presence)
         self.journal = Journal(directory / "journal.sqlite")
+        self._announcer = Announcer()
         manager = transaction.manager if transaction_manager is None else transaction_manager
         self.accounts = Accounts(self.vault, manager)
         self.delivery = MailboxDelivery(
-            self.spool, self.accounts, manager, journal=self.journal, size_limit=size_limit
+            self.spool,
+            self.accounts,
+            manager,
+            journal=self.journal,
+            announcer=self._announcer,
+            size_limit=size_limit,
         )
-        self.queue = Queue(self.spool, self.journal)
+        self.queue = Queue(
+            self.spool, self.journal, notices=self._notices, announcer=self._announcer
+        )
 
     def __repr__(self) -> str:
         return f"<Outbox {self.location}{' closed' if self._closed else ''}>"
@@ -91,19 +104,25 @@ class Outbox:
         """Where the spool is."""
         return str(self.spool.location)
 
-    def processor(self, share: Share = ALONE) -> QueueProcessorThread:
-        """Return a processor of this outbox, not started yet; `share`: see there."""
+    def processor(
+        self, share: Share = ALONE, *, unclear: str | None = None
+    ) -> QueueProcessorThread:
+        """Return a processor of this outbox, not started yet.
+
+        `share`: see there.  `unclear`: as for the outbox, for this processor.
+        """
         if self._closed:
             raise OutboxClosed(f"outbox {self.location}: was closed; make a new Outbox")
         processor = QueueProcessorThread(
             self.spool,
             self.vault,
             self.journal,
-            schedule=self._schedule,
+            schedule=_with_policy(self._schedule, unclear),
             helo_name=self._helo_name,
             max_sessions=self._max_sessions,
             connections_per_relay=self._connections_per_relay,
             share=share,
+            announcer=self._announcer,
         )
         self._processors.append(processor)
         return processor
@@ -135,9 +154,25 @@ class Outbox:
         for processor in self._processors:
             processor.stop()
         self._processors.clear()
+        self._announcer.close()
         self.journal.close()
         self.spool.close()
         self.presence.close()
+
+    def _notices(self) -> Notices:
+        """Return what makes notices without a loop: `Notices.queue_now` works."""
+        no_loop: Any = None
+        return Notices(
+            self.spool,
+            self.vault,
+            self.journal,
+            schedule=self._schedule,
+            reporting_mta=self._helo_name or own_host_name(),
+            loop=no_loop,
+            thread=no_loop,
+            clock=time.time,
+            changed=lambda were_full: None,
+        )
 
     def _status(self, message_id: str, records: list[Record]) -> Status | None:
         outcomes = self.journal.last_outcomes(message_id)
@@ -148,3 +183,7 @@ class Outbox:
         }
         tried = max((e.attempt for e in self.journal.events(message_id=message_id)), default=0)
         return status_of(message_id, records, notes, outcomes, tried)
+
+
+def _with_policy(schedule: Schedule, unclear: str | None) -> Schedule:
+    return schedule if unclear is None else replace(schedule, unclear=unclear)

@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from .errors import EntryBusy, SpoolError
+from .envelope import Envelope
+from .errors import SpoolError
 from .interfaces import Entry, Settlement, State
 from .queue import events_of
+from .settling import take
 
 log = logging.getLogger(__name__)
 
-_LOOK_UPS: Final = 5  # a mail may move between look-up and claim; nobody moves one that often
 _CANCELLED: Final = Settlement(State.CANCELLED)
 
 IN_DOUBT: Final = (
@@ -37,8 +38,7 @@ class Outgoing:
     """One mail that is sent in a transaction which has not ended."""
 
     entry: Entry
-    message_id: str
-    key: str = ""
+    envelope: Envelope
     dropped: bool = False  # cancelled in the same transaction
 
 
@@ -67,12 +67,16 @@ class Doings:
     def find_sent(self, message_id: str) -> list[Outgoing]:
         """Return the mails that it sends with this Message-Id."""
         sent = self.sent.values()
-        return [mail for mail in sent if mail.message_id == message_id and not mail.dropped]
+        return [
+            mail for mail in sent if mail.envelope.message_id == message_id and not mail.dropped
+        ]
 
     def find_key(self, key: str) -> str | None:
         """Return the Message-Id of the mail that it sends with this key, or None."""
-        found = (mail for mail in self.sent.values() if mail.key == key and not mail.dropped)
-        return next((mail.message_id for mail in found), None)
+        found = (
+            mail for mail in self.sent.values() if mail.envelope.key == key and not mail.dropped
+        )
+        return next((mail.envelope.message_id for mail in found), None)
 
     def has_cancelled(self, entry: Entry) -> bool:
         """Tell whether it cancels this mail."""
@@ -82,8 +86,10 @@ class Doings:
 class OutgoingMails:
     """A `datamanager.TwoPhaseStore` of `Outgoing`."""
 
-    def __init__(self, spool: Any) -> None:
+    def __init__(self, spool: Any, announcer: Any, clock: Callable[[], float]) -> None:
         self._spool = spool
+        self._announcer = announcer
+        self._clock = clock
 
     def prepare(self, mails: Sequence[Outgoing]) -> None:
         """Make durable what has not been dropped."""
@@ -91,8 +97,12 @@ class OutgoingMails:
         self._spool.prepare([mail.entry for mail in mails if not mail.dropped])
 
     def publish(self, mails: Sequence[Outgoing]) -> None:
-        """Make it visible."""
-        self._spool.publish([mail.entry for mail in mails if not mail.dropped])
+        """Make it visible, and tell of it."""
+        mails = [mail for mail in mails if not mail.dropped]
+        self._spool.publish([mail.entry for mail in mails])
+        now = self._clock()
+        for mail in mails:
+            self._announcer.queued(now, mail.entry.id, mail.envelope)
 
     def discard(self, mails: Sequence[Outgoing]) -> None:
         """Remove it."""
@@ -111,7 +121,7 @@ class Removals:
         """Take the leases, and hold the mails.  Raises `NoSuchEntry`, `EntryBusy`."""
         for removal in removals:
             if removal.own is None:
-                removal.lease = self._lease(removal.entry)
+                removal.lease = take(self._spool, removal.entry)
                 removal.lease.set_aside(IN_DOUBT)
 
     def publish(self, removals: Sequence[Removal]) -> None:
@@ -143,16 +153,6 @@ class Removals:
             if removal.lease is not None:
                 removal.lease.release()
                 removal.lease = None
-
-    def _lease(self, entry: Entry) -> Any:
-        for _ in range(_LOOK_UPS):
-            lease = self._spool.claim(entry)
-            if lease is not None:
-                return lease
-            if self._spool.leased(entry):
-                break
-            entry = self._spool.look_up(entry.id)
-        raise EntryBusy(f"{entry.id}: is being delivered right now; try again in a moment")
 
     def _note(self, lease: Any) -> None:
         if self._journal is None:

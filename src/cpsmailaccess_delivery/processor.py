@@ -15,6 +15,7 @@ from typing import Any
 from zope.interface import implementer
 
 from .address import ascii_host
+from .announcer import Announcer
 from .errors import InvalidAddress
 from .interfaces import IQueueProcessor
 from .limits import ALONE, Share
@@ -52,7 +53,7 @@ class QueueProcessorThread(threading.Thread):
     of this host by default.  `max_sessions`: connections at most, over all accounts;
     `connections_per_relay`: and of them to one relay (host and port).
     `share`: of several workers, the lanes that are this one's, and its part of the limits.
-    `clock`: seconds since the epoch.
+    `clock`: seconds since the epoch.  `announcer`: tells what happens through zope.event.
     """
 
     def __init__(
@@ -67,17 +68,19 @@ class QueueProcessorThread(threading.Thread):
         connections_per_relay: int = CONNECTIONS_PER_RELAY,
         share: Share = ALONE,
         clock: Callable[[], float] = time.time,
+        announcer: Announcer | None = None,
     ) -> None:
         super().__init__(name="cpsmailaccess_delivery.QueueProcessorThread", daemon=True)
         self._spool = spool
         self._accounts = accounts
         self._journal = journal
-        self._schedule = schedule or Schedule()
+        self.schedule = schedule or Schedule()
         self._helo_name = helo_name
         self._max_sessions = max_sessions
         self._connections_per_relay = connections_per_relay
         self._share = share
         self._clock = clock
+        self._announcer = announcer or Announcer()
         self._stopped = threading.Event()
         self._ended = threading.Event()  # no `run` is under way
         self._ended.set()
@@ -158,11 +161,12 @@ class QueueProcessorThread(threading.Thread):
             self._journal,
             loop=loop,
             helo_name=self._helo_name,
-            schedule=self._schedule,
+            schedule=self.schedule,
             max_sessions=self._max_sessions,
             connections_per_relay=self._connections_per_relay,
             draining=draining,
             clock=self._clock,
+            announcer=self._announcer,
             share=self._share,
         )
         self.summary = scheduler.summary
@@ -179,6 +183,7 @@ class QueueProcessorThread(threading.Thread):
             scheduler.abort()  # nothing to do but after an interrupt: gives back the leases
             scheduler.close()
             self._journal.flush()
+            self._announcer.flush()
             # The loop waits for its executor when it closes; a hung look-up would hang us.
             resolvers.shutdown(wait=False, cancel_futures=True)
             loop.set_default_executor(ThreadPoolExecutor(1))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from .attempt import FINAL
+from .announcer import Announcer
+from .attempt import FINAL, UNTRIED, may_be_tried
 from .envelope import Envelope, lane_key
-from .errors import InvalidEnvelope, NoSuchEntry
+from .errors import InvalidEnvelope, NoSuchEntry, NotUnclear
 from .interfaces import Entry, LaneNote, Outcome, Record, State
 from .journal import Event
+from .notices import Notices
+from .settling import settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +76,25 @@ class Queue:
 
     A mail is named by its entry id or its Message-Id, which may name several, or is given
     as an entry of `entries`, which saves looking for it.
+
+    `notices`: makes what tells senders of refusals; called when it is needed.
+    `announcer`: tells what a person has settled through zope.event.
     """
 
-    def __init__(self, spool: Any, journal: Any, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        spool: Any,
+        journal: Any,
+        clock: Callable[[], float] = time.time,
+        *,
+        notices: Callable[[], Notices],
+        announcer: Announcer,
+    ) -> None:
         self._spool = spool
         self._journal = journal
         self._clock = clock
+        self._notices = notices
+        self._announcer = announcer
 
     def entries(self, state: State | None = None) -> Iterator[Entry]:
         """Yield what is in the spool, the oldest first, without opening anything.
@@ -127,14 +143,48 @@ class Queue:
     def retry(self, name: str | Entry) -> list[Record]:
         """Make mails due now, whatever held them.  Raises `NoSuchEntry`, `EntryBusy`.
 
-        A lane in trouble that they wait for is tried again, too; recipients that were
-        refused are, when nobody else of the mail is open.
+        A lane in trouble that they wait for is tried again, too; recipients that are unclear
+        and wait for a person are, when nobody else of the mail is open, and then those that
+        were refused.
         """
         return self._let_go(self.find(name), _RETRIED)
 
     def release(self, name: str | Entry) -> list[Record]:
-        """Do the same with what was set aside; for the journal that is another word."""
+        """Do the same with what was set aside, recipients that are unclear always included."""
         return self._let_go(self.find(name), _RELEASED)
+
+    def settle(
+        self, name: str | Entry, state: State, recipients: Collection[str] = ()
+    ) -> list[Record]:
+        """Say what became of recipients that are unclear; return the mails as they were.
+
+        `state`: accepted or refused; of refused ones the sender is told.  `recipients`: none:
+        all that are unclear.  A mail whose recipients are all final then leaves the queue.
+        Raises `NotUnclear`, `NoSuchEntry`, `EntryBusy`, `SpoolError`.
+        """
+        if state not in FINAL:
+            raise ValueError(f"state={state!r}: a person settles as accepted or refused")
+        records, failure = [], None
+        for record in self.find(name):
+            try:
+                settle(
+                    record,
+                    State(state),
+                    recipients,
+                    spool=self._spool,
+                    journal=self._journal,
+                    notices=self._notices,
+                    announcer=self._announcer,
+                    now=self._clock(),
+                )
+            except NotUnclear as error:  # of several mails of one Message-Id, another one may be
+                failure = error
+            else:
+                records.append(record)
+        if failure is not None and not records:
+            raise failure
+        self._journal.flush()
+        return records
 
     def hold(self, name: str | Entry, reason: str) -> list[Record]:
         """Set mails aside until they are retried.  Raises `NoSuchEntry`, `EntryBusy`."""
@@ -161,7 +211,7 @@ class Queue:
         for record in records:
             # First: a processor that hears of the mail must find its lane free.
             self._spool.note_lane(lane_key(record.envelope.route), None)
-            self._spool.requeue(record.entry)
+            self._spool.requeue(record.entry, unclear=kind == _RELEASED)
             self._note(record, kind)
         return records
 
@@ -180,9 +230,10 @@ def events_of(
     reply: str = "",
 ) -> list[Event]:
     """Return what the journal gets when somebody decides on a mail: who is still open."""
-    concerned = [
-        r for r in envelope.recipients if r not in outcomes or outcomes[r].state not in FINAL
-    ]
+    known = {r: outcomes.get(r, UNTRIED) for r in envelope.recipients}
+    concerned = [r for r, outcome in known.items() if outcome.state not in FINAL]
+    if kind == _RETRIED:
+        concerned = [r for r in concerned if may_be_tried(known[r])] or concerned
     if not concerned and kind in (_RETRIED, _RELEASED, REMOVED):  # it is about them
         concerned = [r for r in outcomes if outcomes[r].state is State.REFUSED]
     return [

@@ -7,6 +7,9 @@ from typing import Final
 
 from .errors import InvalidSettings
 
+#: What may become of recipients that are unclear: see `Schedule`.
+UNCLEAR_POLICIES: Final = ("retry", "hold")
+
 _LEAST_ATTEMPTS: Final = 5
 _MONTH: Final = 30 * 86400.0  # seconds
 
@@ -19,7 +22,8 @@ class Schedule:
     attempts.  ``jitter``: at most this share is added to a delay.
     ``give_up``: age of a mail after which it is not tried again (RFC 5321 section
     4.5.4.1 asks for 4 to 5 days).  ``delay_notice``: age at which its sender is told that it
-    waits; 0: never.
+    waits; 0: never.  ``unclear``: of a recipient of which nobody knows whether the relay took
+    the mail: ``retry`` once more, then hold it for a person; ``hold`` it at once.
     """
 
     first: float = 60.0
@@ -28,6 +32,7 @@ class Schedule:
     jitter: float = 0.25
     give_up: float = 5 * 86400.0
     delay_notice: float = 4 * 3600.0
+    unclear: str = "retry"
 
     def __post_init__(self) -> None:
         rules = {
@@ -45,6 +50,14 @@ class Schedule:
                     " most 30 days in seconds, factor 1 to 100, jitter 0 to 1, give_up over 0 and"
                     " at most 360 days, delay_notice 0 (never) to 360 days"
                 )
+
+        if self.unclear not in UNCLEAR_POLICIES:
+            raise InvalidSettings(f"unclear={self.unclear!r}: is one of {UNCLEAR_POLICIES}")
+
+    @property
+    def doubts(self) -> int:
+        """After so many attempts that ended unclear, a recipient waits for a person."""
+        return 2 if self.unclear == "retry" else 1
 
     @property
     def longest_delay(self) -> float:

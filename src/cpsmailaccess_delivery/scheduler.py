@@ -21,15 +21,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from .attempt import ACCEPTED, Attempt, Times, expiry_of
+from .attempt import ACCEPTED, Attempt, Times, expiry_of, nobody_left
 from .envelope import Route, lane_key
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from .interfaces import Entry, Settlement, State
 from .lanes import Lane
 from .limits import ALONE, Share
 from .notices import Notices
+from .outcome import Trouble
 from .relays import Relays
 from .retry import Schedule
+from .telling import tell_settled
 from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ class Scheduler:
         max_sessions: int,
         connections_per_relay: int,
         draining: bool,
+        announcer: Any,
         share: Share = ALONE,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
@@ -110,6 +113,7 @@ class Scheduler:
         self.spool = spool
         self.accounts = accounts
         self.journal = journal
+        self.announcer = announcer
         self.loop = loop
         self.helo_name = helo_name
         self.schedule = schedule
@@ -346,7 +350,7 @@ class Scheduler:
                 log.exception("%s: cannot be offered; trying again later", entry.id)
                 self._at(self.now() + _LONGEST_SLEEP, entry)
         for lane in dirty:
-            lane.work()
+            self._guard(lane, lane.work)
 
     def _watch(self, watch: Any, changed: Callable[[], object]) -> None:
         self._watches.append(watch)
@@ -368,10 +372,7 @@ class Scheduler:
     def _accounts_changed(self) -> None:
         self._watches[1].read()
         for lane in list(self._lanes.values()):
-            try:
-                lane.account_changed()
-            except Exception:  # one account must not keep the others from being noticed
-                log.exception("%s: its account cannot be looked at", lane.route)
+            self._guard(lane, lane.account_changed)
 
     # Time
 
@@ -402,7 +403,7 @@ class Scheduler:
             self._offer_all([item for item in due if isinstance(item, Entry)])
             for item in due:
                 if isinstance(item, Lane):
-                    item.wake()
+                    self._guard(item, item.wake)
         finally:
             self._arm()
             self.check_quiet()
@@ -430,7 +431,7 @@ class Scheduler:
             return None
         attempt = Attempt(lease)
         if not attempt.recipients:  # nobody is left who wants it
-            self.settle(attempt, ACCEPTED)
+            self.settle(attempt, nobody_left(attempt))
             return None
         expiry = expiry_of(attempt, self.now())
         if expiry is not None:
@@ -481,6 +482,7 @@ class Scheduler:
         except SpoolError as error:
             self._keep(attempt, settlement, error)
             return
+        tell_settled(self.announcer, attempt, self.now())
         self._removed_one()
 
     def _keep(self, attempt: Attempt, settlement: Settlement, error: SpoolError) -> None:
@@ -492,7 +494,7 @@ class Scheduler:
     def _notices_done(self, were_full: bool) -> None:
         if were_full and not self.disk_full:
             for lane in list(self._lanes.values()):
-                lane.work()
+                self._guard(lane, lane.work)
         self.check_quiet()
 
     def set_aside(self, attempt: Attempt, error: Exception) -> None:
@@ -547,7 +549,7 @@ class Scheduler:
             self._tell_and_record(attempt, settlement)
         if unsettled and not self.disk_full:
             for lane in list(self._lanes.values()):
-                lane.work()
+                self._guard(lane, lane.work)
         self.check_quiet()
 
     @property
@@ -598,12 +600,23 @@ class Scheduler:
         freed, self._freed = self._freed, set()
         for relay in freed:
             while (lane := self._relays.next_waiting(relay)) is not None:
-                lane.work()
+                self._guard(lane, lane.work)
         for _ in range(len(self._waiting_lanes)):
             if self._sessions >= self._max_sessions:
                 break
-            self._waiting_lanes.popleft().work()
+            lane = self._waiting_lanes.popleft()
+            self._guard(lane, lane.work)
         self.check_quiet()
+
+    def _guard(self, lane: Lane, work: Callable[[], object]) -> None:
+        """Let a lane work.  A fault of ours makes this lane wait, and no other."""
+        try:
+            work()
+        except Exception as error:
+            log.exception("%s: waits after a fault of ours", lane.route)
+            reason = f"a fault in the processor: {type(error).__name__}: {error}"
+            lane.circuit.open(Trouble.RELAY, reason)
+            self.wake_at(lane.circuit.until, lane)
 
     def _relieve(self) -> None:
         """Lanes wait: close what is idle, and what has been silent for long."""

@@ -9,6 +9,7 @@
     connections_per_relay = 20
     metrics_port = 9125            # of `cpsmail run`: Prometheus; none by default
     metrics_address = "127.0.0.1"
+    unclear = "retry"              # or "hold": see `retry.Schedule`
 
     [retry]
     first = 60.0                   # seconds; see `retry.Schedule`
@@ -35,7 +36,7 @@ from .message import DEFAULT_SIZE_LIMIT
 from .outbox import Outbox
 from .processor import MAX_SESSIONS
 from .relays import CONNECTIONS_PER_RELAY
-from .retry import Schedule
+from .retry import UNCLEAR_POLICIES, Schedule
 
 #: Names the settings file when no option does.
 CONFIG_VARIABLE: Final = "CPSMAIL_CONFIG"
@@ -57,6 +58,7 @@ class Settings:
     connections_per_relay: int = CONNECTIONS_PER_RELAY
     metrics_port: int | None = None
     metrics_address: str = "127.0.0.1"
+    unclear: str = "retry"
     retry: Schedule = field(default_factory=Schedule)
     source: Path | None = None
 
@@ -69,6 +71,7 @@ class Settings:
             helo_name=self.helo_name,
             max_sessions=self.max_sessions,
             connections_per_relay=self.connections_per_relay,
+            unclear=self.unclear,
         )
 
 
@@ -132,7 +135,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _parsed(key: str, text: str) -> object:
     """Return the number that a text stands for, where the setting is one."""
-    if key in ("outbox", "helo_name", "metrics_address"):
+    if key in ("outbox", "helo_name", "metrics_address", "unclear"):
         return text
     for kind in (int, float):
         try:
@@ -195,6 +198,10 @@ def _number(least: float, most: float = math.inf) -> Callable[[object], float | 
     return check
 
 
+def _unclear(value: object) -> str | None:
+    return value if isinstance(value, str) and value in UNCLEAR_POLICIES else None
+
+
 _SECONDS: Final = (_number(0.001), "is a number of seconds over 0")
 
 _RULES: Final[dict[str, tuple[Callable[[object], Any], str]]] = {
@@ -205,6 +212,7 @@ _RULES: Final[dict[str, tuple[Callable[[object], Any], str]]] = {
     "connections_per_relay": (_whole, "is a whole number of at least 1"),
     "metrics_port": (_port, "is a port, 1 to 65535"),
     "metrics_address": (_ip_address, "is an IP address"),
+    "unclear": (_unclear, "is retry or hold"),
     "retry.first": _SECONDS,
     "retry.factor": (_number(1.0), "is a number of at least 1"),
     "retry.longest": _SECONDS,

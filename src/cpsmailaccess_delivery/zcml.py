@@ -36,6 +36,7 @@ from .delivery import BoundDelivery
 from .errors import OutboxError
 from .interfaces import IMailboxDelivery, IMailDelivery, IOutbox, IQueueProcessor
 from .outbox import Outbox
+from .retry import UNCLEAR_POLICIES
 
 #: zope.sendmail's own permission; defined here too, because its configuration may be absent.
 SEND_MAIL = "zope.SendMail"
@@ -100,6 +101,12 @@ class IQueueProcessorDirective(IQueuePath):
         default="hand",
         required=False,
     )
+    unclear = Choice(
+        title="What becomes of recipients that are unclear",
+        description="retry: tried once more, then held for a person.  hold: at once.",
+        values=UNCLEAR_POLICIES,
+        required=False,
+    )
 
 
 def mailbox_delivery(
@@ -159,7 +166,13 @@ def smtp_account(
     _context.action(discriminator=("mail:smtpAccount", path, account.mailbox), callable=keep)
 
 
-def queue_processor(_context: Any, queuePath: str, name: str = "Mail", start: str = "hand") -> None:
+def queue_processor(
+    _context: Any,
+    queuePath: str,
+    name: str = "Mail",
+    start: str = "hand",
+    unclear: str | None = None,
+) -> None:
     """Handle ``mail:queueProcessor``."""
     event: Any = None
     if start == "IProcessStarting":
@@ -172,7 +185,7 @@ def queue_processor(_context: Any, queuePath: str, name: str = "Mail", start: st
             ) from None
 
     def register() -> None:
-        processor = outbox_for(queuePath).processor()
+        processor = outbox_for(queuePath).processor(unclear=unclear)
         manager = getGlobalSiteManager()
         manager.registerUtility(processor, IQueueProcessor, name)
         if event is not None:

@@ -23,7 +23,8 @@ from .output import clean_lines, complain
 from .queue import queue, show
 from .run import run
 from .send import send
-from .steer import cancel, hold, release, retry
+from .stats import stats
+from .steer import cancel, hold, release, retry, settle
 from .trace import trace
 
 # Of click 8.2; before, no arguments are simply a request for help.
@@ -128,7 +129,8 @@ def cli(
 
 
 for _command in (
-    run, drain, queue, show, trace, retry, hold, release, cancel, send, accounts, doctor,
+    run, drain, queue, show, trace, stats, retry, hold, release, cancel, settle, send, accounts,
+    doctor,
 ):  # fmt: skip
     cli.add_command(_command)
 

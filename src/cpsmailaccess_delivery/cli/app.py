@@ -39,6 +39,7 @@ _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (errors.InvalidAccount, EX_DATAERR),
     (errors.InvalidEnvelope, EX_DATAERR),
     (errors.NoSuchEntry, EX_NOINPUT),
+    (errors.NotUnclear, EX_DATAERR),
     (errors.NoSuchAccount, EX_NOINPUT),
     (errors.InvalidSettings, EX_CONFIG),
     (errors.WrongKey, EX_CONFIG),

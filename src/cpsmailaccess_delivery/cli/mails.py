@@ -50,6 +50,7 @@ def outcome_json(recipient: str, outcome: Outcome | None) -> dict[str, Any]:
         "state": str(outcome.state) if outcome else "queued",
         "reply": outcome.reply if outcome else "",
         "at": (outcome.at or None) if outcome else None,
+        "held": outcome is not None and outcome.held,
     }
 
 

@@ -17,6 +17,7 @@ from ..queue import entry_as_seen, is_due, record_as_seen
 from .app import App, json_option, pass_app
 from .mails import entry_json, lane_of, mail_json, note_json, status_json, why
 from .output import age, clean_lines, emit, moment, say, table, upcoming
+from .shape import BY, show_shape
 
 if TYPE_CHECKING:
     from ..outbox import Outbox
@@ -83,17 +84,41 @@ def select(outbox: Outbox, states: tuple[str, ...], mailbox: str | None) -> list
     default=_LIMIT,
     show_default=True,
     metavar="N",
-    help="Show so many mails at most, 0 for all.",
+    help="Show so many mails, or rows, at most, 0 for all.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(BY),
+    help="Count instead: by mailbox, by mailbox and age, or by what they wait for.",
 )
 @json_option
 @pass_app
 def queue(
-    app: App, states: tuple[str, ...], mailbox: str | None, limit: int, as_json: bool
+    app: App,
+    states: tuple[str, ...],
+    mailbox: str | None,
+    limit: int,
+    by: str | None,
+    as_json: bool,
 ) -> None:
     """List the mails in the queue, how many there are, and why lanes wait.
 
     A mail whose lane is in trouble is deferred, until the lane's next try.
     """
+    if by is None:
+        _list(app, states, mailbox, limit, as_json)
+        return
+    with app.outbox() as outbox:
+        notes = outbox.spool.lane_notes()
+        wanted = selector(outbox, states, mailbox)
+        pairs = ((e, entry_as_seen(e, notes.get(e.lane))) for e in outbox.queue.entries())
+        selected = (pair for pair in pairs if wanted(*pair))
+        show_shape(outbox, by, selected, limit=limit, as_json=as_json, now=time.time())
+
+
+def _list(
+    app: App, states: tuple[str, ...], mailbox: str | None, limit: int, as_json: bool
+) -> None:
     now = time.time()
     counts: Counter[str] = Counter()
     mails: list[tuple[Entry, Record | None]] = []

@@ -20,7 +20,7 @@ from ..limits import ALONE, Share
 from ..metrics import require_client, serve
 from ..outbox import Outbox
 from ..processor import STOP_TIMEOUT, QueueProcessorThread
-from ..supervisor import Supervisor, arguments_of, own_command, stop_with_parent
+from ..supervisor import Heart, Supervisor, arguments_of, own_command, stop_with_parent
 from .app import EX_SOFTWARE, App, pass_app
 from .output import upcoming
 
@@ -131,9 +131,11 @@ def _deliver(
         if share.owns(key):
             when = upcoming(note.until, time.time())
             log.info("%s waits already, next try %s: %s", note.route, when, note.reason)
+    heart = Heart(lambda: scheduler.heartbeat if (scheduler := processor.scheduler) else None)
     processor.start()
     while not stop.wait(_LOOK) and processor.is_alive():
-        pass
+        heart.beat()
+    heart.close()
     if not stop.is_set():
         log.critical("the processor ended by itself; the log above says why")
         return EX_SOFTWARE

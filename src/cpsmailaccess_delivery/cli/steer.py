@@ -1,4 +1,4 @@
-"""``cpsmail retry``, ``hold``, ``release``, ``cancel``: decide on mails, one or many."""
+"""``cpsmail retry``, ``hold``, ``release``, ``cancel``, ``settle``: decide on mails."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def hold(app: App, /, reason: str, **choice: Any) -> int:
 def release(app: App, /, **choice: Any) -> int:
     """Let mails go that are held, unclear or refused: they are due now.
 
-    An unclear mail may have arrived already, and then arrives twice.
+    Recipients that are unclear are sent the mail again: it may have arrived already, and
+    then arrives twice.
     --all without --state: those that are held.
     """
     return _steer(app, "released", _release, ("held",), **choice)
@@ -88,6 +89,34 @@ def cancel(app: App, /, **choice: Any) -> int:
     --all without --state: whatever their state.
     """
     return _steer(app, "cancelled", lambda o, name: o.queue.cancel(name), (), **choice)
+
+
+@click.command()
+@click.option("--accepted", "state", flag_value="accepted", help="The relay took the mail.")
+@click.option("--refused", "state", flag_value="refused", help="It did not: tell the sender.")
+@json_option
+@click.argument("name", metavar="ID|MESSAGE-ID")
+@click.argument("recipients", metavar="[RECIPIENT]...", nargs=-1)
+@pass_app
+def settle(
+    app: App, name: str, recipients: tuple[str, ...], state: str | None, as_json: bool
+) -> None:
+    """Say what became of recipients that are unclear, when you have found out.
+
+    Without RECIPIENT: of all that are.  Nothing is sent to them; see release.
+    """
+    if state is None:
+        raise click.UsageError("say --accepted or --refused")
+    with app.outbox() as outbox:
+        records = outbox.queue.settle(name, State(state), recipients)
+    if as_json:
+        mails = [mail_json(record) for record in records]
+        emit({"action": "settled", "as": state, "mails": mails, "failures": []})
+        return
+    for record in records:
+        unclear = [r for r, o in record.outcomes.items() if o.state is State.UNCLEAR]
+        settled = [r for r in unclear if not recipients or r in recipients]
+        say(f"settled {record.entry.id} as {state} for {', '.join(settled)}")
 
 
 def _steer(
@@ -160,6 +189,7 @@ class _NotHeld(Exception):
 
 def _release(outbox: Outbox, mail: str | Entry) -> list[Record]:
     for record in outbox.queue.find(mail):
-        if record.entry.state not in _RELEASABLE:
+        unclear = any(outcome.state is State.UNCLEAR for outcome in record.outcomes.values())
+        if record.entry.state not in _RELEASABLE and not unclear:
             raise _NotHeld(f"{record.entry.id} is {record.entry.state}, not held: see retry")
     return outbox.queue.release(mail)

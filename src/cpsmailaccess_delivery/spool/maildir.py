@@ -169,11 +169,11 @@ class Maildir:
         """See `ISpool`."""
         return self._read(entry)[1]
 
-    def requeue(self, entry: Entry) -> Entry:
+    def requeue(self, entry: Entry, *, unclear: bool = False) -> Entry:
         """See `ISpool`."""
         entry, fd = self._take(entry)
         try:
-            after = self._mails.requeue(entry)
+            after = self._mails.requeue(entry, unclear=unclear)
         finally:
             unlock(fd)
         self._tell([after])

@@ -16,6 +16,7 @@ import stat
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 from ..envelope import Envelope, parse_block
@@ -208,13 +209,16 @@ class Mails:
             self._sides.write(entry.id, side)
         self._sync(names.folder(before.state))
 
-    def requeue(self, entry: Entry) -> Entry:
-        """Make a mail due now."""
+    def requeue(self, entry: Entry, *, unclear: bool = False) -> Entry:
+        """Make a mail due now; see `ISpool.requeue`."""
         try:
-            attempts = (self._sides.read(entry.id) or NOTHING).attempts
+            side = self._sides.read(entry.id) or NOTHING
         except DamagedSide:
-            attempts = 0  # the next claim holds it again, and says why
-        attempts = max(entry.attempts, attempts)  # so that the side file is not newer
+            side = NOTHING  # the next claim holds it again, and says why
+        if unclear and any(outcome.held for outcome in side.outcomes.values()):
+            outcomes = {r: outcome._replace(held=False) for r, outcome in side.outcomes.items()}
+            self._sides.write(entry.id, replace(side, outcomes=outcomes))
+        attempts = max(entry.attempts, side.attempts)  # so that the side file is not newer
         after = names.normal(entry._replace(state=State.QUEUED, due=0.0, attempts=attempts))
         self.rename(entry, after)
         return after

@@ -89,6 +89,7 @@ def _load(data: bytes) -> LaneNote:
         failures=int(fields["failures"]),
         version=str(fields["version"]),
         told=fields.get("told") is True,
+        paused=fields.get("paused") is True,
     )
     if not (math.isfinite(note.since) and math.isfinite(note.until) and note.failures > 0):
         raise ValueError("has numbers that are none")

@@ -46,7 +46,7 @@ class Side:
     @property
     def binding(self) -> bool:
         """Whether some recipient must not be tried again blindly."""
-        return any(outcome.state in _FINAL for outcome in self.outcomes.values())
+        return any(o.state in _FINAL or o.doubts for o in self.outcomes.values())
 
 
 NOTHING: Final = Side()
@@ -128,10 +128,7 @@ class SideFiles:
 
 
 def _dump(side: Side) -> bytes:
-    outcomes = {
-        address: [outcome.state.value, outcome.reply, outcome.at]
-        for address, outcome in side.outcomes.items()
-    }
+    outcomes = {address: _fields(outcome) for address, outcome in side.outcomes.items()}
     return json.dumps(
         {
             "state": side.state.value,
@@ -153,8 +150,14 @@ def _load(data: bytes) -> Side:
         due=due,
         attempts=attempts,
         reason=str(fields["reason"]),
-        outcomes={
-            address: Outcome(State(state), str(reply), float(at))
-            for address, (state, reply, at) in fields["outcomes"].items()
-        },
+        outcomes={address: _outcome(*each) for address, each in fields["outcomes"].items()},
     )
+
+
+def _fields(outcome: Outcome) -> list[object]:
+    fields: list[object] = [outcome.state.value, outcome.reply, outcome.at]
+    return [*fields, outcome.doubts, outcome.held] if outcome.doubts else fields
+
+
+def _outcome(state: str, reply: object, at: float, doubts: int = 0, held: bool = False) -> Outcome:
+    return Outcome(State(state), str(reply), float(at), int(doubts), held is True)

@@ -142,10 +142,12 @@ class MemorySpool:
         """See `ISpool`."""
         return self._get(entry.id).message
 
-    def requeue(self, entry: Entry) -> Entry:
+    def requeue(self, entry: Entry, *, unclear: bool = False) -> Entry:
         """See `ISpool`."""
         with self._lock:
             mail = self._idle(entry)
+            if unclear:
+                mail.outcomes = {r: o._replace(held=False) for r, o in mail.outcomes.items()}
             return self.change(mail, mail.entry._replace(state=State.QUEUED, due=0.0))
 
     def hold(self, entry: Entry, reason: str) -> Entry:
