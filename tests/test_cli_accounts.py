@@ -46,10 +46,22 @@ def test_set_and_list(site: Site) -> None:
         "connections": 3,
         "mails_per_session": 100,
         "mails_per_minute": None,
+        "owner": "",
+        "networks": [],
     }
     assert stored(site) == SECRET
     row = site.run("accounts", "list").output.splitlines()[1]
     assert row.split()[:6] == [ALICE, "smtp.example.org:587", "starttls", "alice", "stored", "yes"]
+
+
+def test_an_owner_is_set_and_shown(site: Site) -> None:
+    site.run(*SET, "--password-stdin", "--owner", "/acl_users:alice", input=SECRET)
+    assert site.json("accounts", "list")["accounts"][0]["owner"] == "/acl_users:alice"
+    assert "/acl_users:alice" in site.run("accounts", "list").output
+    site.run("accounts", "set", ALICE, "--connections", "5")
+    assert site.json("accounts", "list")["accounts"][0]["owner"] == "/acl_users:alice"
+    site.run("accounts", "set", ALICE, "--owner", "")
+    assert site.json("accounts", "list")["accounts"][0]["owner"] == ""
 
 
 def test_change_keeps_the_rest(site: Site) -> None:

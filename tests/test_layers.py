@@ -24,6 +24,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "address.py",
         "envelope.py",
         "account.py",
+        "networks.py",
         "message.py",
         "options.py",
         "dsn.py",

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, get_args
 
 from .address import ascii_host, check_address, is_loopback, relay_name
 from .errors import InvalidAccount, InvalidAddress
+from .networks import check_networks
 
 Security = Literal["tls", "starttls", "plain"]
 
@@ -21,6 +22,9 @@ DEFAULT_MAILBOX: Final = "*"
 DEFAULT_PORT: Final[dict[str, int]] = {"tls": 465, "starttls": 587, "plain": 25}
 
 _PASSWORD_FROM = re.compile(r"(env:[A-Za-z_][A-Za-z0-9_]*|file:[^\0\r\n]+)\Z")
+#: Characters of an owner's name.
+_MAX_OWNER: Final = 400
+
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -95,6 +99,11 @@ class Account:
     ``connections``, ``mails_per_session``, ``mails_per_minute``
         limits.  The defaults live within what large providers publish; a provider
         that wants less is in `limits`.  ``mails_per_minute=None``: no limit of ours.
+    ``owner``
+        whose the account is, in words of the application; ``""``: the site's.
+    ``networks``
+        where its relay may be, see `networks`; empty: anywhere.  Asked of the address at
+        each connection, so that a name which changes its address gets nobody elsewhere.
 
     Raises `InvalidAccount`, naming the field, the value and the rule.
     """
@@ -113,6 +122,8 @@ class Account:
     connections: int = 3
     mails_per_session: int = 100
     mails_per_minute: int | None = None
+    owner: str = ""
+    networks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the dataclass is frozen; this is its constructor
@@ -129,6 +140,7 @@ class Account:
             set_(self, "password", Secret(self.password))
         self._check_numbers()
         self._check_login()
+        self._check_owner()
 
     @property
     def secret(self) -> Secret | None:
@@ -180,6 +192,17 @@ class Account:
                 continue
             if not _is_int(value) or value < 1:
                 self._refuse(field, value, "is a whole number of at least 1")
+
+    def _check_owner(self) -> None:
+        owner = self.owner
+        if not isinstance(owner, str) or len(owner) > _MAX_OWNER or _CONTROL.search(owner):
+            self._refuse("owner", owner, f"is a line of text of at most {_MAX_OWNER} characters")
+        if isinstance(self.networks, str) or not all(isinstance(n, str) for n in self.networks):
+            self._refuse("networks", self.networks, "is a sequence of texts")
+        try:
+            object.__setattr__(self, "networks", check_networks(self.networks))
+        except ValueError as error:
+            raise InvalidAccount(f"account {self.mailbox}: networks: {error}") from None
 
     def _check_login(self) -> None:
         if not isinstance(self.verify, bool | str) or self.verify == "":

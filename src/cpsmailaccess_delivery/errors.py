@@ -57,6 +57,10 @@ class InvalidSettings(OutboxError, ValueError):
     """A setting (TOML, environment, option, ZCML) that cannot be used."""
 
 
+class RelayNotAllowed(OutboxError):
+    """A relay whose address is in none of the networks that its account may reach."""
+
+
 # Spool
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from .errors import RelayNotAllowed
 from .interfaces import State
 from .smtp.reply import Reply
 
@@ -107,7 +108,7 @@ def classify(
 def _classify_silence(phase: Phase, error: BaseException | None) -> Verdict:
     if phase is Phase.BODY:
         return UNCLEAR
-    if isinstance(error, ssl.SSLCertVerificationError):
+    if isinstance(error, ssl.SSLCertVerificationError | RelayNotAllowed):
         return _DEFERRED_ACCOUNT
     if phase is Phase.TLS and isinstance(error, _BAD_CA_FILE):
         return _DEFERRED_ACCOUNT

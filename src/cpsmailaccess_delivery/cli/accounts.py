@@ -20,7 +20,7 @@ from .output import complain, emit, say, table
 if TYPE_CHECKING:
     from ..outbox import Outbox
 
-_COLUMNS = ("MAILBOX", "RELAY", "SECURITY", "USERNAME", "PASSWORD", "VERIFY", "LIMITS")
+_COLUMNS = ("MAILBOX", "RELAY", "SECURITY", "USERNAME", "PASSWORD", "VERIFY", "LIMITS", "OWNER")
 
 
 @click.group()
@@ -75,6 +75,7 @@ def _number_or_none(ctx: click.Context, param: click.Parameter, value: str | Non
 @click.option("--data-timeout", type=float, metavar="SECONDS")
 @click.option("--connections", type=int, metavar="N", help="At most, at a time.")
 @click.option("--mails-per-session", type=int, metavar="N", help="At most.")
+@click.option("--owner", help="Whose it is; '': the site's.")
 @click.option("--mails-per-minute", callback=_number_or_none, metavar="N|none", help="At most.")
 @json_option
 @pass_app
@@ -254,4 +255,5 @@ def _row(account: Account) -> tuple[object, ...]:
         account.password_from or ("stored" if account.password is not None else "none"),
         account.verify if isinstance(account.verify, str) else ("yes" if account.verify else "NO"),
         limits,
+        account.owner,
     )

@@ -6,6 +6,7 @@ import socket
 import ssl
 
 from ..account import Account
+from ..errors import RelayNotAllowed
 from ..outcome import Phase
 from .events import Failure
 
@@ -16,6 +17,8 @@ def explain(account: Account, failure: Failure) -> str:
     relay = account.relay
     if failure.reply is not None:
         return _explain_reply(account, failure)
+    if isinstance(error, RelayNotAllowed):
+        return f"{error}: choose another relay, or ask the administrator to allow its network."
     if isinstance(error, ssl.SSLCertVerificationError):
         return _explain_certificate(account, error)
     if isinstance(error, ssl.SSLError):

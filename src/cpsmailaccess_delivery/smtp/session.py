@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 import ssl
 import threading
 from collections import deque
@@ -18,6 +19,8 @@ from typing import Any, Final, Protocol, TypeVar, cast
 
 from ..account import Account, Secret
 from ..address import is_ip_address
+from ..errors import RelayNotAllowed
+from ..networks import is_within
 from ..outcome import Phase
 from .events import Closed, Event, Failure, Mail, MailDone, MailUnsent, Ready, Result, StartTls
 from .hello import Capabilities
@@ -184,16 +187,39 @@ class Session(asyncio.BufferedProtocol):
             self._tls = Tls(client_context(account.verify), account.host)
             self._phase = Phase.CONNECT
         async with asyncio.timeout(account.connect_timeout):
-            await self._loop.create_connection(
-                lambda: self,
-                account.host,
-                account.port,
-                happy_eyeballs_delay=delay,
-            )
+            if account.networks:
+                await self._connect_within(account.networks)
+            else:
+                await self._loop.create_connection(
+                    lambda: self,
+                    account.host,
+                    account.port,
+                    happy_eyeballs_delay=delay,
+                )
             if account.security == "tls":
                 self._phase = Phase.TLS
                 await self._shake_hands()
         self._phase = None
+
+    async def _connect_within(self, networks: tuple[str, ...]) -> None:
+        """Connect to an address of the relay that its account may reach, and to no other.
+
+        The name is looked up once, and what was looked at is what is connected to.
+        """
+        host, port = self.account.host, self.account.port
+        found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [str(where[0]) for *_, where in found if is_within(str(where[0]), networks)]
+        if not addresses:
+            raise RelayNotAllowed(f"{host} is in no network that this account may reach")
+        patience = self.account.connect_timeout / len(addresses)
+        for address in addresses[:-1]:
+            try:
+                async with asyncio.timeout(patience):
+                    await self._loop.create_connection(lambda: self, address, port)
+                    return
+            except OSError:  # a TimeoutError, too
+                continue
+        await self._loop.create_connection(lambda: self, addresses[-1], port)
 
     async def _start_tls(self) -> None:
         self._tls = Tls(client_context(self.account.verify), self.account.host)
