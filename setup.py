@@ -51,23 +51,27 @@ setup(
     extras_require={
         # What `make bench` needs besides Debian's package postfix.
         "bench": ["matplotlib >= 3.8", "trustme >= 1.1"],
-        # What `make run` and applications' own tests need: certificates made on the spot.
-        "demo": ["trustme >= 1.1"],
+        # What `make run` and applications' own tests need: certificates made on the spot; and
+        # the Zope that `make run` starts.
+        "demo": ["trustme >= 1.1", "Zope[wsgi] >= 6.2", "zope.processlifetime >= 3"],
         # What `cpsmail run --metrics-port` needs.
         "metrics": ["prometheus_client >= 0.20"],
         "test": [
             "hypothesis >= 6.100",
             "mypy >= 1.11",
+            "playwright >= 1.45",
             "prometheus_client >= 0.20",
             "pytest >= 8",
             "pytest-xdist >= 3.6",
             "ruff >= 0.6",
             "trustme >= 1.1",
+            "Zope[wsgi] >= 6.2",
             "zope.processlifetime >= 3",
+            "zope.testbrowser >= 7",
             "zope.testing >= 5",
         ],
         # What start="IProcessStarting" needs, and who tells it.
-        "zope": ["Zope[wsgi] >= 5.10", "zope.processlifetime"],
+        "zope": ["Zope[wsgi] >= 6.2", "zope.processlifetime >= 3"],
     },
     entry_points={"console_scripts": ["cpsmail = cpsmailaccess_delivery.cli:main"]},
 )

@@ -96,6 +96,30 @@ def stocked(outbox: Outbox, account: Account) -> Outbox:
     return outbox
 
 
+@pytest.fixture(scope="session")
+def zope_in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Zope that is started once: see `zope_helpers`."""
+    pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
+    from zope_helpers import ZopeInProcess
+
+    zope = ZopeInProcess(tmp_path_factory.mktemp("zope"))
+    yield zope
+    zope.stop()
+
+
+@pytest.fixture
+def zmi(zope_in_process: Any, tmp_path: Path) -> Iterator[Any]:
+    """What a test sees of it, with an outbox of its own: see `zope_helpers.Zmi`."""
+    from zope_helpers import Zmi
+
+    with zope_in_process.registry():
+        made = Zmi(zope_in_process, tmp_path)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
 def mails_on_disk(outbox: Outbox) -> list[Path]:
     """Return every file of the spool that is, or may become, a mail."""
     root = Path(outbox.location)

@@ -1,0 +1,124 @@
+"""The tab *Defaults*: which outbox, the site-wide relay, what users may do."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final
+
+from AccessControl.class_init import InitializeClass
+from AccessControl.SecurityInfo import ClassSecurityInfo
+
+from ..account import DEFAULT_MAILBOX, Account
+from ..errors import InvalidAccount, NoSuchAccount, OutboxError
+from .outboxes import delivery_names, outbox_of
+from .page import action, page, redirect, render, template, text, texts
+from .policy import USER_FIELDS, Policy
+from .security import MANAGE_ACCOUNTS
+
+_DEFAULTS: Final = template("defaults")
+
+
+class DefaultsTab:
+    """Mixin of `mail_accounts.MailAccounts`."""
+
+    security = ClassSecurityInfo()
+
+    manage_options: ClassVar[tuple[dict[str, str], ...]] = (
+        {"label": "Defaults", "action": "manage_defaults"},
+    )
+
+    @security.protected(MANAGE_ACCOUNTS)
+    @page
+    def manage_defaults(self: Any, REQUEST: Any) -> str:
+        """Show them."""
+        return self._defaults_form(REQUEST)
+
+    @security.protected(MANAGE_ACCOUNTS)
+    @action
+    def manage_saveOutbox(self: Any, REQUEST: Any) -> str:
+        """Show the outbox of another delivery utility from now on."""
+        name = text(REQUEST, "delivery")
+        try:
+            outbox_of(name)
+        except OutboxError as error:
+            return self._defaults_form(REQUEST, str(error))
+        self.title, self.delivery_name = text(REQUEST, "title"), name
+        return redirect(REQUEST, f"{self.absolute_url()}/manage_defaults", "Saved.")
+
+    @security.protected(MANAGE_ACCOUNTS)
+    @action
+    def manage_savePolicy(self: Any, REQUEST: Any) -> str:
+        """Decide what users may do; it holds for the accounts that they have, too."""
+        try:
+            policy = Policy(
+                fields=tuple(texts(REQUEST, "fields")),
+                domains=tuple(texts(REQUEST, "domains")),
+                relays=tuple(texts(REQUEST, "relays")),
+                networks=tuple(texts(REQUEST, "networks")),
+                accounts=_whole(REQUEST, "accounts") or 0,
+                connections=_whole(REQUEST, "connections") or 0,
+                mails_per_minute=_whole(REQUEST, "mails_per_minute"),
+            )
+        except OutboxError as error:
+            return self._defaults_form(REQUEST, str(error))
+        refused = _limit_accounts(self._outbox(), policy)
+        self._set_policy(policy)
+        message = "Saved."
+        if refused:
+            message += f" Not allowed any more, but left as they are: {', '.join(refused)}."
+        return redirect(REQUEST, f"{self.absolute_url()}/manage_defaults", message)
+
+    def _defaults_form(self: Any, request: Any, problem: str = "") -> str:
+        try:
+            site = site_account(self._outbox())
+        except OutboxError as error:
+            site, problem = None, problem or str(error)
+        if problem:
+            request.response.setStatus(400)
+        return render(
+            _DEFAULTS,
+            self,
+            request,
+            names=delivery_names(),
+            site=site,
+            policy=self._get_policy(),
+            user_fields=USER_FIELDS,
+            message=problem or text(request, "manage_tabs_message"),
+            message_type="danger" if problem else "success",
+        )
+
+
+InitializeClass(DefaultsTab)
+
+
+def site_account(outbox: Any) -> Account | None:
+    """Return the default account, which is the site-wide relay, or None."""
+    try:
+        account: Account = outbox.accounts.get(DEFAULT_MAILBOX)
+    except NoSuchAccount:
+        return None
+    return account
+
+
+def _limit_accounts(outbox: Any, policy: Policy) -> list[str]:
+    """Put the accounts of users within a policy; return the mailboxes whose relay it refuses."""
+    refused = []
+    for account in outbox.accounts.list():
+        if not account.networks:  # the administrator has chosen its relay
+            continue
+        try:
+            limited = policy.limited(account)
+        except InvalidAccount:
+            refused.append(account.mailbox)
+            continue
+        if limited != account:
+            outbox.accounts.put(limited)
+    return refused
+
+
+def _whole(request: Any, name: str) -> int | None:
+    value = text(request, name)
+    if not value:
+        return None
+    if not (value.isascii() and value.isdecimal()):
+        raise InvalidAccount(f"{name}: {value!r}: is a whole number of at least 1")
+    return int(value)

@@ -1,0 +1,63 @@
+"""The *Mail accounts* object: an outbox in the ZMI.
+
+It holds which outbox it shows, and what the administrator has decided; accounts and mails are
+the outbox's.  Each tab is a class of its own module, and adds itself to ``manage_options``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from AccessControl.class_init import InitializeClass
+from AccessControl.Permissions import view_management_screens
+from AccessControl.SecurityInfo import ClassSecurityInfo
+from OFS.SimpleItem import SimpleItem
+
+from .accounts_tab import AccountsTab
+from .defaults_tab import DefaultsTab
+from .outboxes import DEFAULT_NAME, WithOutbox, delivery_names
+from .page import action, page, redirect, render, template, text
+from .trial import Trial
+
+_ADD_FORM = template("add")
+
+
+class MailAccounts(AccountsTab, Trial, DefaultsTab, WithOutbox, SimpleItem):
+    """An outbox in the ZMI."""
+
+    meta_type = "Mail accounts"
+    zmi_icon = "fas fa-envelope-open-text"
+
+    #: Not published to everybody who guesses its address.
+    index_html = None
+
+    security = ClassSecurityInfo()
+    security.declareObjectProtected(view_management_screens)
+    security.setDefaultAccess("deny")
+
+    manage_options = (
+        AccountsTab.manage_options + DefaultsTab.manage_options + SimpleItem.manage_options
+    )
+
+    def __init__(self, id: str, title: str = "", delivery: str = DEFAULT_NAME) -> None:
+        self.id = id
+        self.title = title
+        self.delivery_name = delivery
+
+
+InitializeClass(MailAccounts)
+
+
+@page
+def manage_addMailAccountsForm(dispatcher: Any, REQUEST: Any) -> str:
+    """Show the form to add one."""
+    return render(_ADD_FORM, dispatcher, REQUEST, names=delivery_names(), default=DEFAULT_NAME)
+
+
+@action
+def manage_addMailAccounts(dispatcher: Any, REQUEST: Any) -> str:
+    """Add one."""
+    container = dispatcher.this()
+    made = MailAccounts(text(REQUEST, "id"), text(REQUEST, "title"), text(REQUEST, "delivery"))
+    container._setObject(made.id, made)
+    return redirect(REQUEST, f"{dispatcher.DestinationURL()}/manage_main", f"Added {made.id}.")

@@ -1,0 +1,56 @@
+"""Which outbox an object belongs to: found by the name of its delivery utility."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+from zope.component import getUtilitiesFor, queryUtility
+from zope.security.proxy import removeSecurityProxy
+
+from ..errors import InvalidSettings
+from ..interfaces import IMailboxDelivery, IOutbox
+from .policy import Policy
+
+#: Name of the delivery utility, as in ``mail:mailboxDelivery``.
+DEFAULT_NAME: Final = "Mail"
+
+
+def delivery_names() -> list[str]:
+    """Return the names of the delivery utilities that leave through accounts."""
+    return sorted(name for name, _ in getUtilitiesFor(IMailboxDelivery))
+
+
+def outbox_of(delivery_name: str) -> Any:
+    """Return the `IOutbox` behind the delivery utility of this name.
+
+    Raises `InvalidSettings`: there is none.
+    """
+    # Permissions are asked of who opens the page, by Zope, and not again of the utility.
+    delivery = removeSecurityProxy(queryUtility(IMailboxDelivery, delivery_name))
+    outbox = None
+    if delivery is not None:
+        outbox = queryUtility(IOutbox, os.path.realpath(delivery.queuePath))
+    if outbox is None:
+        known = ", ".join(map(repr, delivery_names())) or "none"
+        raise InvalidSettings(
+            f"delivery {delivery_name!r}: no mail:mailboxDelivery of this name is configured"
+            f" (there is: {known}): choose another one on the tab Defaults, or configure it in ZCML"
+        )
+    return outbox
+
+
+class WithOutbox:
+    """For an object with ``delivery_name``: its outbox, and what is decided for its users."""
+
+    delivery_name = DEFAULT_NAME
+    _policy: dict[str, Any] = {}  # noqa: RUF012 - replaced as a whole, as the ZODB wants it
+
+    def _outbox(self) -> Any:
+        return outbox_of(self.delivery_name)
+
+    def _get_policy(self) -> Policy:
+        return Policy.from_stored(self._policy)
+
+    def _set_policy(self, policy: Policy) -> None:
+        self._policy = policy.stored()

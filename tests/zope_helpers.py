@@ -1,0 +1,190 @@
+"""A Zope in this process: its real start, its real WSGI stack, browsers in front of it.
+
+`ZopeInProcess` is started once in a process of tests and has one root; `Zmi` is what a test
+sees of it, with an outbox of its own.  The fixtures `zope_in_process`, `zmi` and `chromium` are
+in conftest.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transaction
+import Zope2
+import Zope2.App.zcml
+import Zope2.utilities
+from paste.deploy import loadapp
+from waitress.server import create_server
+from zope.component import getGlobalSiteManager, getUtilitiesFor, getUtility
+from zope.testbrowser.wsgi import Browser
+
+from cpsmailaccess_delivery import Outbox
+from cpsmailaccess_delivery.interfaces import IMailboxDelivery, IMailDelivery, IOutbox
+from cpsmailaccess_delivery.zope import trial
+from cpsmailaccess_delivery.zope.mail_accounts import MailAccounts
+from cpsmailaccess_delivery.zope.throttle import Throttle
+
+SLUG = """\
+<configure xmlns="http://namespaces.zope.org/zope">
+  <include package="cpsmailaccess_delivery.zope" />
+</configure>
+"""
+
+ZOPE_CONF = """\
+%define INSTANCE {place}
+instancehome $INSTANCE
+pid-filename $INSTANCE/Z4.pid
+<zodb_db main>
+  <filestorage>
+    path $INSTANCE/var/Data.fs
+  </filestorage>
+  mount-point /
+</zodb_db>
+"""
+
+ZOPE_INI = """\
+[app:zope]
+use = egg:Zope#main
+zope_conf = %(here)s/zope.conf
+
+[pipeline:main]
+pipeline = egg:Zope#httpexceptions zope
+"""
+
+DELIVERY = """\
+<configure xmlns:mail="http://namespaces.zope.org/mail">
+  <mail:mailboxDelivery name="{name}" queuePath="{path}" />
+</configure>
+"""
+
+ADMIN = ("admin", "the administrator's password")
+
+
+class ZopeInProcess:
+    """See the module."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        skeleton = Path(Zope2.utilities.__file__).parent / "skel"
+        shutil.copytree(skeleton / "etc", place / "etc")
+        (place / "var").mkdir()
+        (place / "etc" / "zope.conf").write_text(ZOPE_CONF.format(place=place))
+        (place / "etc" / "zope.ini").write_text(ZOPE_INI)
+        slug = place / "etc" / "package-includes" / "cpsmailaccess_delivery-configure.zcml"
+        slug.parent.mkdir()
+        slug.write_text(SLUG)
+        self._registry = {}
+        with self.registry():
+            self.wsgi = loadapp(f"config:{place}/etc/zope.ini")
+        with self.app() as app:
+            app.acl_users._doAddUser(*ADMIN, ["Manager"], [])
+
+    @contextmanager
+    def registry(self) -> Iterator[None]:
+        """Use Zope's component registry: other tests clear the one that is there."""
+        base = getGlobalSiteManager()
+        others = dict(base.__dict__)
+        if self._registry:
+            base.__dict__.clear()
+            base.__dict__.update(self._registry)
+        else:  # the first time: everything is registered anew
+            base.__init__(base.__name__)
+        try:
+            yield
+        finally:
+            self._registry = dict(base.__dict__)
+            base.__dict__.clear()
+            base.__dict__.update(others)
+
+    @contextmanager
+    def app(self) -> Iterator[Any]:
+        """Change the root in a transaction of its own."""
+        app = Zope2.app()
+        try:
+            yield app
+            transaction.commit()
+        finally:
+            transaction.abort()
+            app._p_jar.close()
+
+    def stop(self) -> None:
+        Zope2.DB.close()
+
+
+class Zmi:
+    """What a test sees: ``zmi.outbox``, browsers, and the root to put objects into.
+
+    ``mail``: a *Mail accounts* object that is there already, ``/mail``.
+    """
+
+    def __init__(self, zope: ZopeInProcess, place: Path) -> None:
+        self._zope = zope
+        self.wsgi = zope.wsgi
+        Zope2.App.zcml.load_string(DELIVERY.format(name="Mail", path=place / "outbox"))
+        self.outbox: Outbox = getUtility(IOutbox, os.path.realpath(place / "outbox"))
+        self.url = "http://localhost"
+        with self.app() as app:
+            self._before = set(app.objectIds()), set(app.acl_users.getUserNames())
+        self.add_mail_accounts("mail")
+        trial._checks = Throttle(12)
+
+    def app(self) -> Any:
+        """Change the root: ``with zmi.app() as app: ...`` commits."""
+        return self._zope.app()
+
+    def add_mail_accounts(self, id: str) -> None:
+        with self.app() as app:
+            app._setObject(id, MailAccounts(id))
+
+    def add_user(self, name: str, *roles: str) -> None:
+        """Add a user whose password is his name."""
+        with self.app() as app:
+            app.acl_users._doAddUser(name, name, list(roles), [])
+
+    def browser(self, user: str = ADMIN[0], password: str | None = None) -> Browser:
+        """Return a browser; ``user=""``: anonymous."""
+        browser = Browser(wsgi_app=self.wsgi)
+        if password is None:
+            password = ADMIN[1] if user == ADMIN[0] else user
+        if user:
+            login = base64.b64encode(f"{user}:{password}".encode()).decode()
+            browser.addHeader("Authorization", f"Basic {login}")
+        return browser
+
+    def database(self) -> bytes:
+        """Return what the ZODB has on disk, its history included."""
+        return (self._zope.place / "var" / "Data.fs").read_bytes()
+
+    @contextmanager
+    def served(self) -> Iterator[str]:
+        """Serve on a free port; yield the URL of the root."""
+        server = create_server(self.wsgi, host="127.0.0.1", port=0, threads=4)
+        thread = threading.Thread(target=server.run, name="waitress", daemon=True)
+        thread.start()
+        try:
+            yield f"http://localhost:{server.effective_port}"
+        finally:
+            server.close()
+            server.task_dispatcher.shutdown()
+            thread.join(10)
+
+    def close(self) -> None:
+        with self.app() as app:
+            ids, users = self._before
+            app.manage_delObjects([each for each in app.objectIds() if each not in ids])
+            strange = [each for each in app.acl_users.getUserNames() if each not in users]
+            app.acl_users.userFolderDelUsers(strange)
+        manager = getGlobalSiteManager()
+        for provided in (IMailDelivery, IMailboxDelivery):
+            for name, _ in list(getUtilitiesFor(provided)):
+                manager.unregisterUtility(provided=provided, name=name)
+        for name, outbox in list(getUtilitiesFor(IOutbox)):
+            outbox.close()
+            manager.unregisterUtility(provided=IOutbox, name=name)
