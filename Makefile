@@ -1,4 +1,5 @@
-# make run [MAILS=DIR]   send mails through three mailboxes and check what arrived
+# make run [PORT=8080]   a Zope with the ZMI and three SMTP servers, until Ctrl-C
+# make demo [MAILS=DIR]  send mails through three mailboxes and check what arrived
 # make test              lint and the whole suite
 # make bench [ROUNDS=3] [SCALE=1] [ROWS="plain tls"] [LIMIT=30] [BENCH_DIR=/var/tmp]
 #                        side by side with zope.sendmail and Postfix, see docs/performance.rst
@@ -8,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MAILS ?=
+PORT ?= 8080
 ROUNDS ?= 3
 SCALE ?= 1
 LIMIT ?= 30
@@ -16,9 +18,12 @@ BENCH_DIR ?= /var/tmp
 SETTINGS := setup.py pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint bench clean
+.PHONY: run demo test lint bench clean
 
 run: $(VENV)/.demo
+	@PYTHONPATH=examples PORT=$(PORT) exec $(BIN)/python -m demo.site $(if $(MAILS),"$(MAILS)")
+
+demo: $(VENV)/.demo
 	@PYTHONPATH=examples $(BIN)/python -m demo $(if $(MAILS),"$(MAILS)")
 
 test: lint

@@ -154,6 +154,8 @@ def test_every_attribute_of_an_account(queue, tmp_path):
         "connections": 2,
         "mails_per_session": 5,
         "mails_per_minute": 7,
+        "owner": "",
+        "networks": (),
     }
     assert (plain.mailbox, plain.port, plain.verify) == ("@example.com", 25, False)
 

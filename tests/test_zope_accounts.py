@@ -430,7 +430,11 @@ def test_others_may_nothing(zmi, bob, user):
     browser.raiseHttpErrors = False
     for name in (*PAGES, "manage_workspace", "index_html", "", "delivery_name", "_get_policy"):
         browser.open(f"{zmi.url}/mail/{name}")
-        assert browser.headers["status"][:3] in ("401", "403", "404"), (name, browser.url, browser.contents)
+        assert browser.headers["status"][:3] in ("401", "403", "404"), (
+            name,
+            browser.url,
+            browser.contents,
+        )
         assert "bob@example.org" not in str(browser.contents)
     for name, data in ACTIONS.items():
         browser.post(f"{zmi.url}/mail/{name}", data)

@@ -1,1 +1,1 @@
-"""``make run``: the whole path on real mails, on this machine alone."""
+"""``make run`` and ``make demo``: the whole path on real mails, on this machine alone."""

@@ -6,15 +6,20 @@ is nothing to send, and it was said why.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from zope.component import getUtility
+from zope.configuration import xmlconfig
+
+from cpsmailaccess_delivery.interfaces import IOutbox
 
 from .journey import Journey
-from .mails import make_large_mail, read_mails
+from .mails import Mail, make_large_mail, read_mails
 from .relays import three_relays
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,24 +31,22 @@ def main(arguments: list[str]) -> int:
     console = Console(highlight=False)
     directory = Path(arguments[0]) if arguments else EXAMPLES
     try:
-        mails, unusable = read_mails(directory)
-    except FileNotFoundError:
-        return _cannot_read(console, directory, "no such directory")
-    except NotADirectoryError:
-        return _cannot_read(console, directory, "is a file: name the directory that it is in")
+        mails, troubles = mails_of(directory)
     except OSError as error:
-        return _cannot_read(console, directory, str(error.strerror))
-    if directory == EXAMPLES:
-        mails.append(make_large_mail())
-    troubles = [f"{name}: {why}" for name, why in unusable.items()]
+        return _cannot_read(console, directory, why_not(error))
     if mails:
         senders = list(dict.fromkeys(mail.sender for mail in mails))
         with (
             tempfile.TemporaryDirectory(prefix="cpsmail-demo-") as place,
             three_relays(Path(place), senders) as relays,
         ):
-            journey = Journey(console, Path(place) / "outbox", relays)
-            troubles += journey.run(ROOT / "configure.zcml", mails)
+            spool = Path(place) / "outbox"
+            os.environ["CPSMAIL_OUTBOX"] = str(spool)
+            xmlconfig.file(str(ROOT / "configure.zcml"))
+            try:
+                troubles += Journey(console, spool, relays).run(mails)
+            finally:
+                getUtility(IOutbox, os.path.realpath(spool)).close()
     for trouble in troubles:
         console.print(f"[red]WRONG[/]  {escape(trouble)}")
     if not mails:
@@ -52,6 +55,23 @@ def main(arguments: list[str]) -> int:
         return 1
     console.print("[green]All is as it must be.[/]")
     return 0
+
+
+def mails_of(directory: Path) -> tuple[list[Mail], list[str]]:
+    """Return what is to be sent, and what is wrong with the rest.  Raises OSError."""
+    mails, unusable = read_mails(directory)
+    if directory == EXAMPLES:
+        mails.append(make_large_mail())
+    return mails, [f"{name}: {why}" for name, why in unusable.items()]
+
+
+def why_not(error: OSError) -> str:
+    """Return why a directory could not be read."""
+    if isinstance(error, FileNotFoundError):
+        return "no such directory"
+    if isinstance(error, NotADirectoryError):
+        return "is a file: name the directory that it is in"
+    return str(error.strerror)
 
 
 def _cannot_read(console: Console, directory: Path, why: str) -> int:

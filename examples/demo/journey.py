@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from zope.component import getUtility
-from zope.configuration import xmlconfig
 
 from cpsmailaccess_delivery import Outbox
 from cpsmailaccess_delivery.errors import NoSuchEntry, OutboxError
@@ -27,6 +26,7 @@ from .mails import Mail, make_mail
 from .relays import Relay, relay_of
 
 _PATIENCE = 60.0  # seconds without a mail arriving
+_SETTLED = 10.0  # seconds until what has arrived is written down
 
 _ABORTED = "Aborted with its transaction"
 _ROLLED_BACK = "Rolled back to its savepoint"
@@ -52,13 +52,13 @@ class Journey:
         self.console, self.spool, self.relays = console, spool, relays
         self.troubles: list[str] = []
 
-    def run(self, site: Path, mails: list[Mail]) -> list[str]:
-        """Do it all; `site` is the file of its configuration."""
-        os.environ["CPSMAIL_OUTBOX"] = str(self.spool)
-        xmlconfig.file(str(site))
+    def run(self, mails: list[Mail]) -> list[str]:
+        """Do it all, in a site that is configured; its processor may run already."""
         delivery = getUtility(IMailDelivery, "Mail")
         outbox: Outbox = getUtility(IOutbox, os.path.realpath(self.spool))
         processor = getUtility(IQueueProcessor, "Mail")
+        before = {record.envelope.message_id for record in outbox.queue.records()}
+        runs = processor.is_alive()
         try:
             with transaction.manager:
                 for relay in self.relays:
@@ -66,16 +66,19 @@ class Journey:
             for relay in self.relays:
                 mailbox = escape(relay.account.mailbox)
                 self.console.print(f"Mailbox [bold]{mailbox}[/] leaves through {relay}")
-            processor.start()
+            if not runs:
+                processor.start()
             sent = self._send(delivery, mails)
             self._await(outbox, sent)
-            if not processor.stop(timeout=10):
+            if runs:
+                _await_settled(outbox, sent)
+            elif not processor.stop(timeout=10):
                 self.troubles.append("the processor has not stopped within 10 seconds")
-            self._look(outbox, sent)
-            left = list(outbox.spool.scan())
+            self._look(outbox, sent, before)
+            ours = {one.message_id for one in sent}
+            left = [r for r in outbox.queue.records() if r.envelope.message_id in ours]
         finally:
             transaction.abort()
-            outbox.close()
         self.console.print(_table(sent))
         self._conclude(sent, len(left))
         return self.troubles
@@ -130,7 +133,7 @@ class Journey:
                     if not moving or time.monotonic() > deadline:
                         return
 
-    def _look(self, outbox: Outbox, sent: list[Sent]) -> None:
+    def _look(self, outbox: Outbox, sent: list[Sent], before: set[str]) -> None:
         """Find each mail where it arrived, and what the outbox says of it."""
         arrived = [(relay, mail) for relay in self.relays for mail in relay.server.mails]
         known = Counter(one.message_id for one in sent)
@@ -154,7 +157,7 @@ class Journey:
                 one.troubles.append(f"arrived with another envelope: {envelope}")
             if wrong := difference(one.mail.data, one.received.data):
                 one.troubles.append(wrong)
-        if strange := {mail.message_id for _, mail in arrived} - set(known):
+        if strange := {mail.message_id for _, mail in arrived} - set(known) - before:
             self.troubles.append(f"arrived without being sent: {', '.join(sorted(strange))}")
 
     def _conclude(self, sent: list[Sent], left: int) -> None:
@@ -182,6 +185,15 @@ class Journey:
     def _files_with(self, needle: bytes) -> list[str]:
         files = [path for path in self.spool.parent.rglob("*") if path.is_file()]
         return [path.name for path in files if needle in path.read_bytes()]
+
+
+def _await_settled(outbox: Outbox, sent: list[Sent]) -> None:
+    """A relay has a mail before the processor has written down that it has."""
+    deadline = time.monotonic() + _SETTLED
+    while time.monotonic() < deadline:
+        if all(_state(outbox, one) != State.QUEUED for one in sent):
+            return
+        time.sleep(0.05)
 
 
 def _send_made(delivery: Any, sender: str, subject: str) -> None:

@@ -28,11 +28,7 @@ class MailAccounts(AccountsTab, Trial, DefaultsTab, WithOutbox, SimpleItem):
     meta_type = "Mail accounts"
     zmi_icon = "fas fa-envelope-open-text"
 
-    #: Not published to everybody who guesses its address.
-    index_html = None
-
     security = ClassSecurityInfo()
-    security.declareObjectProtected(view_management_screens)
     security.setDefaultAccess("deny")
 
     manage_options = (
@@ -43,6 +39,12 @@ class MailAccounts(AccountsTab, Trial, DefaultsTab, WithOutbox, SimpleItem):
         self.id = id
         self.title = title
         self.delivery_name = delivery
+
+    @security.protected(view_management_screens)
+    @page
+    def index_html(self, REQUEST: Any) -> str:
+        """Go to the first tab; whoever guesses the address learns nothing."""
+        return redirect(REQUEST, f"{self.absolute_url()}/manage_workspace")
 
 
 InitializeClass(MailAccounts)
