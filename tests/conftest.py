@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterator
+import shutil
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,52 @@ def zmi(zope_in_process: Any, tmp_path: Path) -> Iterator[Any]:
             yield made
         finally:
             made.close()
+
+
+@pytest.fixture(scope="session")
+def _chromium() -> Iterator[Any]:
+    """Debian's Chromium, started once."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is in [test]")
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=found,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def chromium(_chromium: Any) -> Iterator[Callable[..., Any]]:
+    """Return a page of a new browser session: ``chromium(origin, user="admin", ...)``.
+
+    `origin`: where the login is sent.  Others are arguments of Playwright's ``new_context``.
+    """
+    sessions = []
+
+    def page(origin: str, user: str = "admin", **settings: Any) -> Any:
+        from zope_helpers import password_of
+
+        login = {"username": user, "password": password_of(user), "origin": origin}
+        session = _chromium.new_context(http_credentials=login, **settings)
+        session.set_default_timeout(30_000)
+        sessions.append(session)
+        return session.new_page()
+
+    yield page
+    for session in sessions:
+        session.close()
 
 
 def mails_on_disk(outbox: Outbox) -> list[Path]:

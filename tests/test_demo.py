@@ -1,4 +1,4 @@
-"""`make run` and the mails that it sends."""
+"""`make demo`, `make run` and the mails that they send."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import base64
 import hashlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
@@ -24,7 +31,7 @@ def demo_is_importable(monkeypatch):
 
 
 def run(*arguments, **environment):
-    """Run it as `make run` does: a process of its own, for it configures the registry."""
+    """Run it as `make demo` does: a process of its own, for it configures the registry."""
     return subprocess.run(
         [sys.executable, "-m", "demo", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), **environment},
@@ -89,6 +96,72 @@ def test_what_cannot_be_sent_is_said(tmp_path):
     assert "WRONG  id: could not be sent: Malformed Message-Id" in done.stdout
     (tmp_path / "id.eml").unlink()
     assert run(tmp_path).returncode == 2
+
+
+@contextmanager
+def site(place, mails) -> Iterator[tuple[str, str]]:
+    """Run a site as `make run` does; yield what it says and its URL; stop it as Ctrl-C does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "demo.site", str(mails)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "examples"),
+            "CPSMAIL_SITE": str(place),
+            "PORT": "0",
+            "COLUMNS": "100",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    alarm = threading.Timer(100, process.kill)
+    alarm.start()
+    try:
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("Ctrl-C"):
+                break
+        url = re.search(r"http://localhost:\d+", said)
+        assert url, said
+        yield said, url[0]
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait() == 0, rest
+        assert rest == "Stopped; `make run` goes on with the same data.\n"
+    finally:
+        alarm.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_the_site_stops_and_goes_on(tmp_path):
+    pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
+    mails, place = tmp_path / "mails", tmp_path / "site"
+    mails.mkdir()
+    for number in range(3):
+        shutil.copy(sorted(MAILS.glob("*.eml"))[number], mails)
+    with site(place, mails) as (said, url):
+        assert "3 of 3 arrived once" in said
+        login = re.search(r"Log in as +(\S+), password (\S+)", said).groups()
+        page = fetched(f"{url}/demo/mail/manage_main", login)
+        assert "@example.com</a>" in page
+        with pytest.raises(HTTPError, match="401"):
+            fetched(f"{url}/demo/mail/manage_main", ("admin", "x"))
+    with site(place, mails) as (said, url):
+        assert "3 of 3 arrived once" in said
+        assert "password" not in said.partition("ZMI")[2]
+        assert fetched(f"{url}/demo/mail/manage_main", login)
+    assert login[1].encode() not in b"".join(
+        path.read_bytes() for path in place.rglob("*") if path.is_file()
+    )
+
+
+def fetched(url: str, login: tuple[str, str]) -> str:
+    word = base64.b64encode(":".join(login).encode()).decode()
+    with urlopen(Request(url, headers={"Authorization": f"Basic {word}"}), timeout=60) as answer:
+        return answer.read().decode()
 
 
 SABOTAGE = """

@@ -143,6 +143,8 @@ FOREIGN = {
     "Zope2",
     "click",
     "persistent",
+    "paste",
+    "playwright",
     "plone",
     "psycopg",
     "psycopg2",
@@ -150,6 +152,8 @@ FOREIGN = {
     "rich",
     "sqlalchemy",
     "trustme",
+    "waitress",
+    "zExceptions",
     "zope.processlifetime",
     "zope.sqlalchemy",
 }
@@ -235,6 +239,14 @@ def test_layers():
     assert problems(sources()) == []
 
 
+@pytest.mark.parametrize("name", ["account_form", "paging", "policy"])
+def test_the_plain_parts_of_the_rim(name):
+    """They decide without Zope, and without I/O."""
+    source = sources()[f"zope/{name}.py"]
+    modules = [module for _, module in imports(f"zope/{name}.py", source)]
+    assert [module for module in modules if is_in(module, FOREIGN | IMPURE)] == []
+
+
 def test_every_part_is_seen():
     """The test looks at the files that there are."""
     assert {"interfaces.py", "outbox.py", "smtp/machine.py", "spool/maildir.py"} <= set(sources())
@@ -315,6 +327,7 @@ import {PACKAGE}
 print(f"import takes {{time.perf_counter() - start:.3f}} s")
 import {PACKAGE}.zcml
 assert not set(sys.modules) & {{"asyncio.test_utils", *Absent.names}}
+assert "{PACKAGE}.zope" not in sys.modules
 """
 
 

@@ -109,6 +109,7 @@ def test_add_edit_delete(zmi):
     browser.getControl("Save").click()
     assert alert(browser).startswith(f"Added the account {ALICE}.")
     assert "Now: <strong>set</strong>" in browser.contents
+    assert "replaceState" not in browser.contents, "reloaded, it would be another page"
     stored = zmi.outbox.vault.get(ALICE)
     assert (stored.port, stored.security, stored.password.reveal()) == (587, "starttls", PASSWORD)
 
@@ -281,6 +282,25 @@ def test_the_words_of_a_relay_are_only_words(zmi):
         assert 'id="state">refused' in browser.contents
         assert HOSTILE not in browser.contents
         assert "&lt;script&gt;" in browser.contents
+
+
+def test_what_people_typed_is_only_words(zmi):
+    put(
+        zmi,
+        Account(
+            mailbox=ALICE, host="a.example", username=HOSTILE, password=PASSWORD, owner=HOSTILE
+        ),
+    )
+    browser = zmi.browser()
+    for page in (
+        "manage_main",
+        f"manage_main?search={HOSTILE}&manage_tabs_message={HOSTILE}",
+        f"manage_account?mailbox={ALICE}",
+        f"manage_confirmDelete?mailboxes:list={ALICE}",
+    ):
+        browser.open(f"{zmi.url}/mail/{page}")
+        assert ALICE in browser.contents or "&lt;script&gt;" in browser.contents
+        assert HOSTILE not in browser.contents
 
 
 def test_a_test_mail_that_cannot_be_sent(zmi):

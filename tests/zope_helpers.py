@@ -67,6 +67,11 @@ DELIVERY = """\
 ADMIN = ("admin", "the administrator's password")
 
 
+def password_of(user: str) -> str:
+    """Return the password: the administrator has one, others have their name."""
+    return ADMIN[1] if user == ADMIN[0] else user
+
+
 class ZopeInProcess:
     """See the module."""
 
@@ -148,13 +153,11 @@ class Zmi:
         with self.app() as app:
             app.acl_users._doAddUser(name, name, list(roles), [])
 
-    def browser(self, user: str = ADMIN[0], password: str | None = None) -> Browser:
+    def browser(self, user: str = ADMIN[0]) -> Browser:
         """Return a browser; ``user=""``: anonymous."""
         browser = Browser(wsgi_app=self.wsgi)
-        if password is None:
-            password = ADMIN[1] if user == ADMIN[0] else user
         if user:
-            login = base64.b64encode(f"{user}:{password}".encode()).decode()
+            login = base64.b64encode(f"{user}:{password_of(user)}".encode()).decode()
             browser.addHeader("Authorization", f"Basic {login}")
         return browser
 

@@ -7,6 +7,7 @@ serves until Ctrl-C.  Exit status: 0; 1, something was not as it must be; 2, no 
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
     """Run the site; return the exit status."""
     console = Console(highlight=False)
     signal.signal(signal.SIGTERM, _stop)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # warns of every second request
     directory = Path(arguments[0]) if arguments else EXAMPLES
     try:
         mails, troubles = mails_of(directory)

@@ -40,6 +40,11 @@ class MailAccounts(AccountsTab, Trial, DefaultsTab, WithOutbox, SimpleItem):
         self.title = title
         self.delivery_name = delivery
 
+    @security.public
+    def getBookmarkableURLs(self) -> bool:
+        # The ZMI's script would take the query from the address: reloaded, another page.
+        return False
+
     @security.protected(view_management_screens)
     @page
     def index_html(self, REQUEST: Any) -> str:

@@ -1,0 +1,104 @@
+"""What users may set up, how often they may try, and pages of a list: plain code of the ZMI."""
+
+from __future__ import annotations
+
+import pytest
+
+from cpsmailaccess_delivery import HIDDEN, Account, InvalidAccount
+from cpsmailaccess_delivery.zope.account_form import changed, shown
+from cpsmailaccess_delivery.zope.paging import Page
+from cpsmailaccess_delivery.zope.policy import Policy
+from cpsmailaccess_delivery.zope.throttle import Throttle
+
+ALICE, OWNER = "alice@example.org", "/acl_users:alice"
+SITE = Account(mailbox="*", host="10.0.0.1", port=587)
+LOGIN = {"username": "alice", "password": "x"}
+
+
+def of_alice(policy: Policy, chosen, existing=None, site=SITE) -> Account:
+    return policy.account(ALICE, owner=OWNER, chosen=chosen, existing=existing, site=site)
+
+
+def test_a_relay_of_his_own_is_bounded():
+    made = of_alice(Policy(), {"host": "smtp.example.net", "mails_per_minute": 99, **LOGIN})
+    assert (made.owner, made.host, made.networks) == (OWNER, "smtp.example.net", ("public",))
+    assert made.mails_per_minute is None, "he may not choose it"
+    limited = of_alice(Policy(mails_per_minute=5, connections=1), {"host": "smtp.example.net"})
+    assert (limited.mails_per_minute, limited.connections) == (5, 1)
+
+
+def test_the_site_s_relay_is_where_the_administrator_put_it():
+    made = of_alice(Policy(fields=("username", "password")), {"host": "evil.example", **LOGIN})
+    assert (made.relay, made.networks) == (SITE.relay, ())
+    with pytest.raises(InvalidAccount, match="no default relay"):
+        of_alice(Policy(fields=("username", "password")), LOGIN, site=None)
+
+
+def test_an_account_that_was_given_keeps_its_relay():
+    given = Account(mailbox=ALICE, host="10.0.0.9", owner=OWNER, username="a", password="y")
+    kept = of_alice(Policy(), {"username": "alice", "password": "z"}, existing=given)
+    assert (kept.host, kept.networks, kept.password.reveal()) == ("10.0.0.9", (), "z")
+    moved = of_alice(Policy(), {"host": "10.0.0.10", **LOGIN}, existing=given)
+    assert moved.networks == ("public",)
+    own = of_alice(Policy(), {"connections": 1}, existing=given.without_secret())
+    assert own.password is HIDDEN
+
+
+def test_relays_that_may_be_chosen():
+    policy = Policy(relays=("*.Example.net", "smtp.example.com"))
+    for host in ("smtp.example.net", "a.b.example.net", "SMTP.example.com"):
+        assert of_alice(policy, {"host": host})
+    for host in ("example.net", "smtp.example.net.evil.example", "x.smtp.example.com", "8.8.8.8"):
+        with pytest.raises(InvalidAccount, match="the administrator allows"):
+            of_alice(policy, {"host": host})
+
+
+def test_mailboxes_that_may_be_added():
+    policy = Policy(domains=("example.org", "@Bücher.example"), accounts=2)
+    policy.may_add("Alice@Example.org", 1)
+    policy.may_add("x@bücher.example", 0)
+    for mailbox, owned, words in (
+        ("alice@example.net", 0, "lets you set up mailboxes in"),
+        ("alice@sub.example.org", 0, "lets you set up mailboxes in"),
+        ("@example.org", 0, "is an address"),
+        ("*", 0, "is an address"),
+        (ALICE, 2, "which is the limit"),
+    ):
+        with pytest.raises(InvalidAccount, match=words):
+            policy.may_add(mailbox, owned)
+    with pytest.raises(InvalidAccount, match="in: none"):
+        Policy().may_add(ALICE, 0)
+
+
+def test_a_policy_is_stored_in_plain_values():
+    policy = Policy(domains=("example.org",), mails_per_minute=3)
+    assert Policy.from_stored({**policy.stored(), "of a later release": 1}) == policy
+    assert Policy.from_stored({}) == Policy()
+
+
+def test_a_form_keeps_what_it_cannot_set():
+    account = Account(
+        mailbox=ALICE, host="h.example", username="a", password_from="env:X", verify="/ca.pem"
+    )
+    assert changed(account, shown(account), verify=True) == account
+    texts = {**shown(account), "password": "new"}
+    assert changed(account, texts, verify=True).password_from is None
+
+
+def test_throttle():
+    now = [0.0]
+    throttle = Throttle(12, clock=lambda: now[0])
+    assert [throttle.take("a"), throttle.take("a")] == [0.0, 0.0]
+    assert throttle.take("a") == pytest.approx(5.0)
+    assert throttle.take("b") == 0.0
+    now[0] = 5.0
+    assert throttle.take("a") == 0.0
+
+
+def test_pages():
+    page = Page.of(range(120), "60")
+    assert (page.items[0], page.previous, page.next) == (50, 0, 100)
+    assert page.words == "51 to 100 of 120"
+    last = Page.of(range(120), "9999")
+    assert (last.start, last.next) == (100, None)
+    assert Page.of([], "0").items == []
