@@ -121,9 +121,14 @@ def zmi(zope_in_process: Any, tmp_path: Path) -> Iterator[Any]:
             made.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def _chromium() -> Iterator[Any]:
-    """Debian's Chromium, started once."""
+    """Debian's Chromium.
+
+    Not for the session: as long as it runs, Playwright's event loop runs in this thread, where
+    other tests have theirs.  For the same reason a test with a browser delivers by a processor
+    that was started, not by ``run``.
+    """
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is in [test]")
     found = shutil.which("chromium")
     if found is None:
