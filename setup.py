@@ -61,11 +61,18 @@ setup(
             "prometheus_client >= 0.20",
             "pytest >= 8",
             "pytest-xdist >= 3.6",
+            "RelStorage[sqlite3] >= 4",
             "ruff >= 0.6",
+            "SQLAlchemy >= 2",
             "trustme >= 1.1",
+            "ZEO >= 6",
+            "ZODB >= 5.8",
             "zope.processlifetime >= 3",
+            "zope.sqlalchemy >= 3",
             "zope.testing >= 5",
         ],
+        # What `witness.zodb` asks after a crash.  (`witness.sql` needs a DB-API driver alone.)
+        "zodb": ["ZODB >= 5.8"],
         # What start="IProcessStarting" needs, and who tells it.
         "zope": ["Zope[wsgi] >= 5.10", "zope.processlifetime"],
     },
