@@ -2,6 +2,8 @@
 # make test              lint and the whole suite
 # make bench [ROUNDS=3] [SCALE=1] [ROWS="plain tls"] [LIMIT=30] [BENCH_DIR=/var/tmp]
 #                        side by side with zope.sendmail and Postfix, see docs/performance.rst
+# make soak [KILLS=500] [SEED=1]
+#                        kill -9, again and again, and a count of what arrived: docs/reliability.rst
 # make lint, make clean
 
 PYTHON ?= python3
@@ -13,10 +15,12 @@ SCALE ?= 1
 LIMIT ?= 30
 ROWS ?=
 BENCH_DIR ?= /var/tmp
+KILLS ?= 500
+SEED ?= 1
 SETTINGS := setup.py pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench soak clean
 
 run: $(VENV)/.demo
 	@PYTHONPATH=examples $(BIN)/python -m demo $(if $(MAILS),"$(MAILS)")
@@ -34,6 +38,9 @@ bench: $(VENV)/.bench
 	@benchmarks/install-postfix || echo "without Postfix"
 	@$(BIN)/python -m benchmarks --rounds $(ROUNDS) --scale $(SCALE) --limit $(LIMIT) \
 		--directory $(BENCH_DIR) $(ROWS)
+
+soak: $(VENV)/.test
+	@PYTHONPATH=tests $(BIN)/python -m soak --kills $(KILLS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist var .mypy_cache .pytest_cache .ruff_cache .hypothesis
