@@ -328,8 +328,10 @@ def test_a_part_that_is_a_link_is_refused(tmp_path: Path, name: str, there: bool
     if there:
         elsewhere.mkdir()
     part.symlink_to(elsewhere)
+    files = len(os.listdir("/proc/self/fd"))
     with pytest.raises(SpoolError, match=f"{name}.*symbolic link"):
         Outbox(site.path)
+    assert len(os.listdir("/proc/self/fd")) == files
     answer = site.json("doctor", code=1)
     (finding,) = (each for each in answer["findings"] if each["level"] == "fail")
     assert str(part) in finding["text"]

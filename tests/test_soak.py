@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,9 @@ class Case:
 
     def committed(self, sent: str, cancelled: str = "", key: str | None = None) -> None:
         line = {"token": "t", "sent": list(sent), "cancelled": list(cancelled), "key": key}
-        Appender(self.root / "truth" / "c1").write(line)
-        Appender(self.root / "plans" / "c1").write({"mails": list(sent)})
+        for where, what in (("truth", line), ("plans", {"mails": list(sent)})):
+            with closing(Appender(self.root / where / "c1")) as appender:
+                appender.write(what)
 
     def taken(self, mail: str, at: float, client: str = "p1", *, replied: bool = True) -> None:
         session = int(client[1:])

@@ -565,7 +565,9 @@ def test_a_commit_that_is_still_ending_is_waited_for(tmp_path: Path) -> None:
         ending.commit()
         assert asked.result(DEADLINE) == {"a": Verdict.COMMITTED, "b": Verdict.ABORTED}
     ending.close()
-    assert connect().execute("SELECT * FROM cpsmail_transactions").fetchall() == [("a",)]
+    with closing(connect()) as connection:
+        rows = connection.execute("SELECT * FROM cpsmail_transactions").fetchall()
+    assert rows == [("a",)]
 
 
 # The utility

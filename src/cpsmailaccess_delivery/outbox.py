@@ -74,7 +74,11 @@ class Outbox:
         self._processors: list[QueueProcessorThread] = []
         self._closed = False
         self.presence = Presence(directory / "presence")
-        self.spool = Maildir(directory, self.presence)
+        try:
+            self.spool = Maildir(directory, self.presence)
+        except BaseException:
+            self.presence.close()
+            raise
         self.keys = KeySource(key, file=directory.with_name(directory.name + ".key"))
         self.vault = Vault(directory / "accounts", self.keys, self.presence)
         self.journal = Journal(directory / "journal.sqlite")

@@ -26,6 +26,9 @@ class Appender:
     def write(self, line: Mapping[str, Any]) -> None:
         os.write(self._fd, json.dumps(line).encode() + b"\n")
 
+    def close(self) -> None:
+        os.close(self._fd)
+
 
 class Participant:
     """The data manager of that database: it commits `line` in its `tpc_finish`."""
