@@ -3,6 +3,8 @@
 # make test              lint and the whole suite
 # make bench [ROUNDS=3] [SCALE=1] [ROWS="plain tls"] [LIMIT=30] [BENCH_DIR=/var/tmp]
 #                        side by side with zope.sendmail and Postfix, see docs/performance.rst
+# make soak [KILLS=500] [SEED=1]
+#                        kill -9, again and again, and a count of what arrived: docs/reliability.rst
 # make lint, make clean
 
 PYTHON ?= python3
@@ -15,10 +17,12 @@ SCALE ?= 1
 LIMIT ?= 30
 ROWS ?=
 BENCH_DIR ?= /var/tmp
+KILLS ?= 500
+SEED ?= 1
 SETTINGS := setup.py pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run demo test lint bench clean
+.PHONY: run demo test lint bench soak clean
 
 run: $(VENV)/.demo
 	@PYTHONPATH=examples PORT=$(PORT) exec $(BIN)/python -m demo.site $(if $(MAILS),"$(MAILS)")
@@ -39,6 +43,9 @@ bench: $(VENV)/.bench
 	@benchmarks/install-postfix || echo "without Postfix"
 	@$(BIN)/python -m benchmarks --rounds $(ROUNDS) --scale $(SCALE) --limit $(LIMIT) \
 		--directory $(BENCH_DIR) $(ROWS)
+
+soak: $(VENV)/.test
+	@PYTHONPATH=tests $(BIN)/python -m soak --kills $(KILLS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist var .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -111,7 +111,7 @@ class Recorder:
         if self.fail == what:
             raise OSError(28, "No space left on device")
 
-    def prepare(self, items: Sequence[Any]) -> None:
+    def prepare(self, items: Sequence[Any], *, witnessed: bool) -> None:
         self._do("prepare", items)
 
     def publish(self, items: Sequence[Any]) -> None:
@@ -314,8 +314,8 @@ def test_an_abort_after_prepare_costs_one_fsync(stocked, monkeypatch):
         send(stocked, str(number))
     prepare = stocked.spool.prepare
 
-    def prepare_and_count(entries: Sequence[Any]) -> None:
-        prepare(entries)
+    def prepare_and_count(entries: Sequence[Any], **options: Any) -> None:
+        prepare(entries, **options)
         fsync = os.fsync
         monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), fsync(fd)))
 
@@ -377,7 +377,9 @@ def test_one_prepare_per_transaction(stocked, monkeypatch):
     prepared = []
     prepare = stocked.spool.prepare
     monkeypatch.setattr(
-        stocked.spool, "prepare", lambda entries: (prepared.append(len(entries)), prepare(entries))
+        stocked.spool,
+        "prepare",
+        lambda entries, **options: (prepared.append(len(entries)), prepare(entries, **options)),
     )
     with transaction.manager:
         for number in range(20):
@@ -857,7 +859,7 @@ def test_accounts_and_mails_fall_together(stocked, account, monkeypatch):
     stocked.accounts.put(account.replace(mailbox="new@example.org"))
     send(stocked)
 
-    def fail(entries: Any) -> None:
+    def fail(entries: Any, **options: Any) -> None:
         raise SpoolError("disk full")
 
     monkeypatch.setattr(stocked.spool, "prepare", fail)

@@ -23,9 +23,10 @@ _Changes = list[tuple[str, Account | None]]  # a method of `Accounts` is called 
 class Accounts:
     """See `IAccounts`."""
 
-    def __init__(self, store: Any, manager: Any) -> None:
+    def __init__(self, store: Any, manager: Any, witness: Any = None) -> None:
         self._store = store
         self._manager = manager
+        self._witness = witness
 
     def put(self, account: Account) -> None:
         if not isinstance(account, Account):
@@ -106,9 +107,10 @@ class Accounts:
         join(
             self._manager,
             self._store,
-            lambda token: self._store.stage(mailbox, account),
+            lambda token: self._store.stage(mailbox, account, token),
             rank=_RANK,
             on_abort=forget,
+            witness=self._witness,
         )
         pending.append(change)
 

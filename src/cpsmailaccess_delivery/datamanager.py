@@ -11,6 +11,9 @@ One data manager per change makes savepoints right by construction: the transact
 package aborts and unjoins what joined after the savepoint.  All changes of one transaction
 to one store share a `Batch`, so that their fsyncs happen together, in the `commit`
 of the last of them: before any participant votes.
+
+What a crash leaves in doubt is decided by a *witness* (`ITransactionWitness`): it gives the token
+a mark, says at the end of the first phase whether it will know, and is asked by the next sweep.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ _sequence = itertools.count()
 class TwoPhaseStore(Protocol):
     """What spool and account store have in common."""
 
-    def prepare(self, items: Sequence[Any], /) -> None: ...
+    def prepare(self, items: Sequence[Any], /, *, witnessed: bool) -> None: ...
     def publish(self, items: Sequence[Any], /) -> None: ...
     def discard(self, items: Sequence[Any], /) -> None: ...
 
@@ -43,8 +46,9 @@ class TwoPhaseStore(Protocol):
 class Batch:
     """What one transaction changes in one store.  Items are hashable."""
 
-    def __init__(self, store: TwoPhaseStore) -> None:
+    def __init__(self, store: TwoPhaseStore, witness: Any = None) -> None:
         self._store = store
+        self._witness = witness
         self._begun = 0
         self._ready: dict[Any, None] = {}  # what `prepare` got, or gets, in this order
         self.prepared = False
@@ -54,12 +58,20 @@ class Batch:
     def begin(self) -> None:
         self._begun += 1
 
-    def commit(self, item: Any) -> None:
+    def commit(self, item: Any, transaction: Any) -> None:
         """Prepare everything when the last change has come: one batch of fsyncs."""
         self._ready[item] = None
         if len(self._ready) == self._begun:
-            self._store.prepare(list(self._ready))
+            witnessed = self._witness is not None and self._is_expected(transaction)
+            self._store.prepare(list(self._ready), witnessed=witnessed)
             self.prepared = True
+
+    def _is_expected(self, transaction: Any) -> bool:
+        try:
+            return bool(self._witness.expects(transaction))
+        except Exception:
+            log.exception("the witness fails: a crash of this transaction would leave it in doubt")
+            return False
 
     def finish(self) -> None:
         """Publish everything with the first change that finishes."""
@@ -111,7 +123,7 @@ class Change:
         self._batch.begin()
 
     def commit(self, transaction: Any) -> None:
-        self._batch.commit(self._item)
+        self._batch.commit(self._item, transaction)
 
     def tpc_vote(self, transaction: Any) -> None:
         if not self._batch.prepared:
@@ -141,15 +153,17 @@ def join(
     *,
     rank: int,
     on_abort: Callable[[], None] = lambda: None,
+    witness: Any = None,
 ) -> Any:
     """Stage a change and let it follow the current transaction of a manager; return it.
 
     `stage`: called with the token of the transaction, returns the staged item.
-    `rank`: lower ones are published first.  Raises what `stage` raises, and
-    `transaction.interfaces.NoTransaction` in explicit mode; nothing is left then.
+    `rank`: lower ones are published first.  `witness`: ITransactionWitness.  Raises what
+    `stage` raises, and `transaction.interfaces.NoTransaction` in explicit mode; nothing is left
+    then.
     """
     transaction = manager.get()
-    batch, token = _batch(transaction, store)
+    batch, token = _batch(transaction, store, witness)
     item = stage(token)
     try:
         transaction.setExtendedInfo(TOKEN_NAME, token)
@@ -160,11 +174,21 @@ def join(
     return item
 
 
-def _batch(transaction: Any, store: TwoPhaseStore) -> tuple[Batch, str]:
-    token: str = transaction.extension.get(TOKEN_NAME) or secrets.token_hex(16)
+def _batch(transaction: Any, store: TwoPhaseStore, witness: Any) -> tuple[Batch, str]:
+    token: str = transaction.extension.get(TOKEN_NAME) or _new_token(transaction, witness)
     try:
         batch: Batch = transaction.data(store)
     except KeyError:
-        batch = Batch(store)
+        batch = Batch(store, witness)
         transaction.set_data(store, batch)
     return batch, token
+
+
+def _new_token(transaction: Any, witness: Any) -> str:
+    token = secrets.token_hex(16)
+    try:
+        mark = witness.mark(transaction) if witness is not None else ""
+    except Exception:
+        log.exception("the witness fails: a crash of this transaction would leave it in doubt")
+        mark = ""
+    return f"{token}.{mark}" if mark else token

@@ -51,7 +51,9 @@ class MailboxDelivery:
         announcer: Announcer | None = None,
         size_limit: int = DEFAULT_SIZE_LIMIT,
         clock: Callable[[], float] = time.time,
+        witness: Any = None,
     ) -> None:
+        self._witness = witness
         self._spool = spool
         self._accounts = accounts
         self._manager = manager
@@ -169,7 +171,9 @@ class MailboxDelivery:
         def on_abort() -> None:
             members.pop(id(item), None)
 
-        item = join(self._manager, store, stage, rank=rank, on_abort=on_abort)
+        item = join(
+            self._manager, store, stage, rank=rank, on_abort=on_abort, witness=self._witness
+        )
         members[id(item)] = item
 
     def _route(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 
@@ -13,6 +14,30 @@ def make_private(path: str) -> None:
     """
     if _make(os.path.abspath(path), 0o700):
         os.chmod(path, 0o700)
+
+
+def refuse_link(path: str) -> None:
+    """Raises OSError (ELOOP) when a path is a symbolic link: nothing of an outbox is one."""
+    if os.path.islink(path):
+        raise OSError(errno.ELOOP, "is a symbolic link, and no part of an outbox may be one", path)
+
+
+def open_inside(directory: str, name: str, flags: int = os.O_RDONLY) -> int:
+    """Open a file of a directory; neither of them may be a symbolic link.  Never blocks.
+
+    Raises OSError: ELOOP where one is.
+    """
+    beneath = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(directory, beneath)
+    except NotADirectoryError:
+        refuse_link(directory)
+        raise
+    try:
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(name, flags, dir_fd=fd)
+    finally:
+        os.close(fd)
 
 
 def write_new(

@@ -48,6 +48,7 @@ __all__ = [
     "IQueueProcessor",
     "IQueuedMailDelivery",
     "ISpool",
+    "ITransactionWitness",
     "IWatch",
     "LaneNote",
     "Outcome",
@@ -55,6 +56,7 @@ __all__ = [
     "Settlement",
     "State",
     "SweepReport",
+    "Verdict",
 ]
 
 
@@ -173,6 +175,42 @@ class SweepReport:
     held: tuple[str, ...] = ()  # prepared by a dead process: in doubt
 
 
+class Verdict(StrEnum):
+    """What a witness says of a transaction that nobody saw end."""
+
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+    UNKNOWN = "unknown"
+
+
+class ITransactionWitness(Interface):
+    """Knows, from a database that took part, whether a transaction has committed.
+
+    Asked about what a crash between vote and finish left in doubt.  It never guesses: where a
+    transaction may have committed without leaving a trace in this database, absence of the
+    trace says nothing.
+    """
+
+    def mark(transaction) -> str:
+        """Return where a look for this transaction has to begin, to be part of its token.
+
+        Letters and digits, or "".  Called when the first change joins, long before the commit.
+        """
+
+    def expects(transaction) -> bool:
+        """Tell whether this transaction leaves a trace here if, and only if, it commits.
+
+        Called at the end of the first phase, when the database has been told what to write.
+        """
+
+    def ask(tokens: Sequence[str]) -> Mapping[str, Verdict]:
+        """Return what became of transactions whose trace was expected, by token.
+
+        Their processes are dead.  May take its time; raises anything when the database
+        cannot be asked now: it is asked again later.
+        """
+
+
 class ISpool(Interface):
     """The durable store of mails.  Thread-safe.  Raises `SpoolError` and its children."""
 
@@ -184,12 +222,13 @@ class ISpool(Interface):
         The entry is due when the envelope says, and has its priority.
         """
 
-    def prepare(entries: Sequence[Entry]) -> None:
+    def prepare(entries: Sequence[Entry], *, witnessed: bool = False) -> None:
         """Make staged mails durable: whatever crashes now, they are published or in doubt.
 
-        All the fsyncs of one transaction happen here.  When it raises, every one of
-        them can still be discarded.  Raises `KeyTaken`: another mail has the same
-        `Envelope.key`, or takes it right now.
+        `witnessed`: a witness will know whether their transaction has committed.  All the
+        fsyncs of one transaction happen here.  When it raises, every one of them can still be
+        discarded.  Raises `KeyTaken`: another mail has the same `Envelope.key`, or takes it
+        right now.
         """
 
     def publish(entries: Sequence[Entry]) -> None:
@@ -273,6 +312,15 @@ class ISpool(Interface):
     def left_overs() -> Sequence[str]:
         """Return the names of what dead processes left, for the doctor: `sweep` is due."""
 
+    def doubts() -> Sequence[tuple[Entry, str]]:
+        """Return the mails that `sweep` held and a witness can tell of, with their tokens."""
+
+    def resolve(entry: Entry, verdict: Verdict) -> Record | None:
+        """Queue, remove or keep held one of the `doubts`; return what it was.
+
+        None: somebody else has decided already.
+        """
+
     def sync() -> None:
         """Make what leases removed safe against a power loss; cheap when nothing was.
 
@@ -354,11 +402,14 @@ class IAccountStore(Interface):
     def mailboxes() -> Iterator[str]:
         """Yield the mailboxes that have an account, in no order."""
 
-    def stage(mailbox: str, account: Account | None) -> str:
-        """Write a change (None: delete) that nobody sees yet; return its token."""
+    def stage(mailbox: str, account: Account | None, transaction: str = "") -> str:
+        """Write a change (None: delete) that nobody sees yet; return its token.
 
-    def prepare(tokens: Sequence[str]) -> None:
-        """Make staged changes durable."""
+        `transaction`: the token of that, for a witness.
+        """
+
+    def prepare(tokens: Sequence[str], *, witnessed: bool = False) -> None:
+        """Make staged changes durable.  `witnessed`: see `ISpool.prepare`."""
 
     def publish(tokens: Sequence[str]) -> None:
         """Make prepared changes visible, in this order.  Never raises: it logs."""
@@ -370,7 +421,19 @@ class IAccountStore(Interface):
         """Open every account with the key; yield what is wrong, for the doctor."""
 
     def sweep() -> tuple[str, ...]:
-        """Remove changes staged by dead processes; return their mailboxes."""
+        """Remove changes staged by dead processes; return their mailboxes.
+
+        Those that a witness can tell of are left for `resolve`.
+        """
+
+    def doubts() -> Sequence[tuple[str, str]]:
+        """Return (token of a change, token of its transaction) of those; the oldest first."""
+
+    def resolve(change: str, verdict: Verdict) -> str:
+        """Publish or remove one of them; return its mailbox, "" when it is gone.
+
+        A change that a later one has overtaken is removed, whatever became of it.
+        """
 
     def left_overs() -> Sequence[str]:
         """Return the names of changes staged by dead processes, for the doctor."""
@@ -586,6 +649,7 @@ class IOutbox(Interface):
     journal = Attribute("IJournal")
     keys = Attribute("`key.KeySource` of the vault")
     presence = Attribute("`spool.presence.Presence` of this process")
+    witness = Attribute("ITransactionWitness, or None: what is in doubt is held")
 
     def processor(*, unclear: str | None = None) -> IQueueProcessor:
         """Return a processor, not started yet.  Raises `OutboxClosed`."""

@@ -42,6 +42,8 @@ class Outbox:
     credential ``cpsmail.key``, or the file ``PATH.key`` (made on first use).
     `schedule`, `helo_name`, `max_sessions`, `connections_per_relay`: see `processor`.
     `unclear`: ``retry`` or ``hold``, see `retry.Schedule`; None: what the schedule says.
+    `witness`: an `ITransactionWitness`, of `witness.zodb` or `witness.sql`; without one, mails
+    that a crash leaves in doubt are held.
 
     Raises `InvalidSettings`, `SpoolError`.
     """
@@ -58,6 +60,7 @@ class Outbox:
         max_sessions: int = MAX_SESSIONS,
         connections_per_relay: int = CONNECTIONS_PER_RELAY,
         unclear: str | None = None,
+        witness: Any = None,
     ) -> None:
         if isinstance(path, str) and "://" in path:
             raise InvalidSettings(f"outbox {path!r}: this release knows directories only")
@@ -71,13 +74,18 @@ class Outbox:
         self._processors: list[QueueProcessorThread] = []
         self._closed = False
         self.presence = Presence(directory / "presence")
-        self.spool = Maildir(directory, self.presence)
+        try:
+            self.spool = Maildir(directory, self.presence)
+        except BaseException:
+            self.presence.close()
+            raise
         self.keys = KeySource(key, file=directory.with_name(directory.name + ".key"))
         self.vault = Vault(directory / "accounts", self.keys, self.presence)
         self.journal = Journal(directory / "journal.sqlite")
         self._announcer = Announcer()
         manager = transaction.manager if transaction_manager is None else transaction_manager
-        self.accounts = Accounts(self.vault, manager)
+        self.witness = witness
+        self.accounts = Accounts(self.vault, manager, witness)
         self.delivery = MailboxDelivery(
             self.spool,
             self.accounts,
@@ -85,6 +93,7 @@ class Outbox:
             journal=self.journal,
             announcer=self._announcer,
             size_limit=size_limit,
+            witness=witness,
         )
         self.queue = Queue(
             self.spool, self.journal, notices=self._notices, announcer=self._announcer
@@ -123,6 +132,7 @@ class Outbox:
             connections_per_relay=self._connections_per_relay,
             share=share,
             announcer=self._announcer,
+            witness=self.witness,
         )
         self._processors.append(processor)
         return processor

@@ -91,10 +91,11 @@ class OutgoingMails:
         self._announcer = announcer
         self._clock = clock
 
-    def prepare(self, mails: Sequence[Outgoing]) -> None:
+    def prepare(self, mails: Sequence[Outgoing], *, witnessed: bool = False) -> None:
         """Make durable what has not been dropped."""
         self._spool.discard([mail.entry for mail in mails if mail.dropped])
-        self._spool.prepare([mail.entry for mail in mails if not mail.dropped])
+        kept = [mail.entry for mail in mails if not mail.dropped]
+        self._spool.prepare(kept, witnessed=witnessed)
 
     def publish(self, mails: Sequence[Outgoing]) -> None:
         """Make it visible, and tell of it."""
@@ -117,8 +118,11 @@ class Removals:
         self._journal = journal
         self._clock = clock
 
-    def prepare(self, removals: Sequence[Removal]) -> None:
-        """Take the leases, and hold the mails.  Raises `NoSuchEntry`, `EntryBusy`."""
+    def prepare(self, removals: Sequence[Removal], *, witnessed: bool = False) -> None:
+        """Take the leases, and hold the mails.  Raises `NoSuchEntry`, `EntryBusy`.
+
+        In doubt, they stay held: no witness is asked.
+        """
         for removal in removals:
             if removal.own is None:
                 removal.lease = take(self._spool, removal.entry)

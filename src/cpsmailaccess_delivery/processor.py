@@ -22,6 +22,7 @@ from .limits import ALONE, Share
 from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
 from .scheduler import Scheduler, Summary
+from .spool import forks
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class QueueProcessorThread(threading.Thread):
     of this host by default.  `max_sessions`: connections at most, over all accounts;
     `connections_per_relay`: and of them to one relay (host and port).
     `share`: of several workers, the lanes that are this one's, and its part of the limits.
+    `witness`: an `ITransactionWitness`, asked about what dead processes left in doubt.
     `clock`: seconds since the epoch.  `announcer`: tells what happens through zope.event.
     """
 
@@ -67,6 +69,7 @@ class QueueProcessorThread(threading.Thread):
         max_sessions: int = MAX_SESSIONS,
         connections_per_relay: int = CONNECTIONS_PER_RELAY,
         share: Share = ALONE,
+        witness: Any = None,
         clock: Callable[[], float] = time.time,
         announcer: Announcer | None = None,
     ) -> None:
@@ -79,12 +82,14 @@ class QueueProcessorThread(threading.Thread):
         self._max_sessions = max_sessions
         self._connections_per_relay = connections_per_relay
         self._share = share
+        self._witness = witness
         self._clock = clock
         self._announcer = announcer or Announcer()
         self._stopped = threading.Event()
         self._ended = threading.Event()  # no `run` is under way
         self._ended.set()
         self._runner = 0  # the thread of the last `run`
+        self._generation = forks.generation()
         self._lock = threading.Lock()
         self._scheduler: Scheduler | None = None  # guarded by the lock
         self.summary = Summary()
@@ -97,6 +102,7 @@ class QueueProcessorThread(threading.Thread):
         """
         atexit.register(self.stop)  # else what the relay takes meanwhile would be sent again
         self._runner = threading.get_ident()
+        self._generation = forks.generation()
         self._ended.clear()
         if not forever:
             self._stopped.clear()  # it may drain again and again
@@ -121,7 +127,10 @@ class QueueProcessorThread(threading.Thread):
         `timeout`: seconds after which connections are dropped; a mail whose end of data
         was sent by then and not answered is unclear.  Returns whether it has ended, be it
         the thread or a `run` in another one.  Callable from any thread, and more than once.
+        In a forked child there is nothing to stop: the parent's goes on.
         """
+        if self._generation != forks.generation():
+            return True
         self._stopped.set()
         with self._lock:
             if self._scheduler is not None:
@@ -143,6 +152,8 @@ class QueueProcessorThread(threading.Thread):
 
     def abort(self) -> None:
         """Drop the connections now, see `stop`; also of a `run` in another thread."""
+        if self._generation != forks.generation():
+            return
         with self._lock:
             if self._scheduler is not None:
                 self._scheduler.loop.call_soon_threadsafe(self._scheduler.abort)
@@ -168,6 +179,7 @@ class QueueProcessorThread(threading.Thread):
             clock=self._clock,
             announcer=self._announcer,
             share=self._share,
+            witness=self._witness,
         )
         self.summary = scheduler.summary
         with self._lock:

@@ -107,6 +107,7 @@ class Scheduler:
         draining: bool,
         announcer: Any,
         share: Share = ALONE,
+        witness: Any = None,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -145,8 +146,10 @@ class Scheduler:
         self._sync_timer: asyncio.TimerHandle | None = None
         self._syncing: asyncio.Future[None] | None = None
         self._sync_thread = ThreadPoolExecutor(1, "cpsmail sync")
-        self._upkeep = Upkeep(spool, accounts, journal, clock)
+        self._upkeep = Upkeep(spool, accounts, journal, clock, witness)
+        self._sweep_thread = ThreadPoolExecutor(1, "cpsmail sweep")  # a witness may take long
         self._sweep_timer: asyncio.TimerHandle | None = None
+        self._sweeping = False
         self.notices = Notices(
             spool,
             accounts,
@@ -168,12 +171,9 @@ class Scheduler:
 
     def start(self) -> None:
         self._beat()
-        self._upkeep.sweep()
-        if self.draining:
-            self._sync_thread.submit(self._upkeep.remove_refused)
-        self._sweep_timer = self.loop.call_later(_SWEEP_EVERY, self._sweep)
         self._watch(self.spool.watch(), self._spool_changed)
         self._watch(self.accounts.watch(), self._accounts_changed)
+        self._sweep()  # beside the loop: what it finds is told by the watch
         self._rescan()
 
     def stop(self) -> None:
@@ -207,6 +207,7 @@ class Scheduler:
         self._retry_unsettled()
         self.notices.flush()
         self._sync_thread.shutdown()
+        self._sweep_thread.shutdown()
         try:
             self.spool.sync()
         except SpoolError as error:
@@ -229,6 +230,8 @@ class Scheduler:
             return
         if self._sessions or self._scan is not None or self._unsettled_matter():
             return
+        if self._serving:
+            return  # lanes are about to work; it asks again
         if not all(lane.quiet for lane in self._lanes.values()):
             return
         if not self._stopping and self._read_spool():
@@ -238,7 +241,9 @@ class Scheduler:
         self.finished.set_result(None)
 
     def _unsettled_matter(self) -> bool:
-        return self.notices.busy or (bool(self._unsettled) and not self._stopping)
+        if self.notices.busy:
+            return True
+        return (bool(self._unsettled) or self._sweeping) and not self._stopping
 
     def _count_waiting(self) -> None:
         waiting: set[str] = set()
@@ -536,12 +541,17 @@ class Scheduler:
             self._sync_timer = self.loop.call_later(_SYNC_SOON, self._sync)
 
     def _sweep(self) -> None:
-        swept = self.loop.run_in_executor(self._sync_thread, self._upkeep.run)
+        self._sweeping = True
+        swept = self.loop.run_in_executor(self._sweep_thread, self._upkeep.run)
         swept.add_done_callback(self._swept)
 
     def _swept(self, done: asyncio.Future[None]) -> None:
+        self._sweeping = False
+        if not done.cancelled() and (error := done.exception()):
+            log.error("cannot sweep; trying again later", exc_info=error)
         if self._watches:  # else closed meanwhile
             self._sweep_timer = self.loop.call_later(_SWEEP_EVERY, self._sweep)
+            self.check_quiet()
 
     def _retry_unsettled(self) -> None:
         unsettled, self._unsettled = self._unsettled, []

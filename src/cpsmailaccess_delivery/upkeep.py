@@ -16,6 +16,7 @@ from typing import Any, Final
 from .errors import OutboxError
 from .interfaces import Entry, Outcome, Settlement, State
 from .queue import REMOVED, events_of
+from .verdicts import resolve
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +29,24 @@ _STEP: Final = 1000
 
 
 class Upkeep:
-    """The upkeep of one outbox; not in the thread of the loop, but for `sweep` at the start.
+    """The upkeep of one outbox; not in the thread of the loop.
 
+    `witness`: an `ITransactionWitness`, or None: see `verdicts`.
     `clock`: seconds since the epoch.
     """
 
-    def __init__(self, spool: Any, accounts: Any, journal: Any, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        spool: Any,
+        accounts: Any,
+        journal: Any,
+        clock: Callable[[], float],
+        witness: Any = None,
+    ) -> None:
         self._spool = spool
         self._accounts = accounts
         self._journal = journal
+        self._witness = witness
         self._clock = clock
         self._look_at = -math.inf  # by the monotonic clock
 
@@ -52,8 +62,8 @@ class Upkeep:
         try:
             report = self._spool.sweep()
             changed = self._accounts.sweep()
-        except (OutboxError, OSError):
-            log.exception("cannot sweep %s", self._spool.location)
+        except (OutboxError, OSError) as error:
+            log.error("cannot sweep %s: %s", self._spool.location, error)
             return
         if report.removed or report.held:
             log.warning(
@@ -63,6 +73,7 @@ class Upkeep:
             )
         for mailbox in changed:
             log.warning("account %s: its change was not committed: put it again", mailbox)
+        resolve(self._spool, self._accounts, self._journal, self._witness, self._clock, report.held)
 
     def remove_refused(self) -> bool:
         """Remove mails that were refused `KEPT` ago; return whether there are more.

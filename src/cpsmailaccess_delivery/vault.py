@@ -3,11 +3,12 @@
 ::
 
     accounts/<digest of mailbox>.account
-    accounts/<digest of mailbox>-<random>-<token of the process>.staged
-        the same before it is published, or a deletion
+    accounts/<digest of mailbox>-<random>-<token of the transaction>-<of the process>.staged
+        the same before it is published, or a deletion; mode 1600: a witness will know
 
     stage --> prepare (fsync) --> publish (rename, fsync of the directory)
-      +-- discard --+               +-- died before: `Vault.sweep` removes and reports
+      +-- discard --+               +-- died before: `sweep` removes and reports, or leaves it
+                                        to a witness, and `resolve` publishes or removes
 
 Routes need no secret: `Vault.peek` needs no key, and no cryptography.
 Not here: who may change an account, transactions, and what ``password_from`` names.
@@ -20,6 +21,7 @@ import hashlib
 import logging
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
@@ -29,8 +31,8 @@ from zope.interface import implementer
 from .account import Account
 from .envelope import digest
 from .errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
-from .files import make_private, sync_path, write_new
-from .interfaces import IAccountStore
+from .files import make_private, open_inside, refuse_link, sync_path, write_new
+from .interfaces import IAccountStore, Verdict
 from .key import Key, KeySource
 from .seal import MAX_SIZE, Stored, deletion, is_deletion, parse, seal, staged_mailbox, unseal
 from .watch import NotifyWatch, PollingWatch, watch_folders
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _PUBLISHED: Final = ".account"
 _STAGED: Final = ".staged"
+_WITNESSED: Final = 0o1600
 
 
 class Presence(Protocol):
@@ -111,12 +114,13 @@ class Vault:
             except VaultError as error:
                 yield error
 
-    def stage(self, mailbox: str, account: Account | None) -> str:
+    def stage(self, mailbox: str, account: Account | None, transaction: str = "") -> str:
         """See `IAccountStore`.  Raises `VaultError`, `WrongKey`."""
         if account is not None and account.mailbox != mailbox:
             raise ValueError(f"the account of {account.mailbox} cannot be put as {mailbox}")
         data = seal(account, self._key()) if account else deletion(mailbox)
-        token = f"{digest(mailbox)}-{secrets.token_hex(4)}-{self._presence.token}{_STAGED}"
+        names = (digest(mailbox), secrets.token_hex(4), transaction, self._presence.token)
+        token = "-".join(names) + _STAGED
         path = self._path(token)
         if len(data) > MAX_SIZE:
             raise VaultError(f"account {mailbox}: has {len(data)} bytes of settings: shorten them")
@@ -128,10 +132,12 @@ class Vault:
         self._staged[token] = os.getpid()
         return token
 
-    def prepare(self, tokens: Sequence[str]) -> None:
+    def prepare(self, tokens: Sequence[str], *, witnessed: bool = False) -> None:
         """See `IAccountStore`.  Raises `VaultError`."""
         try:
             for token in tokens:
+                if witnessed:
+                    os.chmod(self._path(token), _WITNESSED)
                 sync_path(self._path(token))
             if tokens:
                 sync_path(self.location)
@@ -142,16 +148,11 @@ class Vault:
         """See `IAccountStore`."""
         for token in tokens:
             path = self._path(token)
-            target = self._path(token.partition("-")[0] + _PUBLISHED)
             if self._staged.pop(token, 0) != os.getpid():
                 log.critical("%s was staged by another process: a fork?  Not published", path)
                 continue
             try:
-                if is_deletion(_read_file(path)):
-                    Path(target).unlink(missing_ok=True)
-                    os.unlink(path)
-                else:
-                    os.replace(path, target)
+                self._put_in_place(token)
             except OSError as error:
                 log.error(
                     "the account change %s was committed but is not in use: %s: put it again",
@@ -175,7 +176,7 @@ class Vault:
                 log.error("cannot remove %s: %s", self._path(token), error.strerror)
 
     def sweep(self) -> tuple[str, ...]:
-        """Remove what dead processes staged; return the mailboxes concerned, for a report.
+        """See `IAccountStore`.
 
         Whether such a change was committed nobody knows: it is to be put again.
         """
@@ -183,6 +184,8 @@ class Vault:
         for name in self.left_overs():
             path = self._path(name)
             try:
+                if self._is_witnessed(path):
+                    continue
                 mailbox = staged_mailbox(_read_file(path))
                 os.unlink(path)
             except FileNotFoundError:
@@ -198,8 +201,37 @@ class Vault:
         return [
             name
             for name in self._names(_STAGED)
-            if not self._presence.is_alive(name.removesuffix(_STAGED).split("-", 2)[-1])
+            if not self._presence.is_alive(name.removesuffix(_STAGED).split("-", 3)[-1])
         ]
+
+    def doubts(self) -> list[tuple[str, str]]:
+        """See `IAccountStore`."""
+        found = []
+        for name in self.left_overs():
+            try:
+                status = os.lstat(self._path(name))
+            except OSError:
+                continue  # resolved meanwhile
+            if stat.S_IMODE(status.st_mode) == _WITNESSED:
+                transaction = name.removesuffix(_STAGED).split("-")[2]
+                found.append((status.st_mtime_ns, name, transaction))
+        return [(name, transaction) for _, name, transaction in sorted(found)]
+
+    def resolve(self, change: str, verdict: Verdict) -> str:
+        """See `IAccountStore`.  Raises `VaultError`."""
+        path = self._path(change)
+        try:
+            mailbox = staged_mailbox(_read_file(path))
+            if verdict is Verdict.COMMITTED and not self._overtaken(change):
+                self._put_in_place(change)
+                sync_path(self.location)
+            else:
+                os.unlink(path)
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise self._cannot(f"resolve {change}", error) from error
+        return mailbox or f"(unreadable: {change})"
 
     def watch(self) -> NotifyWatch | PollingWatch:
         """See `IAccountStore`."""
@@ -209,8 +241,31 @@ class Vault:
         except OSError as error:
             raise self._cannot("watch the accounts", error) from error
 
+    def _put_in_place(self, token: str) -> None:
+        path, target = self._path(token), self._path(token.partition("-")[0] + _PUBLISHED)
+        if is_deletion(_read_file(path)):
+            Path(target).unlink(missing_ok=True)
+            os.unlink(path)
+            return
+        os.replace(path, target)
+        if self._is_witnessed(target):
+            os.chmod(target, 0o600)  # only now: as long as it is staged, the mode is a promise
+
+    def _overtaken(self, token: str) -> bool:
+        """Tell whether the account was put again after this change was staged."""
+        target = self._path(token.partition("-")[0] + _PUBLISHED)
+        try:
+            return os.lstat(target).st_mtime_ns > os.lstat(self._path(token)).st_mtime_ns
+        except FileNotFoundError:
+            return False
+
+    @staticmethod
+    def _is_witnessed(path: str) -> bool:
+        return stat.S_IMODE(os.lstat(path).st_mode) == _WITNESSED
+
     def _make(self) -> None:
         make_private(os.path.dirname(self.location))  # the outbox, or what is one later
+        refuse_link(self.location)
         make_private(self.location)
 
     def _path(self, name: str) -> str:
@@ -218,6 +273,7 @@ class Vault:
 
     def _names(self, suffix: str) -> list[str]:
         try:
+            refuse_link(self.location)
             return [name for name in os.listdir(self.location) if name.endswith(suffix)]
         except FileNotFoundError:
             return []
@@ -245,6 +301,8 @@ class Vault:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if error.filename == self.location:  # the directory itself
+                raise self._cannot(f"read {mailbox or name}", error) from error
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EAGAIN):
                 raise self._broken(name, mailbox, "is no regular file") from None
             raise self._cannot(f"read {mailbox or name}", error) from error
@@ -293,7 +351,7 @@ class Vault:
 
 
 def _read_file(path: str) -> bytes:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    handle = open_inside(*os.path.split(path))
     try:
         return os.read(handle, MAX_SIZE + 1)
     finally:

@@ -1,7 +1,8 @@
 """The ZCML directives: ``mail:mailboxDelivery``, ``mail:smtpAccount``, ``mail:queueProcessor``.
 
 They stand beside zope.sendmail's own in the ``mail`` namespace.  All directives with the
-same ``queuePath`` share one `Outbox`, the utility `IOutbox` of that name.  Reading the
+same ``queuePath`` share one `Outbox`, the utility `IOutbox` of that name.  Its witness is the
+utility `ITransactionWitness` of the same name, or else the unnamed one.  Reading the
 configuration starts no thread.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transaction
@@ -18,7 +20,7 @@ from zope.component import getGlobalSiteManager
 from zope.component.security import proxify
 from zope.configuration.exceptions import ConfigurationError
 from zope.configuration.fields import Path
-from zope.interface import Interface
+from zope.interface import Interface, implementer
 from zope.schema import Bool, Choice, Float, Int, TextLine
 from zope.security.checker import (
     CheckerPublic,
@@ -34,7 +36,14 @@ from .account import Account
 from .accounts import Accounts
 from .delivery import BoundDelivery
 from .errors import OutboxError
-from .interfaces import IMailboxDelivery, IMailDelivery, IOutbox, IQueueProcessor
+from .interfaces import (
+    IMailboxDelivery,
+    IMailDelivery,
+    IOutbox,
+    IQueueProcessor,
+    ITransactionWitness,
+    Verdict,
+)
 from .outbox import Outbox
 from .retry import UNCLEAR_POLICIES
 
@@ -157,7 +166,7 @@ def smtp_account(
     def keep() -> None:
         outbox = outbox_for(queuePath)
         manager = transaction.TransactionManager()
-        accounts = Accounts(outbox.vault, manager)
+        accounts = Accounts(outbox.vault, manager)  # no database takes part: no witness
         if outbox.vault.peek(account.mailbox) != account:
             with manager:
                 accounts.put(account)
@@ -206,9 +215,40 @@ def outbox_for(queue_path: str) -> Outbox:
     path = os.path.realpath(queue_path)
     outbox: Outbox | None = manager.queryUtility(IOutbox, path)
     if outbox is None:
-        outbox = Outbox(path)
+        outbox = Outbox(path, witness=RegisteredWitness(path))
         manager.registerUtility(outbox, IOutbox, path)
     return outbox
+
+
+@implementer(ITransactionWitness)
+class RegisteredWitness:
+    """See `ITransactionWitness`: looked up when it is needed, for it may come later."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def mark(self, transaction: Any) -> str:
+        """See `ITransactionWitness`."""
+        witness = self._find()
+        return "" if witness is None else str(witness.mark(transaction))
+
+    def expects(self, transaction: Any) -> bool:
+        """See `ITransactionWitness`."""
+        witness = self._find()
+        return witness is not None and bool(witness.expects(transaction))
+
+    def ask(self, tokens: Sequence[str]) -> Mapping[str, Verdict]:
+        """See `ITransactionWitness`.  Raises LookupError."""
+        witness = self._find()
+        if witness is None:
+            raise LookupError("no utility ITransactionWitness is registered")
+        verdicts: Mapping[str, Verdict] = witness.ask(tokens)
+        return verdicts
+
+    def _find(self) -> Any:
+        manager = getGlobalSiteManager()
+        named = manager.queryUtility(ITransactionWitness, self._name)
+        return manager.queryUtility(ITransactionWitness) if named is None else named
 
 
 _ACCOUNT_FIELDS = {

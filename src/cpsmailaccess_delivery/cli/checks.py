@@ -23,6 +23,7 @@ from ..errors import OutboxError, SecretUnavailable
 from ..interfaces import State
 from ..password import resolve_secret
 from ..spool.names import parse
+from ..verdicts import DECIDED
 from .output import age
 
 if TYPE_CHECKING:
@@ -236,6 +237,27 @@ def _check_leftovers(outbox: Outbox) -> _Findings:
         yield Level.OK, "dead processes left nothing", ""
 
 
+def _check_doubts(outbox: Outbox) -> _Findings:
+    mails, changes = len(outbox.spool.doubts()), len(outbox.vault.doubts())
+    if mails or changes:
+        yield (
+            Level.WARN,
+            f"{mails} mails and {changes} changes of accounts are in doubt, and a witness can tell",
+            "a processor that has the witness (the application's, with its database) asks it",
+        )
+    counts = outbox.journal.counts(0.0)
+    committed, aborted, doubtful = (counts.get(kind, 0) for kind in DECIDED.values())
+    if committed or aborted or doubtful:
+        yield (
+            Level.OK,
+            f"of mails in doubt after crashes, {committed} were committed and delivered,"
+            f" {aborted} were not and removed, {doubtful} held because nobody knew",
+            "",
+        )
+    elif not mails and not changes:
+        yield Level.OK, "no crash has left a doubt", ""
+
+
 def _left_by_zope_sendmail(root: Path) -> _Findings:
     hidden = [name for folder in ("new", "cur") for name in _names(root / folder)]
     for prefix, advice in (
@@ -326,6 +348,7 @@ _CHECKS: Final[dict[str, Callable[[Outbox], _Findings]]] = {
     "queue": _check_oldest,
     "lanes": _check_lanes,
     "leftovers": _check_leftovers,
+    "doubts": _check_doubts,
     "processes": _check_processes,
     "journal": _check_journal,
 }

@@ -38,6 +38,7 @@ _KEPT: Final = 30 * 86400.0  # seconds: as long as the journal's events
 _PRUNE_EVERY: Final = 86400.0
 _PRUNED: Final = ".pruned"
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_WRITE: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class Keys:
@@ -139,7 +140,7 @@ class Keys:
         """Forget old keys; about once a day.  Never raises."""
         keys = self._layout["keys"]
         try:
-            fd = os.open(_PRUNED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=keys)
+            fd = os.open(_PRUNED, _WRITE, 0o600, dir_fd=keys)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 now, status = time.time(), os.fstat(fd)

@@ -23,7 +23,7 @@ _FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Layout:
     """tmp/, new/, cur/, outcomes/ and keys/ of one path, made when missing, 0700.
 
-    `beside`: names that may be in the directory before it is a Maildir.
+    `beside`: names that may be in the directory before it is a Maildir.  Links are refused.
     """
 
     def __init__(self, path: str, *, beside: Collection[str]) -> None:
@@ -32,7 +32,10 @@ class Layout:
         try:
             self._refuse_others(beside)
             make_private(path)
+            for name in beside:
+                self._refuse_link(name)
             for name in (*_MAILDIR, *_OURS):
+                self._refuse_link(name)  # before a directory is made where it points to
                 make_private(os.path.join(path, name))
                 self._fds[name] = self._open(name)
         except OSError as error:
@@ -95,6 +98,12 @@ class Layout:
             if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                 raise
             raise SpoolError(
-                f"{self.path}/{name}: is a symbolic link or a file; a spool has a directory"
-                " there: move what it points to into its place"
+                f"{self.path}/{name}: is a symbolic link or a file; a spool has a directory there"
             ) from None
+
+    def _refuse_link(self, name: str) -> None:
+        if os.path.islink(os.path.join(self.path, name)):
+            raise SpoolError(
+                f"{self.path}/{name}: is a symbolic link; an outbox has none: move what it points"
+                " to into its place"
+            )

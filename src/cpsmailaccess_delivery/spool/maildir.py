@@ -11,7 +11,7 @@ against a power loss, outcomes of a mail that stays are safe at once too, and re
 with the next `sync`.
 
 This file is the contract; `staging` has tmp/, `listing` and `mails` have new/ and cur/,
-`names` what the names say.
+`doubts` what is between them after a crash, `names` what the names say.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from zope.interface import implementer
 
 from ..envelope import Envelope, digest
 from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
-from ..interfaces import Entry, ISpool, LaneNote, Record, SweepReport
+from ..interfaces import Entry, ISpool, LaneNote, Record, SweepReport, Verdict
 from ..watch import NotifyWatch, PollingWatch, watch_folders
 from . import names
+from .doubts import Doubts
 from .keys import Keys
 from .layout import Layout
 from .lease import Lease, is_locked, unlock
@@ -69,6 +70,7 @@ class Maildir:
         self._staging = Staging(self._layout, presence, self._keys, clock)
         sides = SideFiles(self._layout, scrap=self._staging.scrap)
         self._mails = Mails(self._layout, sides, self._keys)
+        self._doubts = Doubts(self._layout, self._mails, sides)
         self._listing = Listing(self._layout, clock)
         self._notes = LaneNotes(Path(self.location) / "lanes")
         self._polling: list[PollingWatch] = []
@@ -82,9 +84,9 @@ class Maildir:
         """See `ISpool`."""
         return self._staging.stage(envelope, message)
 
-    def prepare(self, entries: Sequence[Entry]) -> None:
+    def prepare(self, entries: Sequence[Entry], *, witnessed: bool = False) -> None:
         """See `ISpool`."""
-        self._staging.prepare(entries)
+        self._staging.prepare(entries, witnessed=witnessed)
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
@@ -224,7 +226,7 @@ class Maildir:
 
     def sweep(self) -> SweepReport:
         """See `ISpool`."""
-        report = self._staging.sweep(self._mails.hold_staged)
+        report = self._staging.sweep(self._doubts.hold)
         self._mails.remove_orphans()
         self._keys.prune()
         return report
@@ -232,6 +234,20 @@ class Maildir:
     def left_overs(self) -> Sequence[str]:
         """See `ISpool`."""
         return self._staging.left_overs()
+
+    def doubts(self) -> Sequence[tuple[Entry, str]]:
+        """See `ISpool`."""
+        return self._doubts.all()
+
+    def resolve(self, entry: Entry, verdict: Verdict) -> Record | None:
+        """See `ISpool`."""
+        resolved = self._doubts.resolve(entry, verdict)
+        if resolved is None:
+            return None
+        record, after = resolved
+        if after is not None:
+            self._tell([after])
+        return record
 
     def close(self) -> None:
         """See `ISpool`."""

@@ -123,7 +123,7 @@ class Mails:
             side = self._sides.read(entry.id)
         except DamagedSide as error:
             log.error("%s is held: %s", entry.id, error)
-            self.rename(entry, _held(entry))
+            self.rename(entry, names.held(entry))
             return None
         if side is not None and side.attempts > entry.attempts:
             # Somebody died between the two steps of `record`: take the second.
@@ -177,7 +177,7 @@ class Mails:
 
     def hold(self, entry: Entry, reason: str, *, sync: bool = False) -> Entry:
         """Set a mail aside.  `sync`: at once against a power loss too."""
-        after = _held(entry)
+        after = names.held(entry)
         try:
             outcomes = (self._sides.read(entry.id) or NOTHING).outcomes
             side = Side(after.state, after.due, after.attempts, reason, outcomes)
@@ -192,7 +192,7 @@ class Mails:
 
     def set_aside(self, entry: Entry, side: Side | None, reason: str) -> Entry:
         """Hold a mail for as long as its lease lasts, and longer when nobody ends that."""
-        after = _held(entry)
+        after = names.held(entry)
         outcomes = (side or NOTHING).outcomes
         held = Side(after.state, after.due, after.attempts, reason, outcomes)
         self._sides.write(entry.id, held, sync=True)
@@ -222,19 +222,6 @@ class Mails:
         after = names.normal(entry._replace(state=State.QUEUED, due=0.0, attempts=attempts))
         self.rename(entry, after)
         return after
-
-    def hold_staged(self, name: str, entry: Entry, reason: str) -> bool:
-        """Move a file of tmp/ to the held mails; return whether this call did."""
-        after = _held(entry)
-        try:
-            self._sides.write(entry.id, Side(after.state, reason=reason))
-            self._layout.move("tmp", name, "cur", names.file_name(after))
-        except FileNotFoundError:
-            return False  # another sweep was faster
-        except (OSError, SpoolError) as error:
-            log.error("%s: stays in tmp/, in doubt: %s", entry.id, error)
-            return False
-        return True
 
     def rename(self, before: Entry, after: Entry) -> None:
         """Change the state of a mail."""
@@ -318,7 +305,3 @@ class Mails:
             os.fsync(self._layout[name])
         except OSError as error:
             raise spool_error(f"make {name}/ durable", self._layout.path, error) from error
-
-
-def _held(entry: Entry) -> Entry:
-    return entry._replace(state=State.HELD, due=0.0)

@@ -102,6 +102,11 @@ def normal(entry: Entry) -> Entry:
     return entry._replace(due=due, attempts=attempts)
 
 
+def held(entry: Entry) -> Entry:
+    """Return the entry as it is when it is set aside."""
+    return entry._replace(state=State.HELD, due=0.0)
+
+
 def usable_id(name: str) -> Entry | None:
     """Return a queued entry for what stands before a ":" in a name; None: nothing usable."""
     return parse(name.partition(":")[0], "new")

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import SpoolError
-from ..files import make_private, write_new
+from ..files import make_private, open_inside, refuse_link, write_new
 from ..interfaces import LaneNote
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class LaneNotes:
             if note is None:
                 path.unlink(missing_ok=True)
                 return
+            refuse_link(str(self._directory))
             make_private(str(self._directory))
             temporary = str(path.with_name(f".{key}.{secrets.token_hex(4)}"))
             write_new(temporary, json.dumps(asdict(note)).encode())
@@ -71,8 +72,7 @@ class LaneNotes:
 
 
 def _read(path: Path) -> bytes:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with open(os.open(path, flags), "rb") as stream:
+    with open(open_inside(str(path.parent), path.name), "rb") as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise ValueError("is no regular file")
         return stream.read(_MAX_SIZE)

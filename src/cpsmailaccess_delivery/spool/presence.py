@@ -12,7 +12,8 @@ import os
 import time
 from typing import Final
 
-from ..files import make_private
+from ..errors import SpoolError
+from ..files import make_private, open_inside, refuse_link
 from . import forks
 from .durable import spool_error
 
@@ -48,7 +49,7 @@ class Presence:
     def is_alive(self, token: str) -> bool:
         """Tell whether the process with this token lives.  Never says dead of a living one."""
         try:
-            fd = os.open(self._path(token), _FLAGS)
+            fd = open_inside(self._directory, os.path.basename(token))
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -70,8 +71,8 @@ class Presence:
                     continue  # perhaps just being made, not locked yet
                 if not self.is_alive(name):
                     os.unlink(path)
-            except OSError:
-                continue  # gone, or not ours to remove
+            except (OSError, SpoolError):
+                continue  # gone, not ours to remove, or a link
 
     def close(self) -> None:
         """Leave: what is staged under the token may be swept from now on.  Twice is fine."""
@@ -89,6 +90,7 @@ class Presence:
         fd = -1
         try:
             make_private(os.path.dirname(self._directory) or ".")
+            refuse_link(self._directory)
             make_private(self._directory)
             fd = os.open(hidden, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
             forks.keep(fd)

@@ -4,8 +4,9 @@
 
     stage            prepare               publish
     write, 0400  ->  0600, synced     ->   new/ (synced)
-       |                |                    `-- disk full: 0700 in tmp/, a later call
-       | dead: removed  | dead: in doubt         (of anybody) takes it from there
+       |             1600: a witness         `-- disk full: 0700 in tmp/, a later call
+       |                |                        (of anybody) takes it from there
+       | dead: removed  | dead: in doubt, held in cur/: see `doubts`
        |                | torn: removed
 
 The mode says what was promised, so that one fsync makes content and promise durable.
@@ -39,16 +40,12 @@ log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 _STAGED: Final = 0o400
 _PREPARED: Final = 0o600
+_WITNESSED: Final = 0o1600  # prepared, and a witness will know; means nothing outside of tmp/
 _COMMITTED: Final = 0o700
 _MAX_OPEN: Final = 256  # staged files kept open until prepared; the rest are opened again
 _ABANDONED: Final = 36 * 3600.0  # seconds: the rule of Maildir for files in tmp/
 _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-
-IN_DOUBT: Final = (
-    "in doubt: a process died between the vote and the end of its transaction, and nobody can"
-    " tell whether that committed; release it if it did, cancel it if not"
-)
 
 
 @dataclass(slots=True)
@@ -57,7 +54,7 @@ class _Staged:
     serial: int
     fd: int  # -1: not kept open
     generation: int
-    prepared: bool = False
+    mode: int = _STAGED
     key: str = ""
     message_id: str = ""
     due: float = 0.0
@@ -123,8 +120,9 @@ class Staging:
         self._staged[entry.id] = staged
         return entry
 
-    def prepare(self, entries: Sequence[Entry]) -> None:
+    def prepare(self, entries: Sequence[Entry], *, witnessed: bool = False) -> None:
         """See `ISpool`."""
+        mode = _WITNESSED if witnessed else _PREPARED
         staged = [self._mine(entry) for entry in entries]
         if not staged:
             return
@@ -135,9 +133,9 @@ class Staging:
                         each.key, entry_id=entry.id, message_id=each.message_id, due=each.due
                     )
             for each in staged:
-                each.prepared = True
+                each.mode = mode
                 if each.fd >= 0:
-                    os.fchmod(each.fd, _PREPARED)
+                    os.fchmod(each.fd, mode)
             self._settle(staged)
             for each in staged:
                 os.stat(each.name, dir_fd=self._layout["tmp"], follow_symlinks=False)
@@ -184,15 +182,18 @@ class Staging:
             _unlink(staged.name, tmp)
             if staged.scrap:
                 self._keys.give_back(staged.scrap)
-            sync = sync or staged.prepared
+            sync = sync or staged.mode != _STAGED
         if sync:  # else a power loss brings it back, in doubt
             try:
                 os.fsync(tmp)
             except OSError as error:
                 log.error("tmp/ cannot be synced: discarded mails may come back held: %s", error)
 
-    def sweep(self, hold: Callable[[str, Entry, str], bool]) -> SweepReport:
-        """See `ISpool`.  `hold`: moves a file of tmp/ to the held ones; whether it did."""
+    def sweep(self, hold: Callable[[str, Entry, bool], bool]) -> SweepReport:
+        """See `ISpool`.  `hold`: moves a file of tmp/ to the held ones; whether it did.
+
+        It is told whether a witness knows what became of the mail's transaction.
+        """
         removed: list[str] = []
         held: list[str] = []
         alive: dict[str, bool] = {}
@@ -213,14 +214,14 @@ class Staging:
                 self._publish_late(name, found[0])
                 continue
             if token not in alive:
-                alive[token] = token == self._presence.token or self._presence.is_alive(token)
+                alive[token] = token == self._presence.token or self._may_live(token)
             if alive[token]:
                 continue
             entry_id, _ = names.key_of(name)
             if entry_id:
                 scraps[entry_id] = name
                 continue
-            if found and mode == _PREPARED:
+            if found and mode in (_PREPARED, _WITNESSED):
                 if visible is None:
                     visible = self._ids()
                 if found[0].id in visible:
@@ -228,7 +229,7 @@ class Staging:
                 elif self._whole(name, size=found[1], check=found[2]):
                     if found[0].id in scraps:  # first: it may soon be delivered
                         self._keys.confirm(scraps.pop(found[0].id))
-                    if hold(name, found[0], IN_DOUBT):
+                    if hold(name, found[0], mode == _WITNESSED):
                         held.append(found[0].id)
                 else:
                     _unlink(name, tmp)
@@ -244,8 +245,15 @@ class Staging:
     def left_overs(self) -> list[str]:
         """See `ISpool`: files of tmp/ that belong to dead processes."""
         owners = {name: names.presence_of(name) for name in self._layout.listing("tmp")}
-        dead = {token for token in owners.values() if token and not self._presence.is_alive(token)}
+        dead = {token for token in owners.values() if token and not self._may_live(token)}
         return [name for name, token in owners.items() if token in dead]
+
+    def _may_live(self, token: str) -> bool:
+        try:
+            return self._presence.is_alive(token)
+        except SpoolError as error:
+            log.error("%s; what this process has staged is left alone", error)
+            return True
 
     def _recover_keys(self, scraps: dict[str, str]) -> None:
         """Free the keys of mails that were not prepared."""
@@ -262,7 +270,7 @@ class Staging:
     def close(self) -> None:
         """Remove what is staged and not prepared: its transaction cannot commit any more."""
         for entry_id, staged in list(self._staged.items()):
-            if staged.prepared:
+            if staged.mode != _STAGED:
                 self._shut(staged)
             else:
                 self.discard([Entry(entry_id, "")])
@@ -277,7 +285,7 @@ class Staging:
             if each.fd < 0:
                 fd = os.open(each.name, _READ, dir_fd=tmp)
                 try:
-                    os.fchmod(fd, _PREPARED)
+                    os.fchmod(fd, each.mode)
                     os.fsync(fd)
                 finally:
                     os.close(fd)

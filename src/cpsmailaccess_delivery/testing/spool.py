@@ -23,6 +23,7 @@ from ..interfaces import (
     Settlement,
     State,
     SweepReport,
+    Verdict,
 )
 from ..spool.names import first_entry, new_id, normal
 
@@ -62,7 +63,7 @@ class MemorySpool:
         self._staged[entry.id] = _Mail(entry, envelope, bytes(message))
         return entry
 
-    def prepare(self, entries: Sequence[Entry]) -> None:
+    def prepare(self, entries: Sequence[Entry], *, witnessed: bool = False) -> None:
         """See `ISpool`."""
         with self._lock:
             for entry in entries:
@@ -193,6 +194,14 @@ class MemorySpool:
     def left_overs(self) -> Sequence[str]:
         """See `ISpool`."""
         return ()
+
+    def doubts(self) -> Sequence[tuple[Entry, str]]:
+        """See `ISpool`.  Its mails die with its process."""
+        return ()
+
+    def resolve(self, entry: Entry, verdict: Verdict) -> Record | None:
+        """See `ISpool`."""
+        return None
 
     def sync(self) -> None:
         """See `ISpool`: there is no disk."""

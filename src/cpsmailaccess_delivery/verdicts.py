@@ -1,0 +1,108 @@
+"""What dead processes have left in doubt: the witness is asked, and its verdicts carried out."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from .errors import OutboxError
+from .interfaces import Record, Verdict
+from .journal import Event
+
+log = logging.getLogger(__name__)
+
+#: What becomes of a mail in doubt, as it stands in the journal: once for each mail.
+DECIDED: Final = {
+    Verdict.COMMITTED: "committed",
+    Verdict.ABORTED: "aborted",
+    Verdict.UNKNOWN: "doubtful",
+}
+
+
+def resolve(
+    spool: Any,
+    accounts: Any,
+    journal: Any,
+    witness: Any,
+    clock: Callable[[], float],
+    held: Sequence[str],
+) -> None:
+    """Ask about what is in doubt, and log what became of it.  Never raises.
+
+    Also about what earlier sweeps, or processors without a witness, have held.  `witness`: an
+    `ITransactionWitness`, or None.  `held`: ids of the mails that a sweep has just held.
+    """
+    try:
+        mails, changes = spool.doubts(), accounts.doubts()
+        for entry_id in set(held).difference(entry.id for entry, _ in mails):
+            record = spool.load(spool.look_up(entry_id))
+            journal.record(_event(record, Verdict.UNKNOWN, clock()))
+    except (OutboxError, OSError) as error:
+        log.error("cannot look at what is in doubt in %s: %s", spool.location, error)
+        return
+    if not mails and not changes:
+        return
+    if witness is None:
+        log.warning(
+            "%d mails and %d changes of accounts are in doubt, and wait for a processor that has"
+            " the witness (the database) to ask",
+            *(len(mails), len(changes)),
+        )
+        return
+    try:
+        verdicts = witness.ask(sorted({token for _, token in (*mails, *changes)}))
+    except Exception as error:
+        log.error(
+            "%d mails and %d changes of accounts stay in doubt: the witness cannot be asked now:"
+            " %s: %s",
+            *(len(mails), len(changes), type(error).__name__, error),
+        )
+        return
+    try:
+        _resolve_changes(accounts, changes, verdicts)  # first: the mails may need them
+        _resolve_mails(spool, mails, verdicts, journal, clock())
+    except (OutboxError, OSError) as error:
+        log.error("what is in doubt in %s stays so, until later: %s", spool.location, error)
+
+
+def _resolve_mails(
+    spool: Any, mails: Any, verdicts: Mapping[str, Verdict], journal: Any, now: float
+) -> None:
+    numbers: Counter[Verdict] = Counter()
+    for entry, token in mails:
+        verdict = verdicts.get(token, Verdict.UNKNOWN)
+        record = spool.resolve(entry, verdict)
+        if record is None:
+            continue
+        numbers[verdict] += 1
+        journal.record(_event(record, verdict, now))
+    if numbers:
+        log.warning(
+            "mails in doubt after a crash: %d were committed and are delivered, %d were not and"
+            " are removed, %d are held, because the witness does not know",
+            *(numbers[verdict] for verdict in Verdict),
+        )
+
+
+def _resolve_changes(accounts: Any, changes: Any, verdicts: Mapping[str, Verdict]) -> None:
+    for change, token in changes:
+        verdict = verdicts.get(token, Verdict.UNKNOWN)
+        mailbox = accounts.resolve(change, verdict)
+        if mailbox and verdict is Verdict.COMMITTED:
+            log.warning("account %s: a crash left its change in doubt; it was committed", mailbox)
+        elif mailbox:
+            log.warning("account %s: its change was not committed: put it again", mailbox)
+
+
+def _event(record: Record, verdict: Verdict, now: float) -> Event:
+    return Event(
+        at=now,
+        kind=DECIDED[verdict],
+        entry=record.entry.id,
+        message_id=record.envelope.message_id,
+        mailbox=str(record.envelope.route),
+        sender=record.envelope.sender,
+        reply=record.reason,
+    )

@@ -1,0 +1,124 @@
+"""The short form of the soak (``make soak`` is the long one), and what its judge notices."""
+
+from __future__ import annotations
+
+import random
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from cpsmailaccess_delivery.interfaces import State
+from cpsmailaccess_delivery.testing import Command
+from soak.recovery import measure
+from soak.relay import Delivery, Relay
+from soak.run import soak
+from soak.truth import Appender
+from soak.verdict import Kill, judge
+
+
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    verdict = soak(tmp_path / "soak", kills=12, seed=7, pause=(0.1, 0.3))
+    print(verdict)
+    assert verdict.good, str(verdict)
+    assert verdict.numbers["kills"] >= 12
+    assert verdict.numbers["  delivered"] > 10
+
+
+def test_recovery(tmp_path: Path) -> None:
+    """The time itself is measured by ``make soak``: here, that there is an end at all."""
+    recovery = measure(tmp_path / "recovery", 300)
+    assert 0 < recovery.processor < 60.0
+
+
+# The judge
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
+
+
+class Case:
+    """What was committed, taken and killed; each mail is named by one letter."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("truth", "plans"):
+            (root / name).mkdir()
+        self.relay = Relay(random.Random(0))
+        self.kills: list[Kill] = []
+        self.spool: dict[str, State] = {}
+
+    def committed(self, sent: str, cancelled: str = "", key: str | None = None) -> None:
+        line = {"token": "t", "sent": list(sent), "cancelled": list(cancelled), "key": key}
+        for where, what in (("truth", line), ("plans", {"mails": list(sent)})):
+            with closing(Appender(self.root / where / "c1")) as appender:
+                appender.write(what)
+
+    def taken(self, mail: str, at: float, client: str = "p1", *, replied: bool = True) -> None:
+        session = int(client[1:])
+        self.relay.commands.append(Command(session, 0, f"EHLO {client}.soak.test"))
+        self.relay.deliveries.append(Delivery(mail, session, at, replied))
+
+    def wrong(self) -> dict[str, int]:
+        """Return what the judge finds wrong: how often, by the first word."""
+        verdict = judge(self.root, self.relay, self.kills, self.spool)
+        return {name.strip(): len(mails) for name, mails in verdict.wrong.items() if mails}
+
+
+def test_nothing_is_wrong(case: Case) -> None:
+    case.committed("abcd", cancelled="d")
+    case.taken("a", 1.0)
+    case.spool = {"b": State.HELD, "c": State.QUEUED, "x": State.HELD}
+    assert case.wrong() == {}
+
+
+def test_a_lost_mail(case: Case) -> None:
+    case.committed("ab")
+    case.taken("a", 1.0)
+    assert case.wrong() == {"mails lost": 1}
+
+
+def test_an_aborted_mail_that_was_sent(case: Case) -> None:
+    case.committed("a")
+    case.taken("a", 1.0)
+    case.taken("b", 1.0)
+    assert case.wrong() == {"mails delivered that were not committed": 1}
+
+
+def test_duplicates(case: Case) -> None:
+    case.committed("abcdef")
+    case.kills = [Kill("p1", 5.0, frozenset("b"))]
+    case.taken("a", 1.0, replied=False)  # nobody told the processor
+    case.taken("b", 4.9)  # killed, and it was still there
+    case.taken("c", 5.1)  # read by the relay after the death
+    case.taken("d", 4.9)  # killed, but it was recorded
+    case.taken("e", 1.0, "p2")  # never killed
+    case.taken("f", 1.0)
+    for mail in "abcde":
+        case.taken(mail, 9.0, "p2")
+    assert case.wrong() == {"not explained": 2}
+
+
+def test_a_cancelled_mail_that_was_sent(case: Case) -> None:
+    case.committed("ab", cancelled="a")
+    case.committed("c")
+    for mail in "abc":
+        case.taken(mail, 1.0)
+    assert case.wrong() == {"cancelled mails delivered all the same": 1}
+
+
+def test_cancelled_in_the_commit_that_was_killed(case: Case) -> None:
+    case.committed("ab", cancelled="a")
+    case.kills = [Kill("c1", 2.0)]
+    for mail in "ab":
+        case.taken(mail, 1.0)
+    assert case.wrong() == {}
+
+
+def test_a_key_that_was_committed_twice(case: Case) -> None:
+    case.committed("a", key="k")
+    case.committed("b", key="k")
+    case.spool = {"a": State.QUEUED, "b": State.QUEUED}
+    assert case.wrong() == {"keys committed twice": 1}
