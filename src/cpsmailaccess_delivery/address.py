@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from email.utils import getaddresses
+from functools import lru_cache
 from typing import Final
 
 import idna
@@ -86,7 +87,14 @@ def ascii_host(host: object) -> str:
 
     Raises `InvalidAddress`.
     """
-    text = host.strip().removesuffix(".") if isinstance(host, str) else ""
+    if not isinstance(host, str):
+        raise InvalidAddress(f"host {host!r}: is no host name and no IP address")
+    return _ascii_host(host)
+
+
+@lru_cache(4096)  # to look for an IP address costs more than all other checks of an address
+def _ascii_host(host: str) -> str:
+    text = host.strip().removesuffix(".")
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     _, percent, zone = bare.partition("%")
     if not percent or _ZONE.match(zone):  # ipaddress takes anything for a zone
@@ -131,8 +139,11 @@ def _is_bare(text: str) -> bool:
 
 
 def _has_space(text: str) -> bool:
-    """Tell whether there is white space of any script: \u00a0, \u3000 and their like."""
-    return any(character.isspace() for character in text)
+    """Tell whether there is white space of any script: \u00a0, \u3000 and their like.
+
+    Control characters are none: they were refused before.
+    """
+    return " " in text if text.isascii() else any(character.isspace() for character in text)
 
 
 def _one_address(text: str) -> str:
