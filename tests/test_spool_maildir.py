@@ -106,6 +106,7 @@ class TestFsyncEach(SpoolContract):
     @pytest.fixture(autouse=True)
     def busy(self, monkeypatch):
         monkeypatch.setattr(durable, "_quiet", lambda: False)
+        monkeypatch.setattr(durable, "_keeps_names", lambda directory: False)
 
 
 class TestLayout:
@@ -551,6 +552,7 @@ class TestDurability:
     def calls(self, monkeypatch, spool):
         calls = []
         monkeypatch.setattr(durable, "_quiet", lambda: False)
+        monkeypatch.setattr(durable, "_keeps_names", lambda directory: False)
 
         def where(fd):
             path = os.readlink(f"/proc/self/fd/{fd}")
@@ -581,6 +583,14 @@ class TestDurability:
         calls.clear()
         spool.publish([entry])
         assert calls == ["rename tmp/* new/*", "fsync new/"]
+
+    def test_of_a_commit_where_fsync_keeps_the_name_too(self, spool, calls, monkeypatch):
+        monkeypatch.setattr(durable, "_keeps_names", lambda directory: True)
+        spool.prepare([spool.stage(envelope(), MESSAGE)])
+        assert calls == ["fsync tmp/*"]
+        calls.clear()
+        spool.prepare([spool.stage(envelope(), MESSAGE) for _ in range(3)])
+        assert calls == ["fsync tmp/*"] * 3
 
     def test_of_more_mails_than_files_may_be_open(self, spool, calls):
         entries = [spool.stage(envelope(), MESSAGE) for _ in range(300)]
@@ -659,6 +669,7 @@ class TestFaults:
     @pytest.mark.parametrize("call", ["fchmod", "fsync"])
     def test_prepare_fails_and_leaves_nothing(self, spool, monkeypatch, call):
         monkeypatch.setattr(durable, "_quiet", lambda: False)
+        monkeypatch.setattr(durable, "_keeps_names", lambda directory: False)
         entries = [spool.stage(envelope(f"{n}@x"), MESSAGE) for n in range(3)]
         with monkeypatch.context() as patch:
             fail(patch, call, errno.EIO)
@@ -672,6 +683,7 @@ class TestFaults:
             raise OSError(errno.EIO, "I/O")
 
         monkeypatch.setattr(durable, "_quiet", lambda: True)
+        monkeypatch.setattr(durable, "_keeps_names", lambda directory: False)
         monkeypatch.setattr(durable, "_syncfs", failing)
         entry = spool.stage(envelope(), MESSAGE)
         with pytest.raises(SpoolError, match="disk reports an error"):

@@ -4,6 +4,10 @@
 each file and of the directory costs a device flush each; one syncfs (Linux) writes all in
 one journal commit, but also everything else that waits on that file system.  So it is used
 only while little waits on this machine.
+
+POSIX does not say that fsync of a new file makes its name durable, too.  ext4 and xfs do:
+there the name is in the same journal commit as the file, or an earlier one (and without a
+journal ext4 writes the directory).  On any other file system the directory is synced as well.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Final, Generic, TypeVar
 
 from ..errors import SpoolError
@@ -23,6 +28,7 @@ from . import forks
 
 T = TypeVar("T")
 
+_JOURNALLING: Final = ("ext4", "xfs")  # as mountinfo calls them
 _QUIET: Final = 16 * 1024 * 1024  # bytes that may wait for the disk besides ours
 _LOOK_EVERY: Final = 0.05  # seconds: what other programs write in between is the risk taken
 
@@ -54,6 +60,10 @@ def settle_files(fds: Sequence[int], directory: int) -> None:
     `fds`: open since before they were written, the oldest first: a write error that
     another call has seen is then still reported to this one (errseq of Linux).
     """
+    named = _keeps_names(directory)
+    if named and len(fds) == 1:
+        os.fsync(fds[0])
+        return
     if _syncfs is not None and _quiet():
         _syncfs(fds[0])
         return
@@ -62,7 +72,8 @@ def settle_files(fds: Sequence[int], directory: int) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     for fd in fds:
         os.fsync(fd)
-    os.fsync(directory)
+    if not named:
+        os.fsync(directory)
 
 
 class GroupSync(Generic[T]):
@@ -126,6 +137,25 @@ def _load_syncfs() -> Callable[[int], None] | None:
             raise OSError(number, os.strerror(number))
 
     return syncfs
+
+
+def _keeps_names(directory: int) -> bool:
+    """Tell whether fsync of a new file in a directory makes its name durable, too."""
+    return _is_journalling(os.fstat(directory).st_dev)
+
+
+@lru_cache(64)
+def _is_journalling(device: int) -> bool:
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                mount, _, system = line.partition(" - ")
+                if mount.split()[2] == wanted:
+                    return system.split()[0] in _JOURNALLING
+    except (OSError, IndexError):
+        pass  # unknown: no
+    return False
 
 
 class _Dirt:
