@@ -365,6 +365,7 @@ class SpoolContract:
         watch = spool.watch()
         entry = queue(spool, **wishes)
         assert (entry.state, entry.due, entry.priority) == (State.QUEUED, 1_900_000_000.25, 8)
+        assert entry.expires == 2e9
         assert list(spool.scan()) == [entry]
         assert entry in told(watch)
         watch.close()

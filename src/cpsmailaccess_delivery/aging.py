@@ -1,4 +1,4 @@
-"""Mails that age while their lane waits: they are given up in time, and senders are told."""
+"""Mails that age while their lane waits: they expire, are given up, and senders are told."""
 
 from __future__ import annotations
 
@@ -41,8 +41,12 @@ class Aging:
         self._recorder = recorder
         self._claim = claim
         self._changed = changed
-        self._next = 0.0  # seconds since the epoch: when old mails are looked for again
+        self.next = 0.0  # seconds since the epoch: when old mails are looked for again
         self._told: set[str] = set()  # ids of mails whose delay the sender knows
+
+    def expect(self, entry: Entry) -> None:
+        """One more waits that expires."""
+        self.next = min(self.next, entry.expires)
 
     def begin_again(self) -> None:
         """The lane works: its mails do not wait."""
@@ -52,9 +56,9 @@ class Aging:
         """Give up the mails that have waited too long, and tell the senders of the old ones."""
         lane, schedule, recorder = self._lane, self._shared.schedule, self._recorder
         now = self._shared.now()
-        if 0 < self._next - now <= _AGE:
+        if 0 < self.next - now <= _AGE:
             return
-        self._next = now + _AGE
+        self.next = now + _AGE
         young = Ready()
         claims = 0
         while lane.ready:
@@ -63,7 +67,10 @@ class Aging:
             age = now - (max(entry.staged_at, scheduled) or now)
             over = schedule.is_over(lane.circuit.failures, age)
             delayed = 0 < schedule.delay_notice <= age and entry.id not in self._told
-            if not (over or delayed):
+            expired = 0 < entry.expires <= now
+            if not (over or delayed or expired):
+                if entry.expires:
+                    self.next = min(self.next, entry.expires)
                 young.append(entry)
                 continue
             if claims == _AGE_STEP or recorder.full:
@@ -71,7 +78,7 @@ class Aging:
                 self._look_soon()
                 break
             claims += 1
-            attempt = self._claim(entry, lane)
+            attempt = self._claim(entry, lane)  # None of one that has expired: settled
             if attempt is not None and not self._settle(attempt, now, over=over):
                 attempt.lease.release()
                 young.append(entry)
@@ -80,7 +87,7 @@ class Aging:
         lane.ready = young
 
     def _look_soon(self) -> None:
-        self._next = 0.0
+        self.next = 0.0
         if not self._recorder.full:  # else we are called when there is room
             self.busy = True
             self._shared.loop.call_soon(self._go_on)

@@ -120,6 +120,8 @@ class Lane:
     def push(self, entry: Entry) -> None:
         """Add an entry; `work` follows."""
         self.ready.append(entry)
+        if entry.expires:
+            self._aging.expect(entry)
 
     def work(self) -> None:
         """Put the ready entries to work: wake sessions, open what is missing."""
@@ -127,8 +129,10 @@ class Lane:
             return
         self.circuit.look()
         if self.circuit.is_open:
-            self.wake_at(min(self.circuit.until, self._shared.now() + _LOOK))
             self._aging.look()
+            now = self._shared.now()
+            when = min(self.circuit.until, now + _LOOK)
+            self.wake_at(min(when, self._aging.next) if self._aging.next > now else when)
             return
         if not self.circuit.failures:
             self._aging.begin_again()
