@@ -92,6 +92,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "recorder.py",
         "relays.py",
         "results.py",
+        "room.py",
         "scheduler.py",
         "sessions.py",
         "shared.py",

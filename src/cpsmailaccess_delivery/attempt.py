@@ -16,6 +16,9 @@ FINAL = frozenset({State.ACCEPTED, State.REFUSED})
 #: Why a mail waits for a person, or a part of its recipients does.
 FOR_A_PERSON: Final = "unclear: nobody knows whether the relay took it; settle or release it"
 
+#: Bytes of a message from which on it is not kept beside its wire form.
+LARGE: Final = 64 * 1024
+
 #: Of several outcomes, what is said of the mail: the first that occurs.
 _WORST_FIRST = (
     State.QUEUED,
@@ -39,6 +42,7 @@ class Attempt:
         "recipients",
         "relayed",
         "sender",
+        "size",
         "wish",
     )
 
@@ -47,6 +51,7 @@ class Attempt:
         self.lease = lease
         self.sender: str = envelope.sender
         self.message: bytes = lease.message
+        self.size = len(self.message)
         self.wish: Wish | None = envelope.wish
         self.relayed: Mapping[str, Outcome] = {}  # see `results.relayed_of`
         self.news: Mapping[str, Outcome] = {}  # what it has brought, told when it is recorded
@@ -57,6 +62,16 @@ class Attempt:
             self.recipients = _open_recipients(
                 envelope.recipients, lease.outcomes, asked_for=asked_for
             )
+
+    def forget_message(self) -> None:
+        """Keep no copy of the message: its wire form is made."""
+        self.message = b""
+        self.lease.forget_message()
+
+    def read_message(self) -> bytes:
+        """Return the message as it is stored.  Raises `SpoolError`."""
+        message: bytes = self.message or self.lease.read_message()
+        return message
 
     @property
     def since(self) -> float:

@@ -339,7 +339,7 @@ class ILease(Interface):
 
     entry = Attribute("Entry")
     envelope = Attribute("Envelope")
-    message = Attribute("The message as it is stored, without the private block (bytes)")
+    message = Attribute("The message as it is stored, without the private block (bytes), or b''")
     outcomes = Attribute("Outcomes of earlier attempts: Mapping[str, Outcome]")
 
     def settle(settlement: Settlement) -> Entry | None:
@@ -350,6 +350,15 @@ class ILease(Interface):
         this returns.
         Returns the entry as it is now, or None.  When it raises `SpoolError` the lease
         is still held: settle again later, or release.
+        """
+
+    def forget_message() -> None:
+        """Keep ``message`` in memory no longer: it is b"" from now on."""
+
+    def read_message() -> bytes:
+        """Return the message as it is stored, also after `forget_message`.
+
+        Only while the lease is held, in any thread.  Raises `SpoolError`.
         """
 
     def set_aside(reason: str) -> None:

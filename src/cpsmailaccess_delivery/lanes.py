@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from .aging import Aging
-from .attempt import ACCEPTED, Attempt
+from .attempt import ACCEPTED, LARGE, Attempt
 from .circuit import Circuit
 from .connections import Connections
 from .envelope import Route, lane_key
@@ -27,6 +27,7 @@ from .outcome import Trouble, Verdict
 from .ready import Ready
 from .recorder import Recorder
 from .results import account_trouble, relayed_of, settlement_of, weigh, were_too_many
+from .room import MOST, OWN, Room
 from .sessions import Sessions
 from .shared import Shared
 from .smtp.events import Failure, Result
@@ -52,6 +53,7 @@ class Lane:
         shared: Shared,
         connections: Connections,
         recorder: Recorder,
+        room: Room,
         *,
         times: Times,
         claim: Callable[[Entry, Lane], Attempt | None],
@@ -67,10 +69,12 @@ class Lane:
         self._aging = Aging(self, shared, recorder, claim=claim, changed=changed)
         self._shared = shared
         self._recorder = recorder
+        self._room = room
         self._times = times
         self._claim = claim
         self._wake_me_at = wake_at
         self._flying: dict[Attempt, float] = {}  # and since when, on the loop's clock
+        self._bytes = 0  # in flight
         self._woken_at = math.inf  # seconds since the epoch: the wake-up that is under way
         self._stopping = False
         self.circuit = Circuit(
@@ -96,6 +100,11 @@ class Lane:
     def in_flight(self) -> int:
         """Mails that a session has."""
         return len(self._flying)
+
+    @property
+    def cramped(self) -> bool:
+        """Whether no mail more may be in flight until there is room for its message."""
+        return self._bytes >= OWN and self._room.used >= MOST
 
     @property
     def quiet(self) -> bool:
@@ -178,6 +187,11 @@ class Lane:
             attempt = self._claim(self.ready.popleft(), self)
             if attempt is not None:
                 self._flying[attempt] = self._shared.loop.time()
+                size = attempt.size
+                self._bytes += size
+                self._room.used += size
+                if size > LARGE:  # the session makes the wire form before anything else
+                    self._shared.loop.call_soon(attempt.forget_message)
                 return attempt
             if self.terms.bucket is not None:
                 self.terms.bucket.give_back()
@@ -187,7 +201,7 @@ class Lane:
 
     def mail_done(self, mail: Attempt, results: Mapping[str, Result]) -> None:
         shared = self._shared
-        self._times.add(shared.loop.time() - self._flying.pop(mail))
+        self._times.add(shared.loop.time() - self._landed(mail))
         try:
             now = shared.now()
             outcomes, failed = weigh(mail, results, now, doubts=shared.schedule.doubts)
@@ -204,11 +218,11 @@ class Lane:
             self._recorder.set_aside(mail, error)
 
     def mail_unsent(self, mail: Attempt) -> None:
-        del self._flying[mail]
+        self._landed(mail)
         self._give_back(mail)
 
     def mail_broken(self, mail: Attempt, error: Exception) -> None:
-        del self._flying[mail]
+        self._landed(mail)
         self._recorder.set_aside(mail, error)
 
     def session_ready(self, session: Session) -> None:
@@ -219,7 +233,19 @@ class Lane:
 
     # What becomes of mails
 
+    def _landed(self, mail: Attempt) -> float:
+        """A session has given a mail back; return since when it had it."""
+        room = self._room
+        self._bytes -= mail.size
+        room.used -= mail.size
+        if room.waiting and room.used < MOST:
+            room.serve()
+        return self._flying.pop(mail)
+
     def _may_send(self) -> bool:
+        if self._bytes >= OWN and self._room.used >= MOST:
+            self._room.wait(self)
+            return False
         if (self.circuit.until and self.circuit.is_open) or self._recorder.full:
             return False
         if self.terms.bucket is None:

@@ -147,6 +147,7 @@ class Recorder:
             else:
                 self._keep(attempt, settlement, error)
 
+        attempt.forget_message()  # many may wait there
         self.notices.queue(wanted, told)
 
     def _record(self, attempt: Attempt, settlement: Settlement) -> None:

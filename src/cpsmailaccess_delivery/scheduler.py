@@ -28,6 +28,7 @@ from .limits import ALONE, Share
 from .outcome import Trouble
 from .recorder import Recorder, fault
 from .retry import Schedule
+from .room import Room
 from .shared import Shared
 from .summary import Times
 from .upkeep import Upkeep
@@ -125,6 +126,7 @@ class Scheduler:
             put_to_work=self._put_to_work,
             changed=self.check_quiet,
         )
+        self._room = Room(loop=loop, put_to_work=self._put_to_work)
         self._claims = Claims(self.shared, self._agenda, self._recorder, self.lane)
         self.summary = self._recorder.summary
 
@@ -275,6 +277,7 @@ class Scheduler:
                 self.shared,
                 self._connections,
                 self._recorder,
+                self._room,
                 times=self.times,
                 claim=self._claims.claim,
                 wake_at=self._agenda.add,

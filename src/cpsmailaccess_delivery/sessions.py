@@ -182,6 +182,8 @@ class Sessions:
             return True
         if not self._proven or len(self._lane.ready) <= _BACKLOG * count:
             return False  # many bad logins at once would lock the mailbox
+        if self._lane.cramped:
+            return False  # it could do nothing
         limit = terms.limit
         if count < limit.allowed(now) and not limit.paused(now):
             return True

@@ -132,6 +132,17 @@ class Mails:
             return None
         return Lease(self, fd, entry, envelope=envelope, message=data[offset:], side=side)
 
+    def message(self, fd: int, entry: Entry) -> bytes:
+        """Return the message of an open mail."""
+        try:
+            os.lseek(fd, 0, os.SEEK_SET)
+            data = self._content(fd, os.fstat(fd))
+            return data[parse_block(data)[1] :]
+        except OSError as error:
+            raise spool_error(f"read {entry.id} again", self._layout.path, error) from error
+        except InvalidEnvelope as error:
+            raise SpoolError(f"{entry.id}: was changed by somebody: {error}") from error
+
     def _content(self, fd: int, status: os.stat_result) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise InvalidEnvelope("this is no file: a mail is a regular file")
