@@ -175,6 +175,20 @@ class SpoolContract:
         assert lease.message == message
         lease.release()
 
+    def test_a_message_that_was_forgotten_is_read_again(self, spool):
+        entry = queue(spool)
+        lease = spool.claim(entry)
+        message = lease.message
+        assert lease.read_message() == message
+        lease.forget_message()
+        assert lease.message == b""
+        assert lease.read_message() == message
+        lease.set_aside("for a while")
+        assert lease.read_message() == message
+        lease.release()
+        with pytest.raises(SpoolError, match="ended"):
+            lease.read_message()
+
     def test_a_lease_is_exclusive(self, spool):
         entry = queue(spool)
         lease = spool.claim(entry)
@@ -365,6 +379,7 @@ class SpoolContract:
         watch = spool.watch()
         entry = queue(spool, **wishes)
         assert (entry.state, entry.due, entry.priority) == (State.QUEUED, 1_900_000_000.25, 8)
+        assert entry.expires == 2e9
         assert list(spool.scan()) == [entry]
         assert entry in told(watch)
         watch.close()

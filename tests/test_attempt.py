@@ -8,21 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpsmailaccess_delivery.attempt import (
-    FINAL,
-    Attempt,
-    account_trouble,
-    nobody_left,
-    outcomes_of,
-    settlement_of,
-    waiting_of,
-    were_too_many,
-    worst,
-)
+from cpsmailaccess_delivery.attempt import FINAL, Attempt, nobody_left, waiting_of, worst
 from cpsmailaccess_delivery.envelope import Envelope, Route
 from cpsmailaccess_delivery.errors import InvalidSettings
 from cpsmailaccess_delivery.interfaces import Entry, Outcome, State
-from cpsmailaccess_delivery.outcome import Phase
+from cpsmailaccess_delivery.outcome import Phase, classify
+from cpsmailaccess_delivery.results import (
+    account_trouble,
+    settlement_of,
+    weigh,
+    were_too_many,
+)
 from cpsmailaccess_delivery.retry import Schedule
 from cpsmailaccess_delivery.smtp.events import Result
 from cpsmailaccess_delivery.smtp.reply import Reply
@@ -59,11 +55,15 @@ def settled(mail: Attempt, results: dict, schedule: Schedule | None = None):
     schedule = schedule or Schedule()
     return settlement_of(
         mail,
-        outcomes_of(mail, results, NOW, doubts=schedule.doubts),
+        weigh(mail, results, NOW, doubts=schedule.doubts)[0],
         schedule=schedule,
         now=NOW,
         chance=0.0,
     )
+
+
+def failed(results: dict) -> dict:
+    return weigh(attempt(tuple(results)), results, NOW)[1]
 
 
 def test_all_accepted_leaves_nothing():
@@ -72,7 +72,8 @@ def test_all_accepted_leaves_nothing():
 
 
 def test_words_of_the_relay_are_kept():
-    outcomes = outcomes_of(attempt(), {A: REFUSED, B: UNCLEAR}, NOW)
+    outcomes, failed = weigh(attempt(), {A: REFUSED, B: UNCLEAR}, NOW)
+    assert [verdict.state for verdict in failed.values()] == [State.REFUSED, State.UNCLEAR]
     assert outcomes[A] == Outcome(State.REFUSED, "550 5.1.1 no such user", NOW)
     assert outcomes[B].state is State.UNCLEAR
     assert outcomes[B].reply
@@ -199,12 +200,12 @@ def test_giving_up():
     ],
 )
 def test_recipients_that_were_too_many(results, at_once):
-    assert were_too_many(results) is at_once
+    assert were_too_many(results, failed(results)) is at_once
 
 
 def test_recipients_that_were_too_many_do_not_wait_nor_expire():
     old = attempt((A, B), staged=NOW - 6 * 86400, attempts=30)
-    outcomes = outcomes_of(old, {A: ACCEPTED, B: TOO_MANY}, NOW)
+    outcomes, _ = weigh(old, {A: ACCEPTED, B: TOO_MANY}, NOW)
     settlement = settlement_of(
         old, outcomes, schedule=Schedule(), now=NOW, chance=0.0, at_once=True
     )
@@ -230,7 +231,7 @@ def test_age_unknown_is_young():
     ],
 )
 def test_account_trouble(results, found):
-    trouble = account_trouble(results)
+    trouble = account_trouble(results, failed(results))
     assert (trouble.reply.code if isinstance(found, int) else trouble) == found
 
 
@@ -272,3 +273,25 @@ def test_nothing_is_forgotten(results, before, attempts, age):
         assert settlement.due > NOW
     if settlement.state is State.REFUSED:
         assert states <= FINAL
+
+
+def test_one_result_of_all_recipients_is_classified_once(monkeypatch):
+    seen = []
+
+    def count(*result):
+        seen.append(result)
+        return classify(*result)
+
+    monkeypatch.setattr("cpsmailaccess_delivery.results.classify", count)
+    outcomes, failed = weigh(attempt((A, B, C)), dict.fromkeys((A, B, C), ACCEPTED), NOW)
+    assert len(seen) == 1
+    assert not failed
+    assert set(outcomes.values()) == {Outcome(State.ACCEPTED, "250 2.0.0 queued as 4711", NOW)}
+
+
+def test_what_was_unclear_before_is_remembered_of_each():
+    earlier = {A: Outcome(State.UNCLEAR, doubts=1), B: Outcome(State.DEFERRED)}
+    outcomes, _ = weigh(
+        attempt((A, B, C), earlier=earlier), dict.fromkeys((A, B, C), ACCEPTED), NOW
+    )
+    assert [outcomes[r].doubts for r in (A, B, C)] == [1, 0, 0]

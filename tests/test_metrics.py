@@ -15,10 +15,10 @@ import transaction
 
 from cli_helpers import DEADLINE, MAIL, Site
 from cpsmailaccess_delivery import Account, Outbox
-from cpsmailaccess_delivery.attempt import TIME_BOUNDS, Times
 from cpsmailaccess_delivery.errors import InvalidSettings
 from cpsmailaccess_delivery.metrics import OTHERS, bounded, require_client, serve
 from cpsmailaccess_delivery.retry import Schedule
+from cpsmailaccess_delivery.summary import TIME_BOUNDS, Times
 from cpsmailaccess_delivery.testing import SMTPServer
 
 prometheus_parser = pytest.importorskip("prometheus_client.parser")

@@ -14,7 +14,7 @@ import transaction
 
 from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery import notices as notices_module
-from cpsmailaccess_delivery import scheduler as scheduler_module
+from cpsmailaccess_delivery import recorder as recorder_module
 from cpsmailaccess_delivery.errors import SpoolError
 from cpsmailaccess_delivery.processor import QueueProcessorThread
 from cpsmailaccess_delivery.retry import Schedule
@@ -286,7 +286,7 @@ def test_a_crash_after_the_notice_makes_no_second_one(outbox, server):
 
 
 def test_a_notice_that_cannot_be_written_is_written_later(outbox, server, monkeypatch):
-    monkeypatch.setattr(scheduler_module, "_UNSETTLED", 0.01)
+    monkeypatch.setattr(recorder_module, "_UNSETTLED", 0.01)
     put(outbox, server)
     server.on("RCPT", reply="550 5.1.1 no such user", match="bob@")
     message_id = send(outbox)

@@ -17,10 +17,20 @@ from types import SimpleNamespace
 import pytest
 import transaction
 
-from cpsmailaccess_delivery import Account, Outbox, State, lanes
+from cpsmailaccess_delivery import (
+    Account,
+    Outbox,
+    State,
+    connections,
+    lanes,
+    recorder,
+    sessions,
+    terms,
+)
 from cpsmailaccess_delivery import outbox as outbox_module
 from cpsmailaccess_delivery import processor as processor_module
 from cpsmailaccess_delivery import scheduler as scheduler_module
+from cpsmailaccess_delivery.agenda import Agenda
 from cpsmailaccess_delivery.errors import NoSuchEntry, SpoolError
 from cpsmailaccess_delivery.interfaces import LaneNote
 from cpsmailaccess_delivery.journal import Event
@@ -595,10 +605,8 @@ def test_a_limit_wakes_its_lane_once(outbox, server, monkeypatch):
         for _ in range(40):
             outbox.delivery.send("alice@example.org", ["bob@example.net"], MESSAGE)
     asked = []
-    real = Scheduler.wake_at
-    monkeypatch.setattr(
-        Scheduler, "wake_at", lambda self, *args: (asked.append(args), real(self, *args))
-    )
+    real = Agenda.add
+    monkeypatch.setattr(Agenda, "add", lambda self, *args: (asked.append(args), real(self, *args)))
     processor = outbox.processor()
     processor.start()
     server.wait_for(12, DEADLINE)
@@ -676,8 +684,8 @@ def test_closing_the_outbox_ends_a_run_in_another_thread(outbox, server):
 
 
 def test_waiting_lanes_get_the_connections_of_silent_relays(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(scheduler_module, "_PATIENCE", 0.2)
-    monkeypatch.setattr(scheduler_module, "_RELIEF", 0.05)
+    monkeypatch.setattr(connections, "_PATIENCE", 0.2)
+    monkeypatch.setattr(connections, "_RELIEF", 0.05)
     with (
         ServerThread() as thread,
         Outbox(tmp_path / "outbox", schedule=NEVER, max_sessions=3) as outbox,
@@ -699,7 +707,7 @@ def test_waiting_lanes_get_the_connections_of_silent_relays(tmp_path, server, mo
 
 
 def test_idle_sessions_make_room_for_waiting_lanes(tmp_path, monkeypatch):
-    monkeypatch.setattr(lanes, "_IDLE", 1000)
+    monkeypatch.setattr(sessions, "_IDLE", 1000)
     with (
         ServerThread() as thread,
         Outbox(tmp_path / "outbox", schedule=NEVER, max_sessions=1) as outbox,
@@ -834,7 +842,7 @@ def test_after_an_unclear_mail_one_at_a_time(outbox, server):
 
 
 def test_a_full_disk_stops_sending_until_there_is_room(outbox, server, monkeypatch):
-    monkeypatch.setattr(scheduler_module, "_UNSETTLED", 0.2)
+    monkeypatch.setattr(recorder, "_UNSETTLED", 0.2)
     put(outbox, server)
     full = threading.Event()
     full.set()
@@ -1031,17 +1039,17 @@ def test_what_could_not_be_published_is_published_late(outbox, server, monkeypat
     assert processor.stop(timeout=DEADLINE)
 
 
-@pytest.mark.parametrize("where", ["work", "_load_account"])
-def test_a_fault_in_one_lane_is_no_other_lanes(outbox, server, monkeypatch, where):
+@pytest.mark.parametrize(("part", "where"), [(lanes.Lane, "work"), (terms.Terms, "load")])
+def test_a_fault_in_one_lane_is_no_other_lanes(outbox, server, monkeypatch, part, where):
     """Also where it holds a connection of the common limit: it is given back."""
-    right = getattr(lanes.Lane, where)
+    right = getattr(part, where)
 
-    def wrong(lane):
-        if lane.route.mailbox.startswith("bad"):
+    def wrong(self):
+        if self.route.mailbox.startswith("bad"):
             raise RuntimeError("a fault of ours")
-        return right(lane)
+        return right(self)
 
-    monkeypatch.setattr(lanes.Lane, where, wrong)
+    monkeypatch.setattr(part, where, wrong)
     boxes = ["bad1@example.org", "bad2@example.org", "good1@example.org", "good2@example.org"]
     for box in boxes:
         put(outbox, server, mailbox=box)

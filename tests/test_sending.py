@@ -212,6 +212,35 @@ def test_a_retry_of_a_person_does_not_make_it_young(outbox, server, clock):
     assert [mail.sender for mail in server.mails] == [""]  # the notices to its sender alone
 
 
+def wait_for(seen: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not seen():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("when", ["before the start", "while it waits"])
+def test_a_mail_expires_while_its_lane_waits(outbox, server, clock, when):
+    """It is refused then, not when the relay is back; that probe is an hour away."""
+    server.stop_accepting()
+    send(outbox)
+    drain(outbox)
+    assert outbox.spool.lane_notes()
+    processor = outbox.processor()
+    if when == "before the start":
+        message_id = send(outbox, expires=time.time() + 1)
+        processor.start()
+    else:
+        processor.start()
+        wait_for(lambda: processor.scheduler is not None and len(processor.scheduler.lanes) == 1)
+        message_id = send(outbox, expires=time.time() + 1)
+    wait_for(lambda: outbox.status(message_id).state is State.REFUSED)
+    assert outbox.status(message_id).reason == "expired"
+    assert processor.stop(timeout=DEADLINE)
+    senders = [outbox.spool.load(entry).envelope.sender for entry in outbox.spool.scan()]
+    assert sorted(senders) == ["", ALICE, ALICE]  # a notice waits, too
+
+
 def test_what_is_unclear_stays_unclear(outbox, server, clock):
     server.on("TAKEN", drop=True)
     message_id = send(outbox, expires=time.time() + 7200)

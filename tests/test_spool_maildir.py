@@ -16,6 +16,7 @@ from cpsmailaccess_delivery.envelope import format_block
 from cpsmailaccess_delivery.errors import InvalidEnvelope, SpoolError
 from cpsmailaccess_delivery.interfaces import Entry, Outcome, Settlement, State
 from cpsmailaccess_delivery.spool import Maildir, Presence, durable, names
+from cpsmailaccess_delivery.watch import PollingWatch
 from spool_contract import (
     ACCEPTED,
     DEADLINE,
@@ -89,6 +90,15 @@ class TestPolling(SpoolContract):
         spool = Maildir(tmp_path / "box", presence, clock=lambda: now, notify=False)
         yield spool
         spool.close()
+
+    def test_what_is_due_again_is_told_at_once(self, spool, monkeypatch):
+        monkeypatch.setattr(PollingWatch, "_look", lambda watch: [])  # it sees nothing itself
+        watch = spool.watch()
+        entry = queue(spool)
+        assert list(watch.read()) == [entry]
+        after = settle(spool, entry, State.DEFERRED, due=1.0, attempts=1)
+        assert list(watch.read()) == [after]
+        watch.close()
 
     def test_what_others_commit_is_found(self, spool, presence):
         watch = spool.watch()

@@ -28,6 +28,7 @@ entries = st.builds(
     due=st.floats(-10, 1e12) | st.integers(0, 4_000_000_000).map(float),
     attempts=st.integers(-1, 2_000_000),
     priority=st.integers(0, 9),
+    expires=st.just(0.0) | st.floats(0, 1e12),
 ) | st.builds(
     Entry,
     id=foreign_ids,
@@ -36,6 +37,7 @@ entries = st.builds(
     due=st.floats(0, 1e10),
     attempts=st.integers(0, 1000),
     priority=st.just(NORMAL_PRIORITY),
+    expires=st.just(0.0),
 )
 
 
@@ -63,6 +65,8 @@ def test_normal_is_normal(entry):
 @example("1732369200.M123456Ra1b2c3.0123456789abcdef,L=89abcdef01234567,P=5")
 @example("1732369200.M123456Ra1b2c3.0123456789abcdef,L=89abcdef01234567,P=8:1,queued,9.5,0")
 @example("foo:1,deferred,1.50,0")
+@example("1732369200.M123456Ra1b2c3.0123456789abcdef,L=89abcdef01234567,E=0.5")
+@example("1732369200.M123456Ra1b2c3.0123456789abcdef,L=89abcdef01234567,E=01")
 @example("foo:2,S")
 @example("foo\n")
 def test_only_canonical_names_are_entries(name):
@@ -78,6 +82,16 @@ def test_find_knows_its_ids(message_id, other):
     entry_id = names.new_id(1.0, "abcdef", message_id)
     assert names.stands_for(entry_id, digest(message_id))
     assert names.stands_for(entry_id, other) == (other == digest(message_id))
+
+
+def test_when_it_expires_in_the_name():
+    entry_id, lane = names.new_id(1.0, "abcdef", "x"), "0" * 16
+    entry = Entry(entry_id, lane, expires=9.5)
+    assert names.file_name(entry) == f"{entry_id},L={lane},E=9.5"
+    later = entry._replace(priority=8, state=State.DEFERRED, due=2.0, attempts=1)
+    assert names.file_name(later) == f"{entry_id},L={lane},P=8,E=9.5:1,deferred,2,1"
+    for other in ("0", "9.50", "09"):  # nobody's name: not ours, for we would not say so
+        assert names.parse(f"{entry_id},L={lane},E={other}", "new").lane == ""
 
 
 def test_priority_and_due_time_in_the_name():
@@ -111,9 +125,10 @@ def test_a_clock_gone_mad_still_gives_an_id(now):
     hexes,
     st.floats(0, 1e10),
     st.integers(0, 9),
+    st.floats(0, 1e10),
 )
-def test_staged_names_read_back(entry_id, lane, size, check, presence, due, priority):
-    entry = names.normal(Entry(entry_id, lane, due=due, priority=priority))
+def test_staged_names_read_back(entry_id, lane, size, check, presence, due, priority, expires):
+    entry = names.normal(Entry(entry_id, lane, due=due, priority=priority, expires=expires))
     name = names.staged_name(entry, size=size, check=check, presence=presence)
     assert names.parse_staged(name) == (entry, size, check)
     assert names.presence_of(name) == presence

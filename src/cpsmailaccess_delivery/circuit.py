@@ -55,46 +55,36 @@ class Circuit:
         self._chance = chance
         self._tell = tell
         self._changed = changed
-        self._failures = 0
+        self.failures = 0  # in a row
         self._paused = False
 
     def __repr__(self) -> str:
-        return f"<Circuit {'open' if self.is_open else 'closed'} failures={self._failures}>"
+        return f"<Circuit {'open' if self.is_open else 'closed'} failures={self.failures}>"
 
     @property
     def is_open(self) -> bool:
         """Whether to wait.  A wait longer than any is left of a clock that has been put back."""
         return 0 < self.until - self._now() <= self._schedule.longest_delay
 
-    @property
-    def failures(self) -> int:
-        """Failures in a row."""
-        return self._failures
-
-    @property
-    def failed(self) -> bool:
-        """Whether the last thing that happened was a failure."""
-        return self._failures > 0
-
     def open(self, trouble: Trouble, reason: str) -> None:
         """Wait: a probe has failed.  While open already, it is the same event: nothing."""
         if self.is_open:
             return
         now = self._now()
-        self._failures += 1
-        self.until = now + self._schedule.delay(self._failures, self._chance())
+        self.failures += 1
+        self.until = now + self._schedule.delay(self.failures, self._chance())
         log.warning("%s: %s; next try in %.0f s", self._route, reason, self.until - now)
         before = self._spool.lane_note(self._key)
         account = trouble in (Trouble.ACCOUNT, Trouble.LOGIN)
         was_paused = self._paused or (before is not None and before.paused)
-        self._paused = was_paused or account or self._failures >= _REPEATED
+        self._paused = was_paused or account or self.failures >= _REPEATED
         note = LaneNote(
             route=self._route,
             trouble=str(trouble),
             reason=reason,
             since=before.since if before else now,
             until=self.until,
-            failures=self._failures,
+            failures=self.failures,
             version=self._version(),
             told=before.told if before else False,
             paused=self._paused,
@@ -113,13 +103,13 @@ class Circuit:
 
     def close(self, why: str = "the relay works") -> None:
         """Go on: the relay works, the account was mended, or a person wants it."""
-        if self._failures or self.until:
+        if self.failures or self.until:
             # Without a note, another processor of this lane was faster, and has told.
             tell = self._paused and self._spool.lane_note(self._key) is not None
             self._go_on(why, tell=tell)
 
     def _go_on(self, why: str, *, tell: bool) -> None:
-        self._failures, self.until, self._paused = 0, 0.0, False
+        self.failures, self.until, self._paused = 0, 0.0, False
         self._note(None)
         if tell:
             self._changed(False, why)
@@ -138,7 +128,7 @@ class Circuit:
         note = self._spool.lane_note(self._key)
         if note is None:
             return
-        self._failures, self.until, self._paused = note.failures, note.until, note.paused
+        self.failures, self.until, self._paused = note.failures, note.until, note.paused
         if note.version != self._version():
             self.close("the account was changed")
         elif draining and note.trouble != Trouble.LOGIN:

@@ -107,6 +107,7 @@ class Entry(NamedTuple):
     ``lane``: `envelope.lane_key` of its route; "" for a file we did not name.
     ``due``: seconds since the epoch; 0: at once.  ``attempts``: how many were made.
     ``priority``: 0 to 9; within a lane, higher ones go first.
+    ``expires``: seconds since the epoch: not sent from then on; 0: no limit.
     """
 
     id: str
@@ -115,6 +116,7 @@ class Entry(NamedTuple):
     due: float = 0.0
     attempts: int = 0
     priority: int = NORMAL_PRIORITY
+    expires: float = 0.0
 
     @property
     def staged_at(self) -> float:
@@ -219,7 +221,7 @@ class ISpool(Interface):
     def stage(envelope: Envelope, message: bytes) -> Entry:
         """Write a mail that nobody sees yet.  Not durable.  Leaves nothing when it fails.
 
-        The entry is due when the envelope says, and has its priority.
+        The entry is due and expires when the envelope says, and has its priority.
         """
 
     def prepare(entries: Sequence[Entry], *, witnessed: bool = False) -> None:
@@ -337,7 +339,7 @@ class ILease(Interface):
 
     entry = Attribute("Entry")
     envelope = Attribute("Envelope")
-    message = Attribute("The message as it is stored, without the private block (bytes)")
+    message = Attribute("The message as it is stored, without the private block (bytes), or b''")
     outcomes = Attribute("Outcomes of earlier attempts: Mapping[str, Outcome]")
 
     def settle(settlement: Settlement) -> Entry | None:
@@ -348,6 +350,15 @@ class ILease(Interface):
         this returns.
         Returns the entry as it is now, or None.  When it raises `SpoolError` the lease
         is still held: settle again later, or release.
+        """
+
+    def forget_message() -> None:
+        """Keep ``message`` in memory no longer: it is b"" from now on."""
+
+    def read_message() -> bytes:
+        """Return the message as it is stored, also after `forget_message`.
+
+        Only while the lease is held, in any thread.  Raises `SpoolError`.
         """
 
     def set_aside(reason: str) -> None:

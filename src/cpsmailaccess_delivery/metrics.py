@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from .attempt import TIME_BOUNDS
 from .errors import InvalidSettings, SpoolError
 from .interfaces import State
+from .summary import TIME_BOUNDS
 
 if TYPE_CHECKING:
     from .processor import QueueProcessorThread
@@ -80,10 +80,10 @@ class Collector:
         sessions = 0
         names = {}
         for lane in scheduler.lanes:
-            route = str(lane.route)
+            route = lane.name
             names[lane.key] = route
             conditions["paused"] += lane.circuit.is_open
-            sessions += lane.session_count
+            sessions += len(lane.sessions)
             for entry in lane.entries():
                 counts[entry.state] = counts.get(entry.state, 0) + 1
                 since = entry.due or entry.staged_at or now
@@ -112,8 +112,8 @@ class Collector:
         if begun >= self._count_again:
             counts = dict.fromkeys(_FOR_A_PERSON, 0)
             try:
-                for entry in scheduler.spool.scan():
-                    if entry.state in counts and scheduler.share.owns(entry.lane):
+                for entry in scheduler.shared.spool.scan():
+                    if entry.state in counts and scheduler.shared.share.owns(entry.lane):
                         counts[entry.state] += 1
             except SpoolError:
                 counts = {}  # no number is better than a wrong one

@@ -22,7 +22,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -164,17 +164,21 @@ class Notices:
             action,
             to=attempt.sender,
             recipients=recipients,
-            message=attempt.message,
+            message=b"",  # read when it is wanted: many may wait here
             message_id=envelope.message_id,
             queued_at=entry.staged_at,
             now=now,
             give_up_at=min(give_up_at, envelope.expires or give_up_at),
             full=envelope.ret == FULL and action is Action.FAILED,
         )
-        work = partial(self._compose, notice, message_id, envelope.route)
+        work = partial(self._compose, notice, attempt, message_id, envelope.route)
         return Wanted(message_id, attempt.sender, envelope.route, work)
 
-    def _compose(self, notice: Notice, message_id: str, route: Route) -> bytes:
+    def _compose(self, notice: Notice, attempt: Attempt, message_id: str, route: Route) -> bytes:
+        try:
+            notice = replace(notice, message=attempt.read_message())
+        except SpoolError as error:  # a notice without the mail's header is better than none
+            log.error("%s", error)
         account = self._peek(route.mailbox) if route.mailbox else None
         return compose(
             notice,

@@ -21,8 +21,9 @@ from .interfaces import IQueueProcessor
 from .limits import ALONE, Share
 from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
-from .scheduler import Scheduler, Summary
+from .scheduler import Scheduler
 from .spool import forks
+from .summary import Summary
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ class _Relay:
 
 
 class Relays:
-    """Counts connections by relay (``Lane.relay``); `most`: of each.
+    """Counts connections by relay (``Terms.relay``); `most`: of each.
 
     A lane that has none goes before one that wants another: while any waits, none gets
     a second.
@@ -35,14 +35,14 @@ class Relays:
 
     def room(self, lane: Lane) -> bool:
         """Whether the lane may connect to its relay."""
-        relay = self._relays.get(lane.relay)
+        relay = self._relays.get(lane.terms.relay)
         if relay is None:
             return True
-        return relay.connections < self._most and not (lane.has_sessions and relay.waiting)
+        return relay.connections < self._most and not (lane.sessions.here and relay.waiting)
 
     def take(self, lane: Lane) -> None:
         """The lane connects."""
-        relay = self._relays.setdefault(lane.relay, _Relay())
+        relay = self._relays.setdefault(lane.terms.relay, _Relay())
         relay.connections += 1
         relay.holders[lane] = relay.holders.get(lane, 0) + 1
 
@@ -58,13 +58,13 @@ class Relays:
 
     def wait(self, lane: Lane) -> None:
         """The lane waits for its relay; one that has sessions to spare gives one up."""
-        relay = self._relays[lane.relay]
+        relay = self._relays[lane.terms.relay]
         if lane in relay.waiting:
             return
         relay.waiting[lane] = None
-        holder = max(relay.holders, key=lambda each: (each.idle, each.working))
-        if holder.idle or holder.working > 1:
-            holder.give_up_one()
+        holder = max(relay.holders, key=lambda each: (each.idle, each.sessions.working))
+        if holder.idle or holder.sessions.working > 1:
+            holder.sessions.give_up_one()
 
     def next_waiting(self, name: str) -> Lane | None:
         """Return, once, who has waited longest for a relay that has room."""
@@ -77,7 +77,7 @@ class Relays:
 
     def is_waited_for(self, lane: Lane) -> bool:
         """Whether others wait for a connection to this lane's relay."""
-        relay = self._relays.get(lane.relay)
+        relay = self._relays.get(lane.terms.relay)
         return relay is not None and bool(relay.waiting)
 
     @property

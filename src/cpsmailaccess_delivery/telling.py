@@ -1,24 +1,45 @@
-"""What the work of the processor tells: to the journal first, then to zope.event."""
+"""What the work of the processor tells: to the journal first, then to subscribers."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any, Final
 
 from .attempt import Attempt
 from .envelope import Route
 from .events import AccountPaused, AccountResumed
+from .interfaces import Outcome
 from .journal import Event
+
+log = logging.getLogger(__name__)
 
 #: Kinds of events in the journal.
 PAUSED: Final = "paused"
 RESUMED: Final = "resumed"
 
 
-def tell_settled(announcer: Any, attempt: Attempt, now: float) -> None:
-    """Tell what an attempt has brought; called when that is recorded in the spool."""
-    news = attempt.news
-    if news:
-        announcer.outcomes(now, attempt.entry.id, attempt.lease.envelope, news)
+def tell_outcomes(
+    journal: Any,
+    attempt: Attempt,
+    outcomes: Mapping[str, Outcome],
+    *,
+    route: str,
+    relay: str,
+    number: int,
+) -> None:
+    """Tell the journal what an attempt has brought, and remember it for subscribers.
+
+    `route`: as text.  `relay`: host and port; "": none was asked.  `number`: of the attempt.
+    """
+    attempt.news = outcomes
+    envelope, entry = attempt.lease.envelope, attempt.lease.entry.id
+    message_id, sender, record = envelope.message_id, attempt.sender, journal.record
+    if log.isEnabledFor(logging.INFO):
+        told = ", ".join(f"{recipient} {outcome}" for recipient, outcome in outcomes.items())
+        log.info("%s <%s> by %s: %s", entry, message_id, route, told)
+    for recipient, (state, reply, at, _, _) in outcomes.items():
+        record(Event(at, state, entry, message_id, route, sender, recipient, number, reply, relay))
 
 
 def tell_circuit(

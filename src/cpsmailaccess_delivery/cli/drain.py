@@ -20,7 +20,7 @@ from .run import StopSignal, stop_timeout_option
 if TYPE_CHECKING:
     from ..outbox import Outbox
     from ..processor import QueueProcessorThread
-    from ..scheduler import Summary
+    from ..summary import Summary
 
 #: Seconds between two looks at how far it is.
 _LOOK = 0.1

@@ -163,6 +163,16 @@ class Lease:
         self.leave()
         return after
 
+    def forget_message(self) -> None:
+        """See `ILease`."""
+        self.message = b""
+
+    def read_message(self) -> bytes:
+        """See `ILease`."""
+        if self._fd < 0 or self._generation != forks.generation():
+            raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
+        return self.message or self._mails.message(self._fd, self.entry)
+
     def set_aside(self, reason: str) -> None:
         """See `ILease`."""
         if self._fd < 0 or self._generation != forks.generation():

@@ -69,7 +69,7 @@ class Maildir:
         self._keys = Keys(self._layout, presence, self.sweep)
         self._staging = Staging(self._layout, presence, self._keys, clock)
         sides = SideFiles(self._layout, scrap=self._staging.scrap)
-        self._mails = Mails(self._layout, sides, self._keys)
+        self._mails = Mails(self._layout, sides, self._keys, self._tell)
         self._doubts = Doubts(self._layout, self._mails, sides)
         self._listing = Listing(self._layout, clock)
         self._notes = LaneNotes(Path(self.location) / "lanes")

@@ -15,7 +15,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -43,12 +43,22 @@ _NO_MAIL: Final = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
 
 
 class Mails:
-    """The files of new/ and cur/, by their entries, with their side files."""
+    """The files of new/ and cur/, by their entries, with their side files.
 
-    def __init__(self, layout: Layout, sides: SideFiles, keys: Keys) -> None:
+    `tell`: told of mails whose attempt is over: watches of this process may not see it.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        sides: SideFiles,
+        keys: Keys,
+        tell: Callable[[Iterable[Entry]], None],
+    ) -> None:
         self._layout = layout
         self._keys = keys
         self._sides = sides
+        self._tell = tell
         self._orphans_due = 0.0  # by the monotonic clock
         self._removed = False  # whether a removal is not synced yet
         self._spent: deque[str] = deque()  # ids of those among them that had a side file
@@ -132,6 +142,17 @@ class Mails:
             return None
         return Lease(self, fd, entry, envelope=envelope, message=data[offset:], side=side)
 
+    def message(self, fd: int, entry: Entry) -> bytes:
+        """Return the message of an open mail."""
+        try:
+            os.lseek(fd, 0, os.SEEK_SET)
+            data = self._content(fd, os.fstat(fd))
+            return data[parse_block(data)[1] :]
+        except OSError as error:
+            raise spool_error(f"read {entry.id} again", self._layout.path, error) from error
+        except InvalidEnvelope as error:
+            raise SpoolError(f"{entry.id}: was changed by somebody: {error}") from error
+
     def _content(self, fd: int, status: os.stat_result) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise InvalidEnvelope("this is no file: a mail is a regular file")
@@ -174,6 +195,7 @@ class Mails:
         """Write what is known of a mail, then let its name follow."""
         self._sides.write(before.id, side)
         self.rename(before, after)
+        self._tell([after])
 
     def hold(self, entry: Entry, reason: str, *, sync: bool = False) -> Entry:
         """Set a mail aside.  `sync`: at once against a power loss too."""

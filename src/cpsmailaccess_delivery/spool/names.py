@@ -8,6 +8,8 @@
                            state      due           attempts
     new/  ... the same ...,L=89abcdef01234567,P=8:1,queued,1732369260.25,0
                            priority, unless normal   scheduled for later
+    new/  ... the same ...,L=89abcdef01234567,E=1732455600
+                           expires
 
 The `id` is all before ``,L=``.  A file with a plain name that we did not give is its own
 id and has no lane; in the spool it is queued like any other.  A name is *canonical* when
@@ -25,14 +27,15 @@ from ..envelope import Envelope, digest, lane_key
 from ..interfaces import NORMAL_PRIORITY, Entry, State
 
 _ID: Final = r"\d{10}\.M\d{6}R[0-9a-f]{6}\.[0-9a-f]{16}"
-_PRIORITY: Final = r"(?:,P=([0-46-9]))?"
-_DUE: Final = r"((?:0|[1-9]\d{0,10})(?:\.\d{0,2}[1-9])?)"
+_TIME: Final = r"(?:[1-9]\d{0,10}(?:\.\d{0,2}[1-9])?|0\.\d{0,2}[1-9])"
+_DUE: Final = rf"(0|{_TIME})"
+_ASKED: Final = rf"(?:,P=([0-46-9]))?(?:,E=({_TIME}))?"
 _INFO: Final = rf":1,(queued|deferred|held|unclear|refused),{_DUE},(0|[1-9]\d{{0,5}})"
 _BARE = re.compile(rf"({_ID}),L=([0-9a-f]{{16}})\Z", re.ASCII)
-_OWN = re.compile(rf"({_ID}),L=([0-9a-f]{{16}}){_PRIORITY}(?:{_INFO})?\Z", re.ASCII)
+_OWN = re.compile(rf"({_ID}),L=([0-9a-f]{{16}}){_ASKED}(?:{_INFO})?\Z", re.ASCII)
 _FOREIGN = re.compile(rf"([A-Za-z0-9_=+@-][A-Za-z0-9._,=+@-]{{0,179}})(?:{_INFO})?\Z", re.ASCII)
 _STAGED = re.compile(
-    rf"({_ID}),L=([0-9a-f]{{16}}){_PRIORITY}(?:,D={_DUE})?,S=(\d+),C=([0-9a-f]{{8}})"
+    rf"({_ID}),L=([0-9a-f]{{16}}){_ASKED}(?:,D={_DUE})?,S=(\d+),C=([0-9a-f]{{8}})"
     r",P=[0-9a-f]{16}\Z",
     re.ASCII,
 )
@@ -53,8 +56,15 @@ def new_id(now: float, chance: str, message_id: str) -> str:
 
 def first_entry(entry_id: str, envelope: Envelope) -> Entry:
     """Return the entry of a mail that is not committed yet."""
-    lane, due = lane_key(envelope.route), envelope.not_before
-    return normal(Entry(entry_id, lane, due=due, priority=envelope.priority))
+    return normal(
+        Entry(
+            entry_id,
+            lane_key(envelope.route),
+            due=envelope.not_before,
+            priority=envelope.priority,
+            expires=envelope.expires,
+        )
+    )
 
 
 def file_name(entry: Entry) -> str:
@@ -76,17 +86,19 @@ def parse(name: str, where: str) -> Entry | None:
         return Entry(bare[1], intern(bare[2]))
     match = _OWN.match(name)
     if match:
-        entry_id, lane, digit, state, due, attempts = match.groups()
-        lane, priority = intern(lane), _priority(digit)
+        entry_id, lane, digit, end, state, due, attempts = match.groups()
+        lane, priority, expires = intern(lane), _priority(digit), float(end or 0)
     else:
         match = _FOREIGN.match(name)
         if not match:
             return None
         entry_id, state, due, attempts = match.groups()
-        lane, priority = "", NORMAL_PRIORITY
+        lane, priority, expires = "", NORMAL_PRIORITY, 0.0
     if state is None:
-        return Entry(entry_id, lane, priority=priority) if where == "new" else None
-    entry = Entry(entry_id, lane, State(state), float(due), int(attempts), priority)
+        if where != "new":
+            return None
+        return Entry(entry_id, lane, priority=priority, expires=expires)
+    entry = Entry(entry_id, lane, State(state), float(due), int(attempts), priority, expires)
     if folder(entry.state) != where or (due == attempts == "0" and where == "new"):
         return None
     return entry
@@ -99,7 +111,8 @@ def normal(entry: Entry) -> Entry:
     if due < wanted:
         due = float(_number(wanted + 0.001))
     attempts = min(max(entry.attempts, 0), _LAST_ATTEMPT)
-    return entry._replace(due=due, attempts=attempts)
+    expires = float(_number(min(max(entry.expires, 0.0), _LAST_DUE)))
+    return entry._replace(due=due, attempts=attempts, expires=expires)
 
 
 def held(entry: Entry) -> Entry:
@@ -144,8 +157,14 @@ def parse_staged(name: str) -> tuple[Entry, int, int] | None:
     match = _STAGED.match(name)
     if not match:
         return None
-    entry_id, lane, digit, due, size, check = match.groups()
-    entry = Entry(entry_id, intern(lane), due=float(due or 0), priority=_priority(digit))
+    entry_id, lane, digit, end, due, size, check = match.groups()
+    entry = Entry(
+        entry_id,
+        intern(lane),
+        due=float(due or 0),
+        priority=_priority(digit),
+        expires=float(end or 0),
+    )
     return entry, int(size), int(check, 16)
 
 
@@ -156,9 +175,9 @@ def presence_of(name: str) -> str | None:
 
 
 def _base(entry: Entry) -> str:
-    if entry.priority == NORMAL_PRIORITY:
-        return f"{entry.id},L={entry.lane}"
-    return f"{entry.id},L={entry.lane},P={entry.priority}"
+    priority = f",P={entry.priority}" if entry.priority != NORMAL_PRIORITY else ""
+    expires = f",E={_number(entry.expires)}" if entry.expires else ""
+    return f"{entry.id},L={entry.lane}{priority}{expires}"
 
 
 def _priority(digit: str | None) -> int:

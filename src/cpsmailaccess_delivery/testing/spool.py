@@ -281,6 +281,16 @@ class MemoryLease:
         now = self._spool.change(mail, after, free_key=cancelled)
         return None if after is None else now
 
+    def forget_message(self) -> None:
+        """See `ILease`."""
+        self.message = b""
+
+    def read_message(self) -> bytes:
+        """See `ILease`."""
+        if self._mail is None:
+            raise SpoolError(f"{self.entry.id}: the lease has ended")
+        return self._mail.message
+
     def set_aside(self, reason: str) -> None:
         """See `ILease`."""
         mail = self._mail

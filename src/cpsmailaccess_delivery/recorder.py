@@ -1,0 +1,211 @@
+"""What became of mails is recorded: notices first, then the spool; and safe soon after.
+
+::
+
+    settle --> notices durable, if there are any --> recorded in the spool --> synced, grouped
+                       |                                   |
+                       +-- cannot be written --> kept <----+   tried again; the lease is held
+
+When much cannot be recorded, nothing more is sent: see `Recorder.full`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from .attempt import ACCEPTED, Attempt
+from .errors import SpoolError
+from .interfaces import Settlement, State
+from .notices import Notices
+from .shared import Shared
+from .summary import Summary
+from .upkeep import Upkeep
+
+log = logging.getLogger(__name__)
+
+#: Seconds after which a settlement that could not be written is tried again.
+_UNSETTLED = 5.0
+
+#: So many mails that cannot be recorded stop all sending until the disk takes them.
+_MANY_UNSETTLED = 8
+
+#: Removals are made durable after so many, or so many seconds, in a thread beside the loop.
+_SYNC_MANY = 64
+_SYNC_SOON = 0.05
+
+
+class Recorder:
+    """Records settlements; called in the thread of the loop.
+
+    `thread`: does what waits for the disk.  `files`: how many may be open: those of removed
+    mails are until the next sync.  `room`: called when it is `full` no more.  `changed`:
+    called when it may have become idle.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        upkeep: Upkeep,
+        *,
+        thread: Executor,
+        files: int,
+        room: Callable[[], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self.summary = Summary()
+        self.deferred: set[str] = set()  # ids tried when draining, and to be tried again
+        self.notices = Notices(
+            shared.spool,
+            shared.accounts,
+            shared.journal,
+            schedule=shared.schedule,
+            reporting_mta=shared.helo_name,
+            loop=shared.loop,
+            thread=thread,
+            clock=shared.now,
+            changed=self._notices_done,
+        )
+        self._spool = shared.spool
+        self._announcer = shared.announcer
+        self._loop = shared.loop
+        self._now = shared.now
+        self._draining = shared.draining
+        self._upkeep = upkeep
+        self._thread = thread
+        self._room = room
+        self._changed = changed
+        self._unsettled: list[tuple[Attempt, Settlement]] = []
+        self._sync_many = max(1, min(_SYNC_MANY, files // 8))
+        self._unsynced = 0
+        self._sync_timer: asyncio.TimerHandle | None = None
+        self._syncing: asyncio.Future[None] | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether so much cannot be recorded that it is better to send nothing."""
+        return len(self._unsettled) >= _MANY_UNSETTLED or self.notices.full
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether something could not be written yet."""
+        return bool(self._unsettled)
+
+    def settle(self, attempt: Attempt, settlement: Settlement) -> None:
+        """Record a settlement; what cannot be written keeps its lease and is tried again."""
+        if settlement is ACCEPTED:  # once per mail, nearly
+            self.summary.accepted += 1
+            if not attempt.relayed:
+                self._record(attempt, settlement)
+                return
+        elif not 0 < settlement.due <= self._now():  # else it goes on at once
+            self.summary.count(settlement.state)
+            if self._draining and settlement.due:
+                self.deferred.add(attempt.entry.id)
+        if settlement.state is State.REFUSED and not attempt.sender:
+            log.warning("%s is refused, and nobody can be told: removed", attempt.entry.id)
+            why = "refused, and it has no sender who could be told"
+            settlement = self._upkeep.leaving(attempt.lease, settlement.outcomes, why)
+        self._tell_and_record(attempt, settlement)
+
+    def set_aside(self, attempt: Attempt, error: Exception) -> None:
+        """Hold a mail on which we failed ourselves, so that nothing spins on it."""
+        log.error("%s: held after a fault of ours", attempt.entry.id, exc_info=error)
+        attempts = attempt.entry.attempts + 1
+        self.settle(attempt, Settlement(State.HELD, attempts=attempts, reason=fault(error)))
+
+    def flush(self) -> None:
+        """Try a last time what could not be written, and wait for notices."""
+        if self._sync_timer is not None:
+            self._sync_timer.cancel()
+        self._retry()
+        self.notices.flush()
+
+    def close(self) -> None:
+        """Sync; give back the leases of what cannot be recorded.  When the thread is done."""
+        try:
+            self._spool.sync()
+        except SpoolError as error:
+            log.error("%s; a power loss may send mails again", error)
+        for attempt, settlement in self._unsettled:
+            log.critical("%s is %s, but cannot be recorded", attempt.entry.id, settlement.state)
+            attempt.lease.release()
+
+    def _tell_and_record(self, attempt: Attempt, settlement: Settlement) -> None:
+        """Let the notices that a settlement asks for be durable, then record it."""
+        wanted = () if attempt.notified else self.notices.of(attempt, settlement)
+        if not wanted:
+            self._record(attempt, settlement)
+            return
+
+        def told(error: SpoolError | None) -> None:
+            if error is None:
+                attempt.notified = True
+                self._record(attempt, settlement)
+            else:
+                self._keep(attempt, settlement, error)
+
+        attempt.forget_message()  # many may wait there
+        self.notices.queue(wanted, told)
+
+    def _record(self, attempt: Attempt, settlement: Settlement) -> None:
+        try:
+            attempt.lease.settle(settlement)
+        except SpoolError as error:
+            self._keep(attempt, settlement, error)
+            return
+        if attempt.news:
+            entry, envelope = attempt.lease.entry, attempt.lease.envelope
+            self._announcer.outcomes(self._now(), entry.id, envelope, attempt.news)
+        self._unsynced += 1
+        if self._unsynced >= self._sync_many:
+            self._sync()
+        elif self._sync_timer is None:
+            self._sync_timer = self._loop.call_later(_SYNC_SOON, self._sync)
+
+    # What cannot be written
+
+    def _keep(self, attempt: Attempt, settlement: Settlement, error: SpoolError) -> None:
+        log.error("cannot record that %s is %s: %s", attempt.entry.id, settlement.state, error)
+        if not self._unsettled:
+            self._loop.call_later(_UNSETTLED, self._retry)
+        self._unsettled.append((attempt, settlement))
+
+    def _retry(self) -> None:
+        unsettled, self._unsettled = self._unsettled, []
+        for attempt, settlement in unsettled:
+            self._tell_and_record(attempt, settlement)
+        if unsettled and not self.full:
+            self._room()
+        self._changed()
+
+    def _notices_done(self, were_full: bool) -> None:
+        if were_full and not self.full:
+            self._room()
+        self._changed()
+
+    # Safe against a power loss
+
+    def _sync(self) -> None:
+        if self._sync_timer is not None:
+            self._sync_timer.cancel()
+            self._sync_timer = None
+        if self._syncing is None and self._unsynced:
+            self._unsynced = 0
+            self._syncing = self._loop.run_in_executor(self._thread, self._spool.sync)
+            self._syncing.add_done_callback(self._synced)
+
+    def _synced(self, done: asyncio.Future[None]) -> None:
+        self._syncing = None
+        if not done.cancelled() and (error := done.exception()):
+            log.error("%s; a power loss may send mails again", error)
+            self._unsynced += 1  # so that it is tried again
+        if self._unsynced and self._sync_timer is None:
+            self._sync_timer = self._loop.call_later(_SYNC_SOON, self._sync)
+
+
+def fault(error: Exception) -> str:
+    """Return why a mail or a lane waits after a fault of ours."""
+    return f"a fault in the processor: {type(error).__name__}: {error}"
