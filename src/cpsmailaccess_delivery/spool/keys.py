@@ -22,13 +22,13 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from ..errors import KeyTaken
 from ..files import read_all, write_new
 from . import names
-from .durable import spool_error
+from .durable import settle_files, spool_error
 from .layout import Layout
 from .presence import Presence
 
@@ -76,11 +76,12 @@ class Keys:
         scrap = names.key_name(entry_id, digest=digest, presence=presence)
         tmp, keys = self._layout["tmp"], self._layout["keys"]
         content = f"{entry_id}\n{presence}\n{message_id}\n".encode()
-        write_new(scrap, content, sync=True, dir_fd=tmp)
+        write_new(scrap, content, dir_fd=tmp)
         try:
             now = time.time()
             if due > now:
                 os.utime(scrap, (now, due), dir_fd=tmp)
+            self._settle(scrap)  # first: a key without its scrap is one that was confirmed
             for last in (False, True):
                 try:
                     os.link(scrap, digest, src_dir_fd=tmp, dst_dir_fd=keys)
@@ -98,9 +99,18 @@ class Keys:
             raise
         return scrap
 
-    def confirm(self, scrap: str) -> None:
-        """Keep a key that was taken: its mail is committed, or in doubt.  Never raises."""
-        _unlink("tmp", scrap, self._layout["tmp"])
+    def confirm(self, scraps: Sequence[str]) -> None:
+        """Keep keys that were taken: their mails are committed, or in doubt.  Never raises.
+
+        Durable: when a scrap comes back after its mail has been delivered, the next sweep
+        frees the key.
+        """
+        if not scraps:
+            return
+        tmp = self._layout["tmp"]
+        for scrap in scraps:
+            _unlink("tmp", scrap, tmp)
+        _sync("tmp", tmp)
 
     def give_back(self, scrap: str) -> None:
         """Free a key that was taken.  Never raises."""
@@ -111,6 +121,7 @@ class Keys:
             there = os.stat(digest, dir_fd=keys, follow_symlinks=False)
             if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
                 _unlink("keys", digest, keys)
+                _sync("keys", keys)  # first: see `take`
         except OSError:
             pass  # it was not taken, after all
         _unlink("tmp", scrap, tmp)
@@ -135,6 +146,7 @@ class Keys:
             return
         if found is not None and found.entry_id == entry_id:
             _unlink("keys", digest, self._layout["keys"])
+            _sync("keys", self._layout["keys"])
 
     def prune(self) -> None:
         """Forget old keys; about once a day.  Never raises."""
@@ -157,6 +169,15 @@ class Keys:
             pass  # somebody else does it
         except OSError as error:
             log.error("keys/ cannot be pruned; trying again tomorrow: %s", error)
+
+    def _settle(self, scrap: str) -> None:
+        """Make a scrap durable, with its name."""
+        tmp = self._layout["tmp"]
+        fd = os.open(scrap, _READ, dir_fd=tmp)
+        try:
+            settle_files([fd], tmp)
+        finally:
+            os.close(fd)
 
     def _abandoned(self, digest: str) -> bool:
         found = self._look(digest)
@@ -190,6 +211,13 @@ class _Taken:
 
 def _digest(key: str) -> str:
     return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def _sync(where: str, directory: int) -> None:
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        log.error("%s/ cannot be synced; a power loss may change who has a key: %s", where, error)
 
 
 def _unlink(where: str, name: str, directory: int) -> None:

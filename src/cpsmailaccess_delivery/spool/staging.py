@@ -151,14 +151,18 @@ class Staging:
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
+        scraps = []
+        for entry in entries:
+            each = self._staged.get(entry.id)
+            if each is not None and each.scrap and each.generation == forks.generation():
+                scraps.append(each.scrap)
+        self._keys.confirm(scraps)  # first: a processor may soon deliver them
         for entry in entries:
             staged = self._staged.pop(entry.id, None)
             if staged is None or staged.generation != forks.generation():
                 log.critical("%s: published, but not staged by this process", entry.id)
                 continue
             self._shut(staged)
-            if staged.scrap:
-                self._keys.confirm(staged.scrap)
             if not self._move_to_new(staged.name, entry):
                 try:
                     os.chmod(staged.name, _COMMITTED, dir_fd=self._layout["tmp"])
@@ -228,7 +232,7 @@ class Staging:
                     _unlink(name, tmp)  # published: only this name came back
                 elif self._whole(name, size=found[1], check=found[2]):
                     if found[0].id in scraps:  # first: it may soon be delivered
-                        self._keys.confirm(scraps.pop(found[0].id))
+                        self._keys.confirm([scraps.pop(found[0].id)])
                     if hold(name, found[0], mode == _WITNESSED):
                         held.append(found[0].id)
                 else:
@@ -263,7 +267,7 @@ class Staging:
             if scrap is None:
                 continue
             if entry_id in visible:
-                self._keys.confirm(scrap)
+                self._keys.confirm([scrap])
             else:
                 self._keys.give_back(scrap)
 
@@ -312,6 +316,9 @@ class Staging:
         tmp, new = self._layout["tmp"], self._layout["new"]
         try:
             if os.access(target, os.F_OK, dir_fd=new):
+                if _same_file(name, tmp, target, new):  # half of a rename, after a power loss
+                    os.unlink(name, dir_fd=tmp)
+                    return True
                 log.critical("%s: a file of this name is in new/ already; not replaced", entry.id)
                 return False
             os.rename(name, target, src_dir_fd=tmp, dst_dir_fd=new)
@@ -357,6 +364,12 @@ class Staging:
             return
         if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > _ABANDONED:
             _unlink(name, tmp)
+
+
+def _same_file(name: str, directory: int, other: str, other_directory: int) -> bool:
+    ours = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    there = os.stat(other, dir_fd=other_directory, follow_symlinks=False)
+    return os.path.samestat(ours, there)
 
 
 def _unlink(name: str, directory: int) -> None:
