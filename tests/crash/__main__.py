@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 from disk import MODELS
 from enumerator import Enumerator, all_sites, is_missed
+from faults import ERRORS, PATHS, Fault, faults, play
+from recorder import in_memory
 from stories import NAMES
+
+from cpsmailaccess_delivery.spool import durable
 
 
 def main() -> int:
     logging.disable(logging.CRITICAL)
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as workplace:
-        enumerator = Enumerator(Path(workplace))
-        return print_states(enumerator) + print_syncs(enumerator)
+    with in_memory() as workplace:
+        enumerator = Enumerator(workplace)
+        return print_states(enumerator) + print_syncs(enumerator) + print_faults(workplace)
 
 
 def print_states(enumerator: Enumerator) -> int:
@@ -50,6 +52,26 @@ def print_syncs(enumerator: Enumerator) -> int:
         print("  ".join("yes" if yes else "-  " for yes in missed.values()), "", site)
         unnoticed += not missed["posix"]
     return unnoticed
+
+
+def print_faults(workplace: Path) -> int:
+    print(f"\n{'path':28}{'calls':>7}{'faults':>8}{'bad ends':>10}   errors: {' '.join(ERRORS)}")
+    began = time.monotonic()
+    sums = [0, 0, 0]
+    for name in PATHS:
+        calls = met = wrong = 0
+        for syncfs in (False, True):
+            with mock.patch.object(durable, "_quiet", return_value=syncfs):
+                seen = play(name, workplace)[0]
+                calls += seen
+                for at, error, lasting in faults(seen, full=True):
+                    fault = Fault(at, error, lasting=lasting)
+                    wrong += bool(play(name, workplace, fault)[1])
+                    met += bool(fault.hit)
+        print(f"{name:28}{calls:7}{met:8}{wrong:10}")
+        sums = [a + b for a, b in zip(sums, (calls, met, wrong), strict=True)]
+    print(f"{'':28}{sums[0]:7}{sums[1]:8}{sums[2]:10}   in {time.monotonic() - began:.0f} s")
+    return sums[2]
 
 
 if __name__ == "__main__":

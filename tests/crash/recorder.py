@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,8 +35,14 @@ BY_EITHER = ("listdir",)
 Fault = Callable[["Call"], OSError | None]
 
 
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
 class Call(NamedTuple):
-    """One call: its number, its name, what it is about, and where in the package it is."""
+    """One call: its number, its name, what it is about, and where in the package it is.
+
+    An open for writing is called ``create``.
+    """
 
     number: int
     name: str
@@ -59,13 +66,18 @@ class Op(NamedTuple):
 
 
 class Recorder:
-    """Use `recording` as a context; then `ops` is what happened."""
+    """Use `recording` as a context; then `ops` is what happened.
 
-    def __init__(self, root: Path, fault: Fault | None = None) -> None:
+    It knows descriptors that were opened since.  `mirror`: follow what is in the files, too;
+    the directory must be empty then.
+    """
+
+    def __init__(self, root: Path, *, mirror: bool = True) -> None:
+        self._mirror = mirror
         self.root = os.fspath(root)
         self.ops: list[Op] = []
         self.calls: list[Call] = []
-        self.fault = fault
+        self.fault: Fault | None = None
         self._real: dict[str, Any] = {}
         self._lock = threading.RLock()
         self._dirs: dict[int, dict[str, int]] = {ROOT: {}}
@@ -106,10 +118,13 @@ class Recorder:
                 if what is None:
                     return real(*args, **kw)
                 site = _site()
-                this = Call(len(self.calls), name, what, site)
+                known = "create" if name == "open" and args[1] & _WRITES else name
+                this = Call(len(self.calls), known, what, site)
                 self.calls.append(this)
                 error = self.fault(this) if self.fault is not None else None
                 if error is not None:
+                    if name == "access":
+                        return False  # it never raises
                     if name == "close":
                         self._close(*args)
                         real(*args)
@@ -118,7 +133,7 @@ class Recorder:
                     self._close(*args)
                 result = real(*args, **kw)
                 handle = getattr(self, f"_{name}", None)
-                if handle is not None and name != "close":
+                if handle is not None and name != "close" and (self._mirror or name == "open"):
                     handle(result, site, *args, **kw)
                 return result
 
@@ -190,11 +205,13 @@ class Recorder:
     ) -> None:
         relative = self._path(path, dir_fd)
         assert relative is not None
+        self._paths[fd] = relative
+        if not self._mirror:
+            return
         try:
             inode = self._inode(relative)
         except KeyError:
             inode = self._create(relative, is_dir=False)
-        self._paths[fd] = relative
         self._inodes[fd] = inode
         self._positions[fd] = 0
 
@@ -292,3 +309,11 @@ def _site() -> str:
             found.append(f"{name}.{frame.f_code.co_name}")
         frame = frame.f_back  # type: ignore[assignment]
     return " < ".join(found)
+
+
+@contextmanager
+def in_memory() -> Iterator[Path]:
+    """Give an empty directory, in memory where there is such a file system."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as path:
+        yield Path(path)

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from disk import MODELS, Disk
 from enumerator import Enumerator, all_sites, is_missed
+from recorder import in_memory
 from stories import NAMES
 
 POSIX = "posix"
@@ -62,9 +60,8 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def enumerator() -> Iterator[Enumerator]:
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as workplace:
-        yield Enumerator(Path(workplace))
+    with in_memory() as workplace:
+        yield Enumerator(workplace)
 
 
 @pytest.mark.parametrize("name", NAMES)
