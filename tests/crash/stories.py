@@ -223,6 +223,36 @@ def people_and_a_mail_that_was_tried(world):
 
 
 @story
+def set_aside_and_put_back(world):
+    world.commit(A)
+    world.settle(A, State.DEFERRED, *WAITING, bob=ACCEPTED, carol=DEFERRED)
+    world.rest()
+    lease = world.set_aside(A, State.DEFERRED)
+    only_carol = {"never": frozenset({BOB}), "must": frozenset({CAROL})}
+    world.expect([A], HELD, State.DEFERRED, **only_carol)
+    lease.release()
+    world.expect([A], State.DEFERRED, **only_carol)
+
+
+@story
+def set_aside_and_put_back_at_once(world):
+    world.commit(A)
+    lease = world.set_aside(A, QUEUED, DOUBT)
+    world.expect([A], HELD, QUEUED)
+    lease.release()
+    world.expect([A], QUEUED)
+
+
+@story
+def set_aside_and_removed(world):
+    world.commit(A)
+    lease = world.set_aside(A, QUEUED, DOUBT)
+    world.expect([A], HELD, ABSENT, DOUBT)
+    lease.settle(Settlement(State.CANCELLED))
+    world.sync(A)
+
+
+@story
 def accounts(world):
     world.put("one")
     world.put("two")

@@ -239,6 +239,16 @@ class World:
         if after is not None:
             self.entries[message_id] = after
 
+    def set_aside(self, message_id: str, *fates: str) -> Any:
+        """Return the lease of a mail that stays held when this process dies."""
+        before = self.truth.mails[message_id]
+        lease = self.spool.claim(self.entries[message_id])
+        assert lease is not None
+        self._now(message_id, before, *fates, HELD)
+        lease.set_aside("why")
+        self._now(message_id, before, HELD)
+        return lease
+
     def accept(self, *ids: str) -> None:
         """All is accepted; in doubt: its old name in tmp/ may come back."""
         for message_id in ids:

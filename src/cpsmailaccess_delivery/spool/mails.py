@@ -204,7 +204,7 @@ class Mails:
         held = Side(after.state, after.due, after.attempts, reason, outcomes)
         self._sides.write(entry.id, held, sync=True)
         self.rename(entry, after)
-        self._sync("cur")
+        self._sync_move(entry, after)
         return after
 
     def put_back(self, entry: Entry, before: Entry, side: Side | None) -> None:
@@ -214,7 +214,7 @@ class Mails:
             self._sides.remove(entry.id)
         else:
             self._sides.write(entry.id, side)
-        self._sync(names.folder(before.state))
+        self._sync_move(entry, before)
 
     def requeue(self, entry: Entry, *, unclear: bool = False) -> Entry:
         """Make a mail due now; see `ISpool.requeue`."""
@@ -306,6 +306,12 @@ class Mails:
                 buried.append(fd)
         if buried:
             forks.drop_all(buried)
+
+    def _sync_move(self, before: Entry, after: Entry) -> None:
+        """Make a change of state durable; the old name, too, is gone for good then."""
+        self._sync(names.folder(after.state))
+        if names.folder(before.state) != names.folder(after.state):
+            self._sync(names.folder(before.state))
 
     def _sync(self, name: str) -> None:
         try:
