@@ -308,15 +308,23 @@ class Scheduler:
         try:
             route = self.spool.load(entry).envelope.route
             return self.lane(route) if entry.lane or self.share.owns(lane_key(route)) else None
-        except InvalidEnvelope:
-            self.spool.claim(entry)  # sets it aside
-            self.summary.held += 1
+        except InvalidEnvelope as error:
+            self._set_aside_unreadable(entry, error)
         except NoSuchEntry:
             pass  # delivered or cancelled meanwhile
         except SpoolError:
             log.exception("cannot read %s; trying again later", entry.id)
             self._at(self.now() + _LONGEST_SLEEP, entry)
         return None
+
+    def _set_aside_unreadable(self, entry: Entry, error: InvalidEnvelope) -> None:
+        lease = self.spool.claim(entry)  # sets it aside
+        if lease is None:
+            self.summary.held += 1
+            return
+        lease.release()  # it can be read by now
+        log.warning("%s: %s; trying again later", entry.id, error)
+        self._at(self.now() + _LONGEST_SLEEP, entry)
 
     def _rescan(self) -> None:
         for lane in self._lanes.values():

@@ -46,11 +46,15 @@ SYNCS = {
     "spool.mails._sync < spool.mails.sync: tmp/": False,
     "spool.outcomes.write < spool.mails.hold: outcomes/": False,
     "spool.outcomes.write < spool.mails.hold_staged: outcomes/": False,
-    "spool.outcomes.write < spool.mails.put_back: outcomes/": False,
     "spool.outcomes.write < spool.mails.record: outcomes/": True,
-    "spool.outcomes.write < spool.mails.set_aside: outcomes/": False,
     "spool.staging.<lambda> < spool.durable.__call__: new/": True,
     "spool.staging.discard < spool.maildir.discard: tmp/": True,
+}
+
+#: Missed by nobody: what goes is why the mail was held, and that is no promise.
+SPARED = {
+    "spool.outcomes.write < spool.mails.put_back: outcomes/",
+    "spool.outcomes.write < spool.mails.set_aside: outcomes/",
 }
 
 
@@ -97,7 +101,7 @@ def test_the_same_in_every_run(enumerator, tmp_path):
 
 
 def test_every_sync_is_known(enumerator):
-    assert set(all_sites(enumerator)) == set(SYNCS)
+    assert set(all_sites(enumerator)) == SPARED | set(SYNCS)
 
 
 @pytest.mark.parametrize("site", SYNCS)
