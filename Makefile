@@ -5,6 +5,8 @@
 #                        side by side with zope.sendmail and Postfix, see docs/performance.rst
 # make soak [KILLS=500] [SEED=1]
 #                        kill -9, again and again, and a count of what arrived: docs/reliability.rst
+# make crash             states after a power loss and faults of the disk, all of them:
+#                        see docs/reliability.rst
 # make lint, make clean
 
 PYTHON ?= python3
@@ -22,7 +24,7 @@ SEED ?= 1
 SETTINGS := setup.py pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run demo test lint bench soak clean
+.PHONY: run demo test lint bench soak crash clean
 
 run: $(VENV)/.demo
 	@PYTHONPATH=examples PORT=$(PORT) exec $(BIN)/python -m demo.site $(if $(MAILS),"$(MAILS)")
@@ -46,6 +48,9 @@ bench: $(VENV)/.bench
 
 soak: $(VENV)/.test
 	@PYTHONPATH=tests $(BIN)/python -m soak --kills $(KILLS) --seed $(SEED)
+
+crash: $(VENV)/.test
+	@PYTHONPATH=tests $(BIN)/python tests/crash
 
 clean:
 	rm -rf $(VENV) build dist var .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -452,12 +452,14 @@ class SpoolContract:
             spool.cancel(entry)
         else:
             settle(spool, entry, State.CANCELLED)
+            spool.sync()
         assert spool.key_holder("k") is None
         entry = settle(spool, queue(spool, "b@x", key="k"), State.DEFERRED, due=9.0, attempts=1)
         if way == "cancel":
             spool.cancel(entry)
         else:
             settle(spool, entry, State.CANCELLED)
+            spool.sync()
         assert spool.key_holder("k") == "b@x"
 
     def test_one_of_many_threads_gets_the_key(self, spool):

@@ -84,15 +84,23 @@ class Claims:
         try:
             route = self._spool.load(entry).envelope.route
             return self._lane_of(route) if entry.lane or self._share.owns(lane_key(route)) else None
-        except InvalidEnvelope:
-            self._spool.claim(entry)  # sets it aside
-            self._recorder.summary.held += 1
+        except InvalidEnvelope as error:
+            self._set_aside_unreadable(entry, error)
         except NoSuchEntry:
             pass  # delivered or cancelled meanwhile
         except SpoolError:
             log.exception("cannot read %s; trying again later", entry.id)
             self._agenda.add(self._now() + LONGEST_SLEEP, entry)
         return None
+
+    def _set_aside_unreadable(self, entry: Entry, error: InvalidEnvelope) -> None:
+        lease = self._spool.claim(entry)  # sets it aside
+        if lease is None:
+            self._recorder.summary.held += 1
+            return
+        lease.release()  # it can be read by now
+        log.warning("%s: %s; trying again later", entry.id, error)
+        self._agenda.add(self._now() + LONGEST_SLEEP, entry)
 
     def _hold(self, entry: Entry, error: Exception) -> None:
         try:

@@ -346,8 +346,8 @@ class ILease(Interface):
         """Record what an attempt left, and end the lease.
 
         ACCEPTED, CANCELLED and what is not kept are removed, durably with the next
-        `ISpool.sync`.  Else outcomes of recipients that must not be tried again are durable when
-        this returns.
+        `ISpool.sync`, which also frees the key of what was CANCELLED before its first attempt.
+        Else outcomes of recipients that must not be tried again are durable when this returns.
         Returns the entry as it is now, or None.  When it raises `SpoolError` the lease
         is still held: settle again later, or release.
         """

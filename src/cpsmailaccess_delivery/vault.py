@@ -245,6 +245,7 @@ class Vault:
         path, target = self._path(token), self._path(token.partition("-")[0] + _PUBLISHED)
         if is_deletion(_read_file(path)):
             Path(target).unlink(missing_ok=True)
+            sync_path(self.location)  # first: what says that it was wanted goes last
             os.unlink(path)
             return
         os.replace(path, target)

@@ -23,7 +23,7 @@ from . import names
 from .layout import Layout
 from .lease import unlock
 from .mails import Mails
-from .outcomes import Side, SideFiles
+from .outcomes import NOTHING, DamagedSide, Side, SideFiles
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
@@ -50,11 +50,20 @@ class Doubts:
         after = names.held(entry)
         reason = _ASKED if witnessed else _IN_DOUBT
         try:
-            self._sides.write(entry.id, Side(after.state, reason=reason), sync=witnessed)
+            # It may have been published, and tried: then its old name came back.
+            outcomes = (self._sides.read(entry.id) or NOTHING).outcomes
+            side = Side(after.state, reason=reason, outcomes=outcomes)
+            self._sides.write(entry.id, side, sync=True)
+        except DamagedSide as error:
+            log.error("%s: %s", entry.id, error)  # left as it is: evidence
+        except SpoolError as error:
+            log.error("%s: stays in tmp/, in doubt: %s", entry.id, error)
+            return False
+        try:
             self._layout.move("tmp", name, "cur", names.file_name(after))
         except FileNotFoundError:
             return False  # another sweep was faster
-        except (OSError, SpoolError) as error:
+        except OSError as error:
             log.error("%s: stays in tmp/, in doubt: %s", entry.id, error)
             return False
         return True

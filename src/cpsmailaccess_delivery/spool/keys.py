@@ -22,13 +22,13 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from ..errors import KeyTaken
+from ..errors import KeyTaken, SpoolError
 from ..files import read_all, write_new
 from . import names
-from .durable import spool_error
+from .durable import settle_files, spool_error
 from .layout import Layout
 from .presence import Presence
 
@@ -66,21 +66,25 @@ class Keys:
             raise spool_error("look up an idempotency key", self._layout.path, error) from error
         return None if found is None or found.pending else found.message_id
 
-    def take(self, key: str, *, entry_id: str, message_id: str, due: float) -> str:
-        """Take a key for a mail of a transaction; return the name of its scrap in tmp/.
+    def scrap(self, key: str, entry_id: str) -> str:
+        """Return the name in tmp/ of a key that a mail of this process takes."""
+        return names.key_name(entry_id, digest=_digest(key), presence=self._presence.token)
+
+    def take(self, key: str, *, scrap: str, entry_id: str, message_id: str, due: float) -> None:
+        """Take a key for a mail of a transaction.  `scrap`: see there.
 
         Durable.  `due`: seconds since the epoch; it is kept longer when that is later.
         Raises `KeyTaken`, OSError.
         """
-        digest, presence = _digest(key), self._presence.token
-        scrap = names.key_name(entry_id, digest=digest, presence=presence)
+        digest, presence = _digest(key), names.presence_of(scrap)
         tmp, keys = self._layout["tmp"], self._layout["keys"]
         content = f"{entry_id}\n{presence}\n{message_id}\n".encode()
-        write_new(scrap, content, sync=True, dir_fd=tmp)
+        write_new(scrap, content, dir_fd=tmp)
         try:
             now = time.time()
             if due > now:
                 os.utime(scrap, (now, due), dir_fd=tmp)
+            self._settle(scrap)  # first: a key without its scrap is one that was confirmed
             for last in (False, True):
                 try:
                     os.link(scrap, digest, src_dir_fd=tmp, dst_dir_fd=keys)
@@ -96,24 +100,35 @@ class Keys:
         except BaseException:
             self.give_back(scrap)
             raise
-        return scrap
 
-    def confirm(self, scrap: str) -> None:
-        """Keep a key that was taken: its mail is committed, or in doubt.  Never raises."""
-        _unlink("tmp", scrap, self._layout["tmp"])
+    def confirm(self, scraps: Sequence[str]) -> bool:
+        """Keep keys that were taken: their mails are committed, or in doubt.  Never raises.
 
-    def give_back(self, scrap: str) -> None:
-        """Free a key that was taken.  Never raises."""
+        Durable: when a scrap comes back after its mail has been delivered, the next sweep
+        frees the key.  Returns whether all is done; if not, try again.
+        """
+        if not scraps:
+            return True
+        tmp = self._layout["tmp"]
+        removed = [_unlink("tmp", scrap, tmp) for scrap in scraps]
+        return _sync("tmp", tmp) and all(removed)
+
+    def give_back(self, scrap: str) -> bool:
+        """Free a key that was taken.  Never raises.  Returns whether it is; if not, try again."""
         digest = names.key_of(scrap)[1]
         tmp, keys = self._layout["tmp"], self._layout["keys"]
         try:
             ours = os.stat(scrap, dir_fd=tmp, follow_symlinks=False)
             there = os.stat(digest, dir_fd=keys, follow_symlinks=False)
-            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
-                _unlink("keys", digest, keys)
-        except OSError:
+            taken = os.path.samestat(ours, there)
+            if taken and not (_unlink("keys", digest, keys) and _sync("keys", keys)):
+                return False  # the scrap stays: without it the key would seem confirmed
+        except FileNotFoundError:
             pass  # it was not taken, after all
-        _unlink("tmp", scrap, tmp)
+        except OSError as error:
+            log.error("keys/%s cannot be freed: %s", digest, error)
+            return False
+        return _unlink("tmp", scrap, tmp)
 
     def recover(self, scrap: str) -> str | None:
         """Take over what a dead process left; the name it has now, or None: too late."""
@@ -135,6 +150,7 @@ class Keys:
             return
         if found is not None and found.entry_id == entry_id:
             _unlink("keys", digest, self._layout["keys"])
+            _sync("keys", self._layout["keys"])
 
     def prune(self) -> None:
         """Forget old keys; about once a day.  Never raises."""
@@ -155,8 +171,17 @@ class Keys:
                 os.close(fd)
         except BlockingIOError:
             pass  # somebody else does it
-        except OSError as error:
+        except (OSError, SpoolError) as error:
             log.error("keys/ cannot be pruned; trying again tomorrow: %s", error)
+
+    def _settle(self, scrap: str) -> None:
+        """Make a scrap durable, with its name."""
+        tmp = self._layout["tmp"]
+        fd = os.open(scrap, _READ, dir_fd=tmp)
+        try:
+            settle_files([fd], tmp)
+        finally:
+            os.close(fd)
 
     def _abandoned(self, digest: str) -> bool:
         found = self._look(digest)
@@ -192,10 +217,21 @@ def _digest(key: str) -> str:
     return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 
-def _unlink(where: str, name: str, directory: int) -> None:
+def _sync(where: str, directory: int) -> bool:
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        log.error("%s/ cannot be synced; a power loss may change who has a key: %s", where, error)
+        return False
+    return True
+
+
+def _unlink(where: str, name: str, directory: int) -> bool:
     try:
         os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
         pass
     except OSError as error:
         log.error("%s/%s cannot be removed: %s", where, name, error)
+        return False
+    return True

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeVar
 
 from ..envelope import Envelope, parse_block
 from ..errors import InvalidEnvelope, NoSuchEntry, SpoolError
@@ -32,6 +32,8 @@ from .lease import Lease, lock_file, unlock
 from .outcomes import NOTHING, DamagedSide, Side, SideFiles
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
+
+T = TypeVar("T")
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _MAX_BLOCK: Final = 8 * 1024 * 1024  # bytes of a private block, and some
@@ -62,6 +64,7 @@ class Mails:
         self._orphans_due = 0.0  # by the monotonic clock
         self._removed = False  # whether a removal is not synced yet
         self._spent: deque[str] = deque()  # ids of those among them that had a side file
+        self._freed: deque[tuple[str, str]] = deque()  # keys of removed mails, with their ids
         self._buried: deque[tuple[int, int]] = deque()  # open files without a name
 
     def read(self, entry: Entry) -> tuple[Record, bytes]:
@@ -178,9 +181,13 @@ class Mails:
         self._removed = True  # last: see `sync`
 
     def free_key(self, entry: Entry, envelope: Envelope) -> None:
-        """Free the key of a mail that was cancelled, when it was never tried."""
+        """Free the key of a mail that was removed and never tried, with the next `sync`.
+
+        So when a power loss brings the mail back, its key is not another's.
+        """
         if envelope.key and not entry.attempts:
-            self._keys.free(envelope.key, entry.id)
+            self._freed.append((envelope.key, entry.id))
+            self._removed = True  # another thread's `sync` may be over
 
     def bury(self, fd: int) -> None:
         """Close the file of a removed mail with the next `sync`.
@@ -219,7 +226,7 @@ class Mails:
         held = Side(after.state, after.due, after.attempts, reason, outcomes)
         self._sides.write(entry.id, held, sync=True)
         self.rename(entry, after)
-        self._sync("cur")
+        self._sync_move(entry, after)
         return after
 
     def put_back(self, entry: Entry, before: Entry, side: Side | None) -> None:
@@ -229,7 +236,7 @@ class Mails:
             self._sides.remove(entry.id)
         else:
             self._sides.write(entry.id, side)
-        self._sync(names.folder(before.state))
+        self._sync_move(entry, before)
 
     def requeue(self, entry: Entry, *, unclear: bool = False) -> Entry:
         """Make a mail due now; see `ISpool.requeue`."""
@@ -264,18 +271,18 @@ class Mails:
         if not self._removed:
             return
         self._removed = False
-        spent = len(self._spent)  # all of them were removed before the flag was taken down
+        # All of them were removed before the flag was taken down.
+        spent, freed = len(self._spent), len(self._freed)
         try:
             for name in ("new", "cur", "tmp"):
                 self._sync(name)
         except SpoolError:
             self._removed = True
             raise
-        for _ in range(spent):
-            try:
-                self._sides.remove(self._spent.popleft())
-            except IndexError:
-                break  # another thread does it
+        for key, entry_id in _take(self._freed, freed):
+            self._keys.free(key, entry_id)
+        for entry_id in _take(self._spent, spent):
+            self._sides.remove(entry_id)
 
     def refused_before(self, when: float) -> Iterator[Entry]:
         """See `ISpool`: the side file was written when the mail was settled."""
@@ -322,8 +329,22 @@ class Mails:
         if buried:
             forks.drop_all(buried)
 
+    def _sync_move(self, before: Entry, after: Entry) -> None:
+        """Make a change of state durable; the old name, too, is gone for good then."""
+        self._sync(names.folder(after.state))
+        if names.folder(before.state) != names.folder(after.state):
+            self._sync(names.folder(before.state))
+
     def _sync(self, name: str) -> None:
         try:
             os.fsync(self._layout[name])
         except OSError as error:
             raise spool_error(f"make {name}/ durable", self._layout.path, error) from error
+
+
+def _take(queue: deque[T], count: int) -> Iterator[T]:
+    for _ in range(count):
+        try:
+            yield queue.popleft()
+        except IndexError:
+            return  # another thread does it

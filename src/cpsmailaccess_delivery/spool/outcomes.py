@@ -68,8 +68,6 @@ class SideFiles:
 
         Raises `DamagedSide` when it cannot be understood and was binding.
         """
-        if not os.access(entry_id, os.F_OK, dir_fd=self._layout["outcomes"]):
-            return None  # cheaper than an exception, and nearly always so
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             fd = os.open(entry_id, flags, dir_fd=self._layout["outcomes"])

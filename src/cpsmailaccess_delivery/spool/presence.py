@@ -42,7 +42,7 @@ class Presence:
         Another one after a fork, and after somebody has removed our file: without it we
         would be taken for dead.
         """
-        if self._generation != forks.generation() or not os.path.exists(self._path(self._token)):
+        if self._generation != forks.generation() or self._is_removed():
             self._appear()
         return self._token
 
@@ -83,6 +83,15 @@ class Presence:
                 pass  # unlocked is as good
             forks.drop(self._fd)
         self._fd = -1
+
+    def _is_removed(self) -> bool:
+        try:
+            os.stat(self._path(self._token))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # not known: what we staged so far is named by this one
+        return False
 
     def _appear(self) -> None:
         token = os.urandom(8).hex()

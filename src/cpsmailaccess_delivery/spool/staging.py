@@ -22,6 +22,7 @@ import os
 import stat
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -75,6 +76,8 @@ class Staging:
         self._presence = presence
         self._clock = clock
         self._staged: dict[str, _Staged] = {}
+        self._late: deque[tuple[Entry, _Staged]] = deque()  # committed, not published yet
+        self._rubbish: deque[_Staged] = deque()  # discarded, not removed yet
         self._open = 0
         self._serial = itertools.count()
         self._settle = GroupSync(self._settle_all)
@@ -129,8 +132,13 @@ class Staging:
         try:
             for entry, each in zip(entries, staged, strict=True):
                 if each.key:
-                    each.scrap = self._keys.take(
-                        each.key, entry_id=entry.id, message_id=each.message_id, due=each.due
+                    each.scrap = self._keys.scrap(each.key, entry.id)
+                    self._keys.take(
+                        each.key,
+                        scrap=each.scrap,
+                        entry_id=entry.id,
+                        message_id=each.message_id,
+                        due=each.due,
                     )
             for each in staged:
                 each.mode = mode
@@ -151,19 +159,16 @@ class Staging:
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
+        self._retry()
+        published = []
         for entry in entries:
             staged = self._staged.pop(entry.id, None)
             if staged is None or staged.generation != forks.generation():
                 log.critical("%s: published, but not staged by this process", entry.id)
                 continue
             self._shut(staged)
-            if staged.scrap:
-                self._keys.confirm(staged.scrap)
-            if not self._move_to_new(staged.name, entry):
-                try:
-                    os.chmod(staged.name, _COMMITTED, dir_fd=self._layout["tmp"])
-                except OSError as error:
-                    log.critical("%s: committed, but only in doubt on disk: %s", entry.id, error)
+            published.append((entry, staged))
+        self._publish(published)
         try:
             self._sync_new(None)
         except OSError as error:
@@ -171,7 +176,7 @@ class Staging:
 
     def discard(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
-        tmp = self._layout["tmp"]
+        self._retry()
         sync = False
         for entry in entries:
             staged = self._staged.get(entry.id)
@@ -179,13 +184,11 @@ class Staging:
                 continue
             del self._staged[entry.id]
             self._shut(staged)
-            _unlink(staged.name, tmp)
-            if staged.scrap:
-                self._keys.give_back(staged.scrap)
+            self._remove(staged)
             sync = sync or staged.mode != _STAGED
         if sync:  # else a power loss brings it back, in doubt
             try:
-                os.fsync(tmp)
+                os.fsync(self._layout["tmp"])
             except OSError as error:
                 log.error("tmp/ cannot be synced: discarded mails may come back held: %s", error)
 
@@ -200,6 +203,7 @@ class Staging:
         visible: set[str] | None = None  # a listing of all ids, when it is needed
         scraps: dict[str, str] = {}  # of keys, by id; they stand before their mail
         tmp = self._layout["tmp"]
+        self._retry()
         for name in sorted(self._layout.listing("tmp")):
             token = names.presence_of(name)
             if token is None:
@@ -228,7 +232,7 @@ class Staging:
                     _unlink(name, tmp)  # published: only this name came back
                 elif self._whole(name, size=found[1], check=found[2]):
                     if found[0].id in scraps:  # first: it may soon be delivered
-                        self._keys.confirm(scraps.pop(found[0].id))
+                        self._keys.confirm([scraps.pop(found[0].id)])
                     if hold(name, found[0], mode == _WITNESSED):
                         held.append(found[0].id)
                 else:
@@ -263,7 +267,7 @@ class Staging:
             if scrap is None:
                 continue
             if entry_id in visible:
-                self._keys.confirm(scrap)
+                self._keys.confirm([scrap])
             else:
                 self._keys.give_back(scrap)
 
@@ -305,13 +309,50 @@ class Staging:
         if staged.fd >= 0:
             fd, staged.fd = staged.fd, -1
             self._open -= 1
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError as error:
+                log.warning("%s: the file was closed with an error: %s", staged.name, error)
+
+    def _publish(self, mails: Sequence[tuple[Entry, _Staged]]) -> None:
+        scraps = [staged.scrap for _, staged in mails if staged.scrap]
+        confirmed = self._keys.confirm(scraps)  # first: a processor may soon deliver them
+        for entry, staged in mails:
+            safe = self._move_to_new(staged.name, entry)
+            if not safe:
+                try:
+                    os.chmod(staged.name, _COMMITTED, dir_fd=self._layout["tmp"])
+                    safe = True  # the next sweep, of anybody, publishes it
+                except FileNotFoundError:
+                    safe = True  # another sweep was faster
+                except OSError as error:
+                    log.critical("%s: committed, but only in doubt on disk: %s", entry.id, error)
+            if not safe or (staged.scrap and not confirmed):
+                self._late.append((entry, staged))
+
+    def _remove(self, staged: _Staged) -> None:
+        removed = _unlink(staged.name, self._layout["tmp"])
+        if not removed or (staged.scrap and not self._keys.give_back(staged.scrap)):
+            self._rubbish.append(staged)
+
+    def _retry(self) -> None:
+        """Do what a fault of the disk has prevented: it may be over."""
+        late = [self._late.popleft() for _ in range(len(self._late))]
+        rubbish = [self._rubbish.popleft() for _ in range(len(self._rubbish))]
+        self._publish([mail for mail in late if mail[1].generation == forks.generation()])
+        for staged in rubbish:
+            if staged.generation == forks.generation():
+                self._remove(staged)
 
     def _move_to_new(self, name: str, entry: Entry) -> bool:
         target = names.file_name(entry)
         tmp, new = self._layout["tmp"], self._layout["new"]
         try:
-            if os.access(target, os.F_OK, dir_fd=new):
+            there = _status(target, new)
+            if there is not None:
+                if os.path.samestat(os.stat(name, dir_fd=tmp, follow_symlinks=False), there):
+                    os.unlink(name, dir_fd=tmp)  # half of a rename, after a power loss
+                    return True
                 log.critical("%s: a file of this name is in new/ already; not replaced", entry.id)
                 return False
             os.rename(name, target, src_dir_fd=tmp, dst_dir_fd=new)
@@ -359,10 +400,19 @@ class Staging:
             _unlink(name, tmp)
 
 
-def _unlink(name: str, directory: int) -> None:
+def _status(name: str, directory: int) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _unlink(name: str, directory: int) -> bool:
     try:
         os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
         pass
     except OSError as error:
         log.error("tmp/%s cannot be removed: %s", name, error)
+        return False
+    return True
