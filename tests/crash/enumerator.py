@@ -31,10 +31,14 @@ class Count:
 
 
 class Enumerator:
-    """`workplace`: an empty directory, best in memory.  Observations are kept."""
+    """`workplace`: an empty directory, best in memory.  Observations are kept.
 
-    def __init__(self, workplace: Path) -> None:
+    `keeps_names`: the spool takes the file system for one whose fsync of a file keeps its name.
+    """
+
+    def __init__(self, workplace: Path, *, keeps_names: bool = False) -> None:
         self._workplace = workplace
+        self._keeps_names = keeps_names
         self._stories: dict[tuple[str, bool], list[Op]] = {}
         self._seen: dict[tuple[State, int], Observation] = {}
         self._looks: dict[tuple[Any, ...], int] = {}
@@ -51,6 +55,7 @@ class Enumerator:
             with (
                 _no_chance(),
                 mock.patch.object(durable, "_quiet", return_value=syncfs),
+                mock.patch.object(durable, "_keeps_names", return_value=self._keeps_names),
             ):
                 self._stories[name, syncfs] = record(name, root)
             shutil.rmtree(root)
