@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 
@@ -37,7 +38,8 @@ def open_inside(directory: str, name: str, flags: int = os.O_RDONLY) -> int:
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         return os.open(name, flags, dir_fd=fd)
     finally:
-        os.close(fd)
+        with contextlib.suppress(OSError):  # closed all the same; what was opened is wanted
+            os.close(fd)
 
 
 def write_new(

@@ -25,7 +25,7 @@ from world import (
 )
 
 from cpsmailaccess_delivery.errors import KeyTaken, SpoolError
-from cpsmailaccess_delivery.interfaces import Settlement, State
+from cpsmailaccess_delivery.interfaces import Settlement, State, Verdict
 
 Story = Callable[[World], Any]
 
@@ -348,6 +348,35 @@ def died_with_mails_staged_and_in_doubt(root: Path, recorder: Recorder) -> None:
     _next(root, recorder, world)
 
 
+def _asked(root: Path, recorder: Recorder, verdict: Verdict, fate: str) -> None:
+    world = World(root, recorder)
+    world.stage(A, key="k")
+    world.prepare(A, witnessed=True)
+    after = World(root, recorder, world.die())
+    after.keys = world.keys
+    after.spool.sweep()
+    after.rest()
+    ((entry, _),) = after.spool.doubts()
+    after.expect([A], DOUBT, fate)
+    if fate == ABSENT:
+        after.expect_key([A], there_held=True)
+    after.spool.resolve(entry, verdict)
+    after.expect([A], *((DOUBT, QUEUED) if fate == QUEUED else (ABSENT,)))
+    if fate == ABSENT:
+        after.expect_key([A], free=True)
+    after.presence.close()
+    after.spool.close()
+
+
+def died_and_the_database_had_committed(root: Path, recorder: Recorder) -> None:
+    """In doubt until the witness is asked; in doubt again, when its answer is lost."""
+    _asked(root, recorder, Verdict.COMMITTED, QUEUED)
+
+
+def died_and_the_database_had_not_committed(root: Path, recorder: Recorder) -> None:
+    _asked(root, recorder, Verdict.ABORTED, ABSENT)
+
+
 def died_with_a_mail_half_published(root: Path, recorder: Recorder) -> None:
     """The disk was full, or half of the rename came back; either is put right."""
     world = World(root, recorder)
@@ -383,6 +412,8 @@ ALONE = (
     died_with_a_key_taken,
     died_with_mails_staged_and_in_doubt,
     died_with_a_mail_half_published,
+    died_and_the_database_had_committed,
+    died_and_the_database_had_not_committed,
     the_first_mail,
     the_first_account,
 )

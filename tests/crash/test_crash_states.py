@@ -23,6 +23,7 @@ PROMISED = tuple(model for model in MODELS if model != "unordered")
 SYNCS = {
     "files.sync_path < files._make: the directory above": False,
     "files.sync_path < key.make: the directory above": False,
+    "files.sync_path < vault._put_in_place: accounts/": False,
     "files.sync_path < vault.prepare: accounts/": False,
     "files.sync_path < vault.prepare: the file": True,
     "files.sync_path < vault.publish: accounts/": True,
@@ -44,8 +45,8 @@ SYNCS = {
     "spool.mails._sync < spool.mails.sync: cur/": False,
     "spool.mails._sync < spool.mails.sync: new/": False,
     "spool.mails._sync < spool.mails.sync: tmp/": False,
+    "spool.outcomes.write < spool.doubts.hold: outcomes/": False,
     "spool.outcomes.write < spool.mails.hold: outcomes/": False,
-    "spool.outcomes.write < spool.mails.hold_staged: outcomes/": False,
     "spool.outcomes.write < spool.mails.record: outcomes/": True,
     "spool.staging.<lambda> < spool.durable.__call__: new/": True,
     "spool.staging.discard < spool.maildir.discard: tmp/": True,

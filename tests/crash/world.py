@@ -24,8 +24,7 @@ from cpsmailaccess_delivery.envelope import Envelope, Route
 from cpsmailaccess_delivery.errors import KeyTaken, NoSuchAccount
 from cpsmailaccess_delivery.interfaces import Entry, LaneNote, Outcome, Settlement, State
 from cpsmailaccess_delivery.key import KeySource
-from cpsmailaccess_delivery.spool import Maildir, Presence, forks, keys
-from cpsmailaccess_delivery.spool.staging import IN_DOUBT
+from cpsmailaccess_delivery.spool import Maildir, Presence, doubts, forks, keys
 from cpsmailaccess_delivery.vault import Vault
 
 BOB, CAROL = "bob@example.net", "carol@example.net"
@@ -39,6 +38,8 @@ ACCEPTED = Outcome(State.ACCEPTED, "250 2.0.0 ok", NOW)
 DEFERRED = Outcome(State.DEFERRED, "450 4.2.1 later", NOW)
 REFUSED = Outcome(State.REFUSED, "550 5.1.1 nobody", NOW)
 UNCLEAR = Outcome(State.UNCLEAR, "", NOW)
+
+_DOUBTS = (doubts._IN_DOUBT, doubts._ASKED)
 
 #: What may have become of a mail: not there, in doubt, or its state.
 ABSENT, DOUBT, QUEUED, HELD = "absent", "in doubt", "queued", "held"
@@ -187,11 +188,11 @@ class World:
             )
             self.entries[message_id] = self.spool.stage(envelope, message(message_id))
 
-    def prepare(self, *ids: str) -> None:
+    def prepare(self, *ids: str, witnessed: bool = False) -> None:
         self.expect_key(ids, absent_free=True, there_held=True)
         self.expect(ids, ABSENT, DOUBT)
         self._prepared.update(ids)
-        self.spool.prepare([self.entries[i] for i in ids])
+        self.spool.prepare([self.entries[i] for i in ids], witnessed=witnessed)
         self.expect(ids, DOUBT)
         self.expect_key(ids, held=True)
 
@@ -356,7 +357,7 @@ def _observe_mails(spool: Maildir, found: Observation) -> None:
             found.troubles.append(f"{entry} cannot be claimed: {spool.load(entry).reason}")
             continue
         message_id = lease.envelope.message_id
-        doubt = entry.state is State.HELD and spool.load(entry).reason == IN_DOUBT
+        doubt = entry.state is State.HELD and spool.load(entry).reason in _DOUBTS
         fate = DOUBT if doubt else str(entry.state)
         whole = lease.message == message(message_id)
         recipients = frozenset(Attempt(lease).recipients)
