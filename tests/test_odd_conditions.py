@@ -83,7 +83,7 @@ def test_the_clock_jumps_while_a_processor_runs(
     box: Outbox, server: SMTPServer, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     """What comes after the jump is sent; what was deferred before it is tried again; once each."""
-    monkeypatch.setattr("cpsmailaccess_delivery.scheduler._LONGEST_SLEEP", 0.1)
+    monkeypatch.setattr("cpsmailaccess_delivery.agenda.LONGEST_SLEEP", 0.1)
     clock = Clock()
     schedule = Schedule(first=0.2, longest=0.2, jitter=0.0, delay_notice=0.0)
     processor = QueueProcessorThread(
