@@ -111,7 +111,7 @@ def test_nothing_on_disk_until_something_is_put(tmp_path, vault):
         account(),
         account("*"),
         account("@example.org", password=""),
-        account(password="päss\udc80 ="),
+        account(password="päss ="),
         account(username=None, password=None, security="plain"),
         account(password=None, password_from="env:X"),
         account(verify="/etc/ca.pem", mails_per_minute=30, connect_timeout=1.5, port=2525),
