@@ -101,7 +101,14 @@ def test_bcc_by_another_way(fields, body):
     fields = [(field.replace(b"\n", end) + end) for field, end in fields]
     wanted = b"".join(f for f in fields if not re.match(rb"(?i)(resent-)?bcc:", f))
     end = b"\r" if fields[-1].endswith(b"\r") else b"\n"
-    assert completed(OWN + b"".join(fields) + end + body) == OWN + wanted + end + body
+    # What stood between a CR and an LF must leave the empty line one.
+    joint = b"\n" if end == b"\n" and wanted.endswith(b"\r") else b""
+    assert completed(OWN + b"".join(fields) + end + body) == OWN + wanted + joint + end + body
+
+
+def test_bcc_between_a_cr_and_an_lf_leaves_the_end_of_the_header():
+    data = OWN + b"To: a@x.org\rBcc: b@x.org\n\nbody\rbcc: c@x.org"
+    assert completed(data) == OWN + b"To: a@x.org\r\n\nbody\rbcc: c@x.org"
 
 
 # Message-Id and Date

@@ -111,8 +111,18 @@ def complete(
         added += b"Date: " + formatdate(now, localtime=True).encode() + eol
     if not added and kept is None:
         return data, message_id
-    header = data[:start] if kept is None else b"".join(kept)
-    return added + header + data[start:], message_id
+    header = [data[:start]] if kept is None else kept
+    return _join([added, *header, data[start:]]), message_id
+
+
+def _join(pieces: list[bytes]) -> bytes:
+    """Join lines, so that a CR at an end and an LF at a beginning do not become one line end."""
+    joined: list[bytes] = []
+    for piece in filter(None, pieces):
+        if joined and joined[-1].endswith(b"\r") and piece.startswith(b"\n"):
+            joined.append(b"\n")
+        joined.append(piece)
+    return b"".join(joined)
 
 
 def find_message_id(data: bytes) -> str | None:

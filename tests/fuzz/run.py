@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _FINDINGS = Path("fuzz-findings")
+_TRACEBACK = re.compile(r".*?(=== Uncaught .*?)==\d+==.*", re.DOTALL)
 _DONE = re.compile(r"Done (\d+) runs|#(\d+)\t", re.ASCII)
 
 
@@ -58,7 +59,7 @@ def start(name: str, inputs: int, longest: int) -> tuple[str, int, float, str]:
         seconds = time.monotonic() - begun
     log = done.stdout + done.stderr
     counts = [int(match[1] or match[2]) for match in _DONE.finditer(log)]
-    problem = "" if not done.returncode else log[-3000:]
+    problem = "" if not done.returncode else _TRACEBACK.sub(r"\1", log)[:3000]
     return name, max(counts, default=0), seconds, problem
 
 

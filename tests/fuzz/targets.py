@@ -536,7 +536,7 @@ TARGETS: dict[str, tuple[Target, float]] = {
     "settings": (settings, 2),
     "key": (key, 2),
     "account": (account, 4),
-    "tls": (tls, 0.5),
-    "journal": (journal, 0.3),
-    "cli": (cli, 0.2),
+    "tls": (tls, 0.2),
+    "journal": (journal, 0.1),
+    "cli": (cli, 0.1),
 }
