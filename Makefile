@@ -7,6 +7,8 @@
 #                        kill -9, again and again, and a count of what arrived: docs/reliability.rst
 # make crash             states after a power loss and faults of the disk, all of them:
 #                        see docs/reliability.rst
+# make fuzz [INPUTS=2000000]
+#                        hostile input for every parser, see docs/security.rst
 # make lint, make clean
 
 PYTHON ?= python3
@@ -21,10 +23,11 @@ ROWS ?=
 BENCH_DIR ?= /var/tmp
 KILLS ?= 500
 SEED ?= 1
+INPUTS ?= 2000000
 SETTINGS := setup.py pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run demo test lint bench soak crash clean
+.PHONY: run demo test lint bench soak crash fuzz clean
 
 run: $(VENV)/.demo
 	@PYTHONPATH=examples PORT=$(PORT) exec $(BIN)/python -m demo.site $(if $(MAILS),"$(MAILS)")
@@ -52,12 +55,15 @@ soak: $(VENV)/.test
 crash: $(VENV)/.test
 	@PYTHONPATH=tests $(BIN)/python tests/crash
 
+fuzz: $(VENV)/.test $(VENV)/.fuzz
+	@PYTHONPATH=tests $(BIN)/python -m fuzz.run --inputs $(INPUTS)
+
 clean:
-	rm -rf $(VENV) build dist var .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist var fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -o -name '*.egg-info' -prune | xargs rm -rf
 
 # One environment: what `make test` adds leaves `make run` as it was.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(SETTINGS) | $(BIN)/python
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.fuzz: $(VENV)/.%: $(SETTINGS) | $(BIN)/python
 	@echo "Installing cpsmailaccess_delivery[$*] into $(VENV)"
 	@$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[$*]'
 	@touch $@

@@ -54,6 +54,9 @@ setup(
         # What `make run` and applications' own tests need: certificates made on the spot; and
         # the Zope that `make run` starts.
         "demo": ["trustme >= 1.1", "Zope[wsgi] >= 6.2", "zope.processlifetime >= 3"],
+        # What `make fuzz` needs besides `test`: it guides its inputs by coverage.  Apache 2.0;
+        # wheels for this platform only, so that no test needs it.
+        "fuzz": ["atheris >= 3.0; sys_platform == 'linux' and platform_machine == 'x86_64'"],
         # What `cpsmail run --metrics-port` needs.
         "metrics": ["prometheus_client >= 0.20"],
         "test": [

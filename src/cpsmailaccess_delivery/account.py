@@ -25,7 +25,7 @@ _PASSWORD_FROM = re.compile(r"(env:[A-Za-z_][A-Za-z0-9_]*|file:[^\0\r\n]+)\Z")
 #: Characters of an owner's name.
 _MAX_OWNER: Final = 400
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, lone surrogates
 
 
 class Secret:
@@ -195,7 +195,7 @@ class Account:
 
     def _check_owner(self) -> None:
         owner = self.owner
-        if not isinstance(owner, str) or len(owner) > _MAX_OWNER or _CONTROL.search(owner):
+        if not isinstance(owner, str) or len(owner) > _MAX_OWNER or _UNFIT.search(owner):
             self._refuse("owner", owner, f"is a line of text of at most {_MAX_OWNER} characters")
         if isinstance(self.networks, str) or not all(isinstance(n, str) for n in self.networks):
             self._refuse("networks", self.networks, "is a sequence of texts")
@@ -224,14 +224,12 @@ class Account:
             return
         if not has_password:  # a login with an empty one would only lock the mailbox
             self._refuse("username", self.username, "needs password or password_from")
-        if (
-            not isinstance(self.username, str)
-            or not self.username
-            or _CONTROL.search(self.username)
-        ):
+        if not isinstance(self.username, str) or not self.username or _UNFIT.search(self.username):
             self._refuse("username", self.username, "is a line of text without control characters")
-        if self.password and not self.password.hidden and _CONTROL.search(self.password.reveal()):
-            raise InvalidAccount(f"account {self.mailbox}: the password has a control character")
+        if self.password and not self.password.hidden and _UNFIT.search(self.password.reveal()):
+            raise InvalidAccount(
+                f"account {self.mailbox}: the password has a control character, or is not UTF-8"
+            )
         if self.security == "plain" and self.verify is not False and not is_loopback(self.host):
             self._refuse(
                 "security",

@@ -164,6 +164,8 @@ def _check_domain(text: str, domain: str) -> None:
         except ValueError:
             raise InvalidAddress(f"address {text!r}: [{literal}] is no IP address") from None
         return
+    if ":" in domain:  # which `ascii_host` takes
+        raise InvalidAddress(f"address {text!r}: an IPv6 address stands in brackets: [IPv6:::1]")
     if domain.endswith(".") or _has_space(domain):  # `ascii_host` forgives both
         raise InvalidAddress(f"address {text!r}: the domain has white space or a dot at its end")
     try:

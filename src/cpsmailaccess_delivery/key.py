@@ -3,6 +3,9 @@
 In this order, the first that is there: given in code; ``CPSMAIL_KEY``; the systemd
 credential ``cpsmail.key``; a file beside the spool, made on first use.  One that is there
 and cannot be used is an error, never a reason to go on to the next.
+
+While the key is being changed (`rekey`), the former one is known, too: ``CPSMAIL_FORMER_KEY``,
+the credential ``cpsmail.former.key``, or the file with ``.former`` at its end.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from .files import make_private, sync_path, write_new
 KEY_SIZE: Final = 32  # bytes
 VARIABLE: Final = "CPSMAIL_KEY"
 CREDENTIAL: Final = "cpsmail.key"
+FORMER_VARIABLE: Final = "CPSMAIL_FORMER_KEY"
+FORMER_CREDENTIAL: Final = "cpsmail.former.key"
 
 _MAX_TEXT: Final = 256  # bytes of a key file: hexadecimal and some white space
 _URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
@@ -86,6 +91,71 @@ class KeySource:
         self._key = None
         return self.load()
 
+    def former(self) -> Key | None:
+        """Return the key that was current before, while it is still needed.  Raises as `load`."""
+        return _look(FORMER_VARIABLE, FORMER_CREDENTIAL, self._former_file)
+
+    def known(self) -> list[Key]:
+        """Return the keys that are there: current, former.  Raises as `load`."""
+        keys = {key.id: key for key in (self.reload(), self.former()) if key is not None}
+        return list(keys.values())
+
+    def find(self, key_id: str) -> Key | None:
+        """Return the key with this id, if it is known; the one in use may be another by now."""
+        return next((key for key in self.known() if key.id == key_id), None)
+
+    def renew(self) -> Key:
+        """Make a new key the current one, and the current one the former.  Durable.
+
+        Whatever crashes, both are there before anything needs the new one.  Only where the
+        key is our file.  Raises `VaultError`, `WrongKey`.
+        """
+        key = self.reload()
+        if key is None or self._file is None or key.origin != str(self._file):
+            raise WrongKey(
+                f"the key comes from {key.origin if key else 'nowhere'}: make a new one with"
+                f" `head -c {KEY_SIZE} /dev/urandom | base64`, give it to all processes in its"
+                f" place, and the present one as {FORMER_VARIABLE} or as the credential"
+                f" {FORMER_CREDENTIAL}; then say this again"
+            )
+        text = base64.b64encode(secrets.token_bytes(KEY_SIZE)) + b"\n"
+        name = self._file.with_name(f".{self._file.name}.new")
+        former = self._file.with_name(self._file.name + ".former")
+        try:
+            try:
+                os.link(self._file, former)
+            except FileExistsError:
+                pass  # a crash came after this
+            sync_path(str(self._file.parent))
+            name.unlink(missing_ok=True)
+            write_new(str(name), text, sync=True)
+            os.replace(name, self._file)
+            sync_path(str(self._file.parent))
+        except OSError as error:
+            raise VaultError(
+                f"cannot change the key file {self._file}: {error.strerror}: let this user write"
+                f" to {self._file.parent}"
+            ) from error
+        new = self.reload()
+        if new is None:
+            raise WrongKey(f"the key file {self._file} vanished as soon as it was made")
+        return new
+
+    def forget_former(self) -> None:
+        """Remove the file of the former key, durably.  Raises `VaultError`."""
+        path = self._former_file
+        if path is None:
+            return
+        try:
+            path.unlink(missing_ok=True)
+            sync_path(str(path.parent))
+        except OSError as error:
+            raise VaultError(f"cannot remove the former key {path}: {error.strerror}") from error
+
+    @property
+    def _former_file(self) -> Path | None:
+        return None if self._file is None else self._file.with_name(self._file.name + ".former")
+
     def make(self) -> Key:
         """Make the key file, durably; where another process was faster, its key is ours.
 
@@ -123,16 +193,20 @@ class KeySource:
     def _find(self) -> Key | None:
         if self._given is not None:
             return _parse(self._given, "the settings")
-        if text := os.environ.get(VARIABLE):
-            return _parse(text, VARIABLE)
-        if directory := os.environ.get("CREDENTIALS_DIRECTORY"):
-            # Mode and owner are systemd's business: it may grant access by an ACL.
-            path = Path(directory, CREDENTIAL)
-            if (data := _read(path, trusted=True)) is not None:
-                return _parse(data, f"the systemd credential {path}")
-        if self._file is not None and (data := _read(self._file, trusted=False)) is not None:
-            return _parse(data, str(self._file))
-        return None
+        return _look(VARIABLE, CREDENTIAL, self._file)
+
+
+def _look(variable: str, credential: str, file: Path | None) -> Key | None:
+    if text := os.environ.get(variable):
+        return _parse(text, variable)
+    if directory := os.environ.get("CREDENTIALS_DIRECTORY"):
+        # Mode and owner are systemd's business: it may grant access by an ACL.
+        path = Path(directory, credential)
+        if (data := _read(path, trusted=True)) is not None:
+            return _parse(data, f"the systemd credential {path}")
+    if file is not None and (data := _read(file, trusted=False)) is not None:
+        return _parse(data, str(file))
+    return None
 
 
 def _read(path: Path, *, trusted: bool) -> bytes | None:

@@ -22,6 +22,9 @@ DEFAULT_SIZE_LIMIT: Final = 50 * 1024 * 1024
 #: Bytes that no message has more of, whatever the limit: files are read in one piece.
 LARGEST: Final = 1024 * 1024 * 1024
 
+#: Bytes of a header that `send` takes: more than any reader or relay does.
+MAX_HEADER: Final = 1024 * 1024
+
 # One field of RFC 5322 section 2.2 with its continuation lines, whatever ends its lines.
 _EOL = rb"(?:\r\n|\r|\n)"
 _FIELD = re.compile(
@@ -109,10 +112,25 @@ def complete(
         added += b"Message-Id: <" + message_id.encode() + b">" + eol
     if b"date" not in seen:
         added += b"Date: " + formatdate(now, localtime=True).encode() + eol
+    if start > MAX_HEADER:
+        raise InvalidMessage(
+            f"the header has {start:,} bytes, and at most {MAX_HEADER:,} are taken: is the empty"
+            " line after it missing?"
+        )
     if not added and kept is None:
         return data, message_id
-    header = data[:start] if kept is None else b"".join(kept)
-    return added + header + data[start:], message_id
+    header = [data[:start]] if kept is None else kept
+    return _join([added, *header, data[start:]]), message_id
+
+
+def _join(pieces: list[bytes]) -> bytes:
+    """Join lines, so that a CR at an end and an LF at a beginning do not become one line end."""
+    joined: list[bytes] = []
+    for piece in filter(None, pieces):
+        if joined and joined[-1].endswith(b"\r") and piece.startswith(b"\n"):
+            joined.append(b"\n")
+        joined.append(piece)
+    return b"".join(joined)
 
 
 def find_message_id(data: bytes) -> str | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import secrets
 from dataclasses import fields
@@ -38,6 +39,11 @@ class Stored(NamedTuple):
     key_id: str
     sealed: bytes
     bound: bytes  # what the seal vouches for
+
+    @property
+    def version(self) -> str:
+        """Names this seal: each has a nonce of its own."""
+        return hashlib.blake2b(self.sealed, digest_size=8).hexdigest()
 
 
 def seal(account: Account, key: Key) -> bytes:

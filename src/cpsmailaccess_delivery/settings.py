@@ -115,12 +115,14 @@ def _find_file(config: str | os.PathLike[str] | None, environ: Mapping[str, str]
 
 def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = dict(_flat(tomllib.loads(path.read_text(encoding="utf-8"))))
     except OSError as error:
         raise InvalidSettings(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"{path}: is no TOML: {error}") from None
-    for key, value in _flat(content):
+    except RecursionError:
+        raise InvalidSettings(f"{path}: is nested too deep: there are no such settings") from None
+    for key, value in content.items():
         value = _checked(key, value, str(path))
         yield key, path.parent / value if key == "outbox" else value
 
@@ -158,7 +160,10 @@ def _checked(key: str, value: object, where: str) -> Any:
 def _directory(value: object) -> Path | None:
     if not isinstance(value, str) or not value or "://" in value or "\0" in value:
         return None
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # no such user
+        return None
 
 
 def _helo_name(value: object) -> str | None:
@@ -193,7 +198,11 @@ def _number(least: float, most: float = math.inf) -> Callable[[object], float | 
     def check(value: object) -> float | None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
-        return float(value) if least <= value <= most and math.isfinite(value) else None
+        try:
+            number = float(value)
+        except OverflowError:
+            return None
+        return number if least <= number <= most and math.isfinite(number) else None
 
     return check
 
@@ -205,7 +214,7 @@ def _unclear(value: object) -> str | None:
 _SECONDS: Final = (_number(0.001), "is a number of seconds over 0")
 
 _RULES: Final[dict[str, tuple[Callable[[object], Any], str]]] = {
-    "outbox": (_directory, "is the path of a directory"),
+    "outbox": (_directory, "is the path of a directory; ~NAME a user's home"),
     "size_limit": (_whole, "is a whole number of bytes, at least 1"),
     "helo_name": (_helo_name, "is a host name, or an IP address in brackets"),
     "max_sessions": (_whole, "is a whole number of at least 1"),

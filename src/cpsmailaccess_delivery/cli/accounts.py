@@ -192,6 +192,31 @@ def remove(app: App, mailbox: str, yes: bool, as_json: bool) -> int:
     return 0
 
 
+@accounts.command("rekey")
+@json_option
+@pass_app
+def rekey_(app: App, as_json: bool) -> int:
+    """Seal all accounts with a new key, while everything runs.
+
+    Cut short, it goes on when it is said again.  Exit code 1: a transaction that began with
+    the former key is still under way, so that key is kept; say it again later.
+    """
+    from ..rekey import rekey
+
+    with app.outbox() as outbox:
+        done = rekey(outbox.vault, outbox.keys)
+    former = done.former.id if done.former is not None else None
+    if as_json:
+        emit({"key": done.key.id, "former": former, "resealed": done.resealed, "left": done.needed})
+    else:
+        say(f"{done.resealed} accounts are sealed anew, with the key {done.key.id}")
+        if done.needed:
+            say(f"{done.needed} changes under way need the former key {former}: say this again")
+        elif done.former is not None:
+            say(f"the former key {former} from {done.former.origin} is needed no more")
+    return EX_NO if done.needed else 0
+
+
 def account_json(account: Account) -> dict[str, Any]:
     """Return an account as JSON: `Account.public`, and whether a password is stored."""
     return {**account.public(), "password_stored": account.password is not None}

@@ -16,6 +16,15 @@ from .reply import ProtocolError
 MECHANISMS: Final = ("CRAM-MD5", "PLAIN", "LOGIN")
 
 
+def spoken_forms(username: str, secret: Secret) -> tuple[bytes, ...]:
+    """Return the password as it is, and as PLAIN and LOGIN say it: no log may show them.
+
+    All of them, whatever is said now: a relay may know it from an earlier session.
+    """
+    user, password = username.encode(), secret.reveal().encode()
+    return (password, b64encode(password), b64encode(b"\0%b\0%b" % (user, password)))
+
+
 def usable(offered: Set[str]) -> list[str]:
     """Return the mechanisms that both sides know, the strongest first."""
     return [

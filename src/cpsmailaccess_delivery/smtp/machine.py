@@ -74,10 +74,9 @@ class Machine(Mails):
                 self._phase = expected[0][1] if expected else Phase.IDLE
                 raise self._parser.error
         except ProtocolError as error:
-            quotes_us = self._scrub and error is self._parser.error
-            self._lost(
-                self._phase, ProtocolError("the relay speaks no SMTP") if quotes_us else error
-            )
+            if self._gives_away(str(error)):
+                error = ProtocolError("the relay speaks no SMTP")
+            self._lost(self._phase, error)
         return self._take_events()
 
     def data_to_send(self) -> bytes:

@@ -12,13 +12,13 @@ Any state may go to CLOSED.  What follows READY is in `machine`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from typing import Any, Final, TypeAlias
 
 from ..account import Account, Secret
 from ..outcome import Phase
-from .auth import Login, usable
+from .auth import Login, spoken_forms, usable
 from .events import Closed, Event, Failure, Ready, StartTls
 from .hello import Capabilities, parse_ehlo
 from .prepare import Transaction
@@ -60,6 +60,8 @@ class Opening:
         self._login: Login | None = None
         self._mechanisms: list[str] = []
         self._scrub: tuple[bytes, ...] = ()
+        if account.username is not None:
+            self._hide(spoken_forms(account.username, self._secret))
         self._parser = ReplyParser()
         self._expected: deque[Expectation] = deque()
         self._out: deque[bytes | memoryview | Transaction] = deque()
@@ -139,7 +141,7 @@ class Opening:
         assert self.account.username is not None  # noqa: S101 - for the type checker
         self._login = Login(self._mechanisms.pop(0), self.account.username, self._secret)
         self._say(self._login.command() + b"\r\n", self._on_auth, Phase.AUTH)
-        self._hide(self._login)
+        self._hide(self._login.said)
 
     def _on_auth(self, raw: bytes, _: None) -> None:
         login = self._login
@@ -150,17 +152,20 @@ class Opening:
             self._become_ready()
         elif raw.startswith(b"334"):
             self._say(login.answer(raw[4:]) + b"\r\n", self._on_auth, Phase.AUTH)
-            self._hide(login)
+            self._hide(login.said)
         elif int(raw[:3]) in _NO_MECHANISM and self._mechanisms:
             self._log_in()
         else:
             self._turned_away(raw)
 
-    def _hide(self, login: Login) -> None:
+    def _hide(self, said: Iterable[bytes]) -> None:
         """Keep in mind what no reply of this relay may carry into a log."""
-        secret = self._secret.reveal().encode()
-        known = (*self._scrub, *login.said, secret)
-        self._scrub = tuple(dict.fromkeys(word for word in known if len(word) >= _MIN_SCRUBBED))
+        words = {word for word in (*self._scrub, *said) if len(word) >= _MIN_SCRUBBED}
+        self._scrub = tuple(sorted(words, key=len, reverse=True))  # some begin as others end
+
+    def _gives_away(self, text: str) -> bool:
+        """Tell whether a text, which may be cut off, holds something of that."""
+        return any(word[:_MIN_SCRUBBED].decode("utf-8", "replace") in text for word in self._scrub)
 
     def _reply(self, raw: bytes) -> Reply:
         for word in self._scrub:

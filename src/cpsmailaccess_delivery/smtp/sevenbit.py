@@ -12,11 +12,13 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Iterator
 from email.errors import MessageError
 from email.header import Header
 from email.message import Message
 from email.parser import BytesHeaderParser
 from email.utils import formataddr, getaddresses
+from itertools import count
 from typing import Final
 
 from ..address import ascii_host
@@ -33,7 +35,12 @@ _ADDRESSES: Final = frozenset(
     for name in ("from", "sender", "to", "cc", "reply-to")
 )
 _PKCS7: Final = ("application/pkcs7-mime", "application/x-pkcs7-mime")
+# The email package takes quadratic time for some of what follows.
 _MAX_DEPTH: Final = 30
+_MAX_PARTS: Final = 10_000
+_MAX_HEADER: Final = 256 * 1024  # bytes of one header that is converted
+_MAX_FIELD: Final = 4 * 1024  # bytes of a field with parameters
+_HAS_PARAMETERS: Final = (b"content-type", b"content-disposition")
 
 #: What the email package raises on hostile MIME.
 _UNREADABLE: Final = (
@@ -66,15 +73,21 @@ def fit(message: bytes, *, eightbit: bool, smtputf8: bool) -> tuple[bytes, bool]
     try:
         if not keep_header:
             header = _encode_header(header)
-        return (header + body if keep_body else crlf(_convert(header + body))), False
+        if keep_body:
+            return header + body, False
+        return crlf(_convert(header + body, parts=count())), False
     except _UNREADABLE as error:
         raise CannotConvert(f"its MIME structure is broken ({error})") from error
 
 
-def _convert(part: bytes, default: str = "text/plain", depth: int = 0) -> bytes:
-    """Return one part, or a whole message, in 7 bits."""
+def _convert(
+    part: bytes, default: str = "text/plain", depth: int = 0, *, parts: Iterator[int]
+) -> bytes:
+    """Return one part, or a whole message, in 7 bits.  `parts`: counts them."""
     if part.isascii():
         return part
+    if next(parts) > _MAX_PARTS:
+        raise CannotConvert(f"it has more than {_MAX_PARTS:,} parts with 8-bit text")
     header, body = split_header(part)
     if not header.isascii():
         header = _encode_header(header)
@@ -82,19 +95,24 @@ def _convert(part: bytes, default: str = "text/plain", depth: int = 0) -> bytes:
         return header + body
     if depth > _MAX_DEPTH:
         raise CannotConvert("its parts are nested too deep")
+    _check_size(header)
     info = BytesHeaderParser().parsebytes(header)
     info.set_default_type(default)
     kind = info.get_content_type()
     if kind == "multipart/signed" or (kind in _PKCS7 and _is_signed_data(info)):
         raise CannotConvert("it is signed")
     if info.get_content_maintype() == "multipart":
-        return _with_encoding(header, b"7bit") + _convert_parts(info, body, depth)
+        return _with_encoding(header, b"7bit") + _convert_parts(info, body, depth, parts)
     if kind == "message/rfc822":
-        return _with_encoding(header, b"7bit") + b"\r\n" + _convert(body[2:], depth=depth + 1)
+        return (
+            _with_encoding(header, b"7bit")
+            + b"\r\n"
+            + _convert(body[2:], depth=depth + 1, parts=parts)
+        )
     return _convert_leaf(info, header, body[2:], top=not depth)
 
 
-def _convert_parts(info: Message, body: bytes, depth: int) -> bytes:
+def _convert_parts(info: Message, body: bytes, depth: int, parts: Iterator[int]) -> bytes:
     boundary = str(info.get_boundary() or "").encode("ascii")
     marks = re.compile(rb"(?:\A|\r\n)--" + re.escape(boundary) + rb"(--)?[ \t]*(?=\r\n|\Z)")
     default = "message/rfc822" if info.get_content_subtype() == "digest" else "text/plain"
@@ -102,7 +120,7 @@ def _convert_parts(info: Message, body: bytes, depth: int) -> bytes:
     for mark in marks.finditer(body):
         piece = body[end : mark.start()]
         if inside and piece.startswith(b"\r\n"):
-            out.append(b"\r\n" + _convert(piece[2:], default, depth + 1))
+            out.append(b"\r\n" + _convert(piece[2:], default, depth + 1, parts=parts))
         else:  # the preamble, which nobody reads
             out.append(_8BIT.sub(b"?", piece))
         out.append(mark[0])
@@ -113,7 +131,7 @@ def _convert_parts(info: Message, body: bytes, depth: int) -> bytes:
         raise CannotConvert("its MIME structure is broken (no boundary)")
     rest = body[end:]
     if inside and rest.startswith(b"\r\n"):  # cut off: the last part has no end
-        out.append(b"\r\n" + _convert(rest[2:], default, depth + 1))
+        out.append(b"\r\n" + _convert(rest[2:], default, depth + 1, parts=parts))
     else:
         out.append(_8BIT.sub(b"?", rest))
     return b"".join(out)
@@ -147,7 +165,16 @@ def _with_encoding(header: bytes, encoding: bytes, *, top: bool = False) -> byte
     return b"".join(fields)
 
 
+def _check_size(header: bytes) -> None:
+    if len(header) > _MAX_HEADER:
+        raise CannotConvert(f"a header has more than {_MAX_HEADER:,} bytes")
+    for field in _FIELD.finditer(header):
+        if len(field[0]) > _MAX_FIELD and field[1].lower() in _HAS_PARAMETERS:
+            raise CannotConvert(f"a {field[1].decode()} has more than {_MAX_FIELD:,} bytes")
+
+
 def _encode_header(header: bytes) -> bytes:
+    _check_size(header)
     fields = []
     for field in _FIELD.finditer(header):
         if field[0].isascii():

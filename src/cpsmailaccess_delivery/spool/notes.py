@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 _MAX_SIZE = 64 * 1024  # bytes
 _KEY = re.compile(r"[0-9a-f]{16}\Z")
 
+#: What `_load` raises on garbage.
+_UNREADABLE = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
+
 
 class LaneNotes:
     """A directory with one file for each lane in trouble, named by its key."""
@@ -41,7 +44,7 @@ class LaneNotes:
             return _load(_read(path))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, *_UNREADABLE) as error:
             log.warning("ignoring the lane note %s: %s", path, error)
             return None
 

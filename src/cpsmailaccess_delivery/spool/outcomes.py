@@ -32,6 +32,16 @@ _STATES: Final = ("queued", "deferred", "held", "unclear", "refused")
 _SYNCED: Final = 0o400
 _NOTE: Final = 0o600
 
+#: What `_load` raises on garbage.
+_UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -82,7 +92,7 @@ class SideFiles:
             raise spool_error(f"read outcomes/{entry_id}", self._layout.path, error) from error
         try:
             return _load(data)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except _UNREADABLE:
             if stat.S_IMODE(status.st_mode) == _SYNCED:
                 raise DamagedSide(
                     f"{self._layout.path}: outcomes/{entry_id} is damaged: who has the mail already"
