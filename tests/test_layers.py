@@ -51,6 +51,7 @@ ROWS: dict[int, tuple[str, ...]] = {
     ),
     5: (
         "spool/postgres.py",
+        "pg/*",
         "zcml.py",
         "__main__.py",
         "cli.py",
@@ -108,7 +109,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "verdicts.py",
         "queue.py",
     ),
-    4: ("outbox.py", "settings.py", "supervisor.py", "metrics.py", "__init__.py"),
+    4: ("outbox.py", "parts.py", "settings.py", "supervisor.py", "metrics.py", "__init__.py"),
     6: ("testing/*", "testing.py", "demo.py", "demo/*"),  # aside: nobody imports it
 }
 
@@ -162,6 +163,7 @@ FOREIGN = {
     "persistent",
     "paste",
     "playwright",
+    "pgqueuer",
     "plone",
     "psycopg",
     "psycopg2",
@@ -332,7 +334,7 @@ import sys, time
 
 class Absent:
     names = {{"trustme", "Zope2", "OFS", "App", "AccessControl", "Products", "plone", "psycopg",
-             "sqlalchemy", "click", "rich", "hypothesis", "pytest", "ZODB",
+             "pgqueuer", "sqlalchemy", "click", "rich", "hypothesis", "pytest", "ZODB",
              "prometheus_client"}}
 
     def find_spec(self, name, path=None, target=None):
