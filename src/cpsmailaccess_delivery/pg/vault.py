@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
 
 from zope.interface import implementer
 
@@ -155,6 +155,13 @@ class PostgresVault(SealedAccounts):
                 if verdict is Verdict.COMMITTED and later is None:
                     _put_in_place(connection, change, data)
         return staged_mailbox(data) or f"(unreadable: {change})"
+
+    def locked(self) -> NoReturn:
+        """Raises `VaultError`: `rekey` knows directories only."""
+        raise VaultError(
+            f"{self.location}: the key cannot be changed here: give all hosts the new key, and put"
+            " the accounts again with their passwords"
+        )
 
     def watch(self) -> Watch:
         """See `IAccountStore`.  Raises `SpoolError`."""
