@@ -167,4 +167,17 @@ def test_a_url_stays_a_url_and_shows_no_password(tmp_path: Path) -> None:
     assert load_settings(environ={"CPSMAIL_OUTBOX": url}).outbox == url
     with pytest.raises(InvalidSettings, match="pgpass") as caught:
         load_settings(environ={}, options={"outbox": url})
-    assert "geheim" not in str(caught.value)
+    assert "geheim" not in str(caught.value) + repr(settings)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql:///mail?host=/var/run/postgresql",
+        "postgresql://u@a:5432,b:5433/mail?target_session_attrs=read-write&lease=5",
+        "postgresql://h/mail",
+    ],
+)
+def test_a_url_without_password_is_taken_as_it_is(url: str) -> None:
+    settings = load_settings(environ={}, options={"outbox": url})
+    assert settings.outbox == settings.location == url

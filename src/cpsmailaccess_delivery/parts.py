@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
 
 from .errors import InvalidSettings
 from .journal import Journal
@@ -57,13 +56,13 @@ def without_password(location: str) -> str:
     """Return a URL without the password that it may have; a path as it is."""
     if not is_url(location):
         return location
-    parts = urlsplit(location)
-    user, at, host = parts.netloc.rpartition("@")
-    query = "&".join(
-        pair for pair in parts.query.split("&") if not pair.lower().startswith("password")
-    )
-    netloc = f"{user.partition(':')[0]}{at}{host}"
-    return urlunsplit(parts._replace(netloc=netloc, query=query))
+    start, mark, query = location.partition("?")
+    scheme, slashes, rest = start.partition("://")
+    netloc, slash, path = rest.partition("/")
+    user, at, host = netloc.rpartition("@")
+    pairs = [pair for pair in query.split("&") if not pair.lower().startswith("password=")]
+    shown = f"{scheme}{slashes}{user.partition(':')[0]}{at}{host}{slash}{path}"
+    return shown + (mark + "&".join(pairs) if any(pairs) else "")
 
 
 def open_parts(location: str | os.PathLike[str], key: bytes | None) -> Parts:

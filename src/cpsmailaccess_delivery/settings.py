@@ -52,7 +52,7 @@ _PREFIX: Final = "CPSMAIL_"
 class Settings:
     """What an `Outbox` is made from.  ``source``: the settings file, if there was one."""
 
-    outbox: Path | str
+    outbox: Path | str = field(repr=False)  # a URL may hold a password
     size_limit: int = DEFAULT_SIZE_LIMIT
     helo_name: str | None = None
     max_sessions: int = MAX_SESSIONS

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
-
 from ..errors import InvalidSettings
 from ..journal import Journal
 from ..key import KeySource
@@ -38,10 +36,11 @@ def open_parts(url: str, key: bytes | None) -> Parts:
 
 
 def _without_lease(url: str) -> tuple[str, float]:
-    parts = urlsplit(url)
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    start, mark, query = url.partition("?")  # else as it is: libpq's URLs are not everybody's
+    pairs = query.split("&")
     lease = LEASE
-    for name, value in pairs:
+    for pair in pairs:
+        name, _, value = pair.partition("=")
         if name == "lease":
             try:
                 lease = float(value)
@@ -49,5 +48,5 @@ def _without_lease(url: str) -> tuple[str, float]:
                 lease = 0.0
             if not 1.0 <= lease <= 3600.0:
                 raise InvalidSettings(f"outbox: lease={value}: is from 1 to 3600 seconds")
-    rest = urlencode([pair for pair in pairs if pair[0] != "lease"])
-    return urlunsplit(parts._replace(query=rest)), lease
+    rest = "&".join(pair for pair in pairs if not pair.startswith("lease="))
+    return start + (mark + rest if rest else ""), lease
