@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from cpsmailaccess_delivery.errors import SpoolError
 from cpsmailaccess_delivery.interfaces import Settlement, State
 from cpsmailaccess_delivery.pg.connections import Connections
 from cpsmailaccess_delivery.pg.engine import JOBS
-from cpsmailaccess_delivery.pg.feed import Feed
+from cpsmailaccess_delivery.pg.feed import TAKE, Feed
 from cpsmailaccess_delivery.pg.mails import MAILS
 from cpsmailaccess_delivery.spool.postgres import PostgresSpool
 from postgres_helpers import wait_for
@@ -277,3 +278,15 @@ def test_higher_priority_first(make):
     _, watch = watch_of(spool)
     assert told(watch, 2) == [high, low]
     watch.close()
+
+
+def test_of_two_that_seek_at_once_one_gets_the_lane(make):
+    spool = make()
+    values = {"lanes": ["0123456789abcdef"], "lease": 30.0}
+    with spool.connections.use("take") as connection:
+        first = connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall()
+        second = connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall()
+    assert (first, second) == ([("0123456789abcdef",)], [])
+    expire(spool)
+    with spool.connections.use("take") as connection:
+        assert connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall() == first

@@ -84,7 +84,7 @@ WITH RECURSIVE queued AS (
 SELECT active.lane, coalesce(lanes.until > clock_timestamp(), false) AS taken
 FROM active LEFT JOIN {LANES} lanes ON lanes.lane = active.lane AND lanes.worker IS NOT NULL"""
 
-_TAKE: Final = f"""
+TAKE: Final = f"""
 INSERT INTO {LANES} (lane, worker, until)
 SELECT lane, %(worker)s, clock_timestamp() + make_interval(secs => %(lease)s)
 FROM unnest(%(lanes)s::text[]) each (lane)
@@ -374,7 +374,7 @@ class FeedWatch:
                 "lease": self._seconds,
                 "lanes": sorted(wanted[:room]),
             }
-            for (lane,) in connection.execute(_TAKE, values).fetchall():
+            for (lane,) in connection.execute(TAKE, values).fetchall():
                 self._lanes[lane] = now
         held = self._feed.held()
         surplus = len(self._lanes) - share
