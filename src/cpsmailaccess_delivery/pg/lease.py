@@ -80,9 +80,16 @@ class Lease:
     @property
     def message(self) -> bytes:
         """See `ILease`.  A large one is read now.  Raises `SpoolError`."""
-        if self._message is None:
-            return self._leases.mails.message(self.entry.id)
-        return self._message
+        return self.read_message() if self._message is None else self._message
+
+    def forget_message(self) -> None:
+        """See `ILease`."""
+        self._message = b""
+
+    def read_message(self) -> bytes:
+        """See `ILease`.  Raises `SpoolError`."""
+        self._check()
+        return self._message or self._leases.mails.message(self.entry.id)
 
     @property
     def is_sure(self) -> bool:
