@@ -105,6 +105,11 @@ ROWS: dict[int, tuple[str, ...]] = {
         "upkeep.py",
         "verdicts.py",
         "queue.py",
+        "search.py",
+        "selection.py",
+        "shape.py",
+        "steering.py",
+        "wording.py",
     ),
     4: ("outbox.py", "settings.py", "supervisor.py", "metrics.py", "__init__.py"),
     6: ("testing/*", "testing.py", "demo.py", "demo/*"),  # aside: nobody imports it
