@@ -7,6 +7,7 @@
 #                        kill -9, again and again, and a count of what arrived: docs/reliability.rst
 # make crash             states after a power loss and faults of the disk, all of them:
 #                        see docs/reliability.rst
+# make pictures          docs/images, taken by the tests that use a browser
 # make lint, make clean
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ SEED ?= 1
 SETTINGS := setup.py pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run demo test lint bench soak crash clean
+.PHONY: run demo test lint bench soak crash pictures clean
 
 run: $(VENV)/.demo
 	@PYTHONPATH=examples PORT=$(PORT) exec $(BIN)/python -m demo.site $(if $(MAILS),"$(MAILS)")
@@ -51,6 +52,9 @@ soak: $(VENV)/.test
 
 crash: $(VENV)/.test
 	@PYTHONPATH=tests $(BIN)/python tests/crash
+
+pictures: $(VENV)/.test
+	PICTURES=1 $(BIN)/pytest -q tests/test_zope*chromium.py
 
 clean:
 	rm -rf $(VENV) build dist var .mypy_cache .pytest_cache .ruff_cache .hypothesis

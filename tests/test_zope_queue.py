@@ -16,7 +16,7 @@ from cpsmailaccess_delivery import Account, State
 from cpsmailaccess_delivery.envelope import Route, lane_key
 from cpsmailaccess_delivery.errors import NoSuchEntry
 from cpsmailaccess_delivery.testing import SMTPServer
-from cpsmailaccess_delivery.zope import queue_view
+from cpsmailaccess_delivery.zope import queue_view, steering
 from test_zope_accounts import alert, errors_seen, put, relay_account
 
 ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.net"
@@ -278,7 +278,45 @@ def test_what_could_not_be_done_is_said(site):
     assert "1 mail released. Not done: " in alert(browser)
     assert f"{busy.id} is queued, not held" in alert(browser)
     browser.getControl("Hold").click()
-    assert alert(browser) == "Choose mails first."
+    assert alert(browser) == "No mail is chosen: choose mails first."
+
+
+def test_all_that_are_listed(site, monkeypatch):
+    monkeypatch.setattr(steering, "MOST_AT_ONCE", 60)
+    with transaction.manager:
+        for number in range(65):
+            site.outbox.delivery.send(ALICE, [f"user{number}@example.net"], MESSAGE)
+    site.outbox.queue.hold(entries(site)[-1], "not this one")
+    browser = opened(site, "?state=queued")
+    browser.getControl(name="which").value = ["all"]
+    browser.getControl("Cancel").click()
+    assert "user0@example.net" in browser.contents
+    assert "and 14 more" in words(browser)
+    assert len(entries(site)) == 65
+    browser.getControl("Cancel").click()
+    assert alert(browser) == "60 mails cancelled. 4 more fit: do it again for them."
+    browser = opened(site)
+    browser.getControl(name="which").value = ["all"]
+    browser.getControl("Hold").click()
+    assert alert(browser) == "4 mails held."
+    browser.getControl(name="which").value = ["all"]
+    browser.getControl("Release").click()
+    assert alert(browser) == "5 mails released."
+    browser.getControl(name="which").value = ["all"]
+    browser.getControl("Try now").click()
+    assert alert(browser) == "No mail is chosen: choose mails first."
+
+
+def test_of_a_search_only_what_is_ticked(site):
+    send(site, BOB)
+    send(site, CAROL)
+    browser = opened(site, f"?search={BOB}")
+    assert "which" not in re.findall(r'name="(\w+)"', browser.contents)
+    token = re.search(r'name="form_token" value="(\w+)"', browser.contents)[1]
+    browser.post(
+        f"{site.url}/mail/manage_cancelMails", f"which=all&search={BOB}&form_token={token}"
+    )
+    assert len(entries(site)) == 2
 
 
 def test_cancel_asks_first(site):
@@ -345,8 +383,8 @@ def test_a_paused_account_is_resumed(site, server):
     lane = lane_key(Route(ALICE))
     browser = opened(site)
     text = words(browser)
-    assert re.search(r"alice@example.org paused: the relay refuses the login .*535", text), text
-    assert re.search(r"in \d+[smh] 1 Resume", text)
+    assert re.search(r"alice@example.org is paused: the relay refuses the login .*535", text), text
+    assert re.search(r"Since \d+s , next try in \d+[smh] . 1 mail waits Resume", text)
     assert site.outbox.spool.lane_note(lane)
     browser.getControl("Resume").click()
     assert alert(browser) == f"{ALICE} is tried again now."

@@ -222,7 +222,7 @@ class QueueProcessorThread(threading.Thread):
 
 def _look(scheduler: Scheduler) -> None:
     for lane in scheduler.lanes:
-        lane.wake()
+        scheduler.loop.call_soon(lane.wake)  # each for itself: a fault of one stops no other
 
 
 def own_host_name() -> str:

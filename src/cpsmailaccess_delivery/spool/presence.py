@@ -82,20 +82,20 @@ class Presence:
         return False
 
     def delivers(self) -> None:
-        """Say that a processor runs in this process, until as many have said `rests`."""
+        """Say that a processor runs in this process, until as many have said `rests`.
+
+        Never raises: it is for people only.
+        """
         with self._lock:
-            token = self.token
             self._processors += 1
-            if self._processors == 1:
-                self._say(token, str(os.getpid()))
+            self._say(str(os.getpid()))
 
     def rests(self) -> None:
-        """Take one `delivers` back."""
+        """Take one `delivers` back.  Never raises."""
         with self._lock:
-            token = self.token
             self._processors = max(self._processors - 1, 0)
             if not self._processors:
-                self._say(token, "")
+                self._say("")
 
     def deliverers(self) -> list[Deliverer]:
         """Return the living processes that deliver, the oldest first."""
@@ -104,23 +104,25 @@ class Presence:
             if name.startswith("."):
                 continue
             try:
-                with open(os.open(self._path(name), _FLAGS), encoding="ascii") as file:
+                with open(open_inside(self._directory, name), encoding="ascii") as file:
                     pid = int(file.read(20) or 0)
                     since = os.fstat(file.fileno()).st_mtime
-            except (OSError, ValueError):
-                continue  # gone, or not ours
-            if pid and self.is_alive(name):
-                found.append(Deliverer(pid, since, name == self._token))
+                if pid and self.is_alive(name):
+                    found.append(Deliverer(pid, since, name == self._token))
+            except (OSError, ValueError, SpoolError):
+                continue  # gone, not ours, or a link
         return sorted(found, key=lambda each: each.since)
 
-    def _say(self, token: str, text: str) -> None:
+    def _say(self, text: str) -> None:
         """Put a text into our file, whose lock stays where it is."""
-        flags = os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        if self._fd < 0 or self._generation != forks.generation():
+            return  # closed; or of our parent, whose processors did not come along
         try:
-            with open(os.open(self._path(token), flags), "w", encoding="ascii") as file:
+            fd = open_inside(self._directory, self._token, os.O_WRONLY | os.O_TRUNC)
+            with open(fd, "w", encoding="ascii") as file:
                 file.write(text)
-        except OSError as error:  # it is for people only
-            log.warning("cannot say that this process delivers: %s", error)
+        except (OSError, SpoolError) as error:
+            log.warning("cannot say whether this process delivers: %s", error)
 
     def tidy(self) -> None:
         """Remove what dead processes left in the directory: missing means dead as well."""
@@ -172,9 +174,9 @@ class Presence:
             raise spool_error("make a presence file", self._directory, error) from error
         if self._generation != forks.generation():
             self._processors = 0  # they stayed with the parent
-        elif self._processors:
-            self._say(token, str(os.getpid()))
         self._token, self._fd, self._generation = token, fd, forks.generation()
+        if self._processors:
+            self._say(str(os.getpid()))
 
     def _path(self, token: str) -> str:
         return os.path.join(self._directory, os.path.basename(token))

@@ -131,16 +131,16 @@ def _here(outbox: Any, now: float) -> dict[str, Any]:
     if scheduler is None:
         return {"state": "starting", "lanes": []}
     silence = now - scheduler.heartbeat
-    lanes = [lane for lane in scheduler.lanes if lane.session_count or lane.in_flight]
-    lanes.sort(key=lambda lane: -lane.session_count)
+    lanes = [lane for lane in scheduler.lanes if lane.sessions or lane.in_flight]
+    lanes.sort(key=lambda lane: -len(lane.sessions))
     return {
         "state": "running" if silence < _SILENCE else "hangs",
         "silence": age(silence),
-        "sessions": sum(lane.session_count for lane in lanes),
+        "sessions": sum(len(lane.sessions) for lane in lanes),
         "lanes": [
             {
                 "route": clean(lane.route),
-                "sessions": lane.session_count,
+                "sessions": len(lane.sessions),
                 "in_flight": lane.in_flight,
                 "ready": len(lane.ready),
             }

@@ -17,9 +17,9 @@ from ..search import search
 from ..wording import clean, moment, upcoming
 from .header import header_of
 from .page import page, redirect, render, template, text
-from .queue_view import AGE_COLUMNS, AGES, MOST_OPENED, STATES, Look, Selection
+from .queue_view import AGE_COLUMNS, AGES, MOST_OPENED, STATES, Look
 from .security import MANAGE_ACCOUNTS, MANAGE_QUEUE
-from .steering import possible
+from .steering import possible, selection_of
 
 _QUEUE: Final = template("queue")
 _MAIL: Final = template("mail")
@@ -98,12 +98,6 @@ class QueueTab:
 
 
 InitializeClass(QueueTab)
-
-
-def selection_of(request: Any) -> Selection:
-    """Return what a browser says about which mails are meant."""
-    names = ("state", "lane", "older", "search", "by")
-    return Selection.typed({name: text(request, name) for name in names})
 
 
 def _look_up(outbox: Any, name: str, message_id: str) -> tuple[list[Record], list[Event], str]:

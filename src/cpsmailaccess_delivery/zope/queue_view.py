@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ..errors import InvalidEnvelope, NoSuchEntry
 from ..interfaces import Entry, LaneNote, Record, State
 from ..journal import Event
-from ..queue import entry_as_seen, is_due, record_as_seen, why
+from ..queue import Queue, entry_as_seen, is_due, record_as_seen, why
 from ..search import Found, search
 from ..selection import lane_of, selector
 from ..shape import BY, MINUTES, UNREADABLE, Row, shape_of
@@ -76,10 +76,32 @@ class Selection:
         """What a link keeps of it."""
         return {name: value for name, value in vars(self).items() if value}
 
-    @property
-    def narrows(self) -> bool:
-        """Whether some mails of the queue are left out."""
-        return bool(self.state or self.lane or self.older)
+    def wanted(
+        self, queue: Queue, now: float, usual: Collection[str] = ()
+    ) -> Callable[[Entry, Entry], bool]:
+        """Return what tells whether a mail was chosen, given its entry and how it is seen.
+
+        `usual`: the states that are meant when none was chosen; none: all.
+        """
+        states = (self.state,) if self.state else usual
+        fits = selector(queue, states, lane_of(self.lane) if self.lane else None)
+        before = now - 60 * int(self.older or 0)
+
+        def wanted(entry: Entry, seen: Entry) -> bool:
+            return (entry.staged_at or now) <= before and fits(entry, seen)
+
+        return wanted
+
+
+def select(
+    outbox: Any, selection: Selection, usual: Collection[str], now: float
+) -> Iterator[Entry]:
+    """Yield the entries of all mails that were chosen; see `Selection.wanted`."""
+    notes = outbox.spool.lane_notes()
+    wanted = selection.wanted(outbox.queue, now, usual)
+    for entry in outbox.queue.entries():
+        if wanted(entry, entry_as_seen(entry, notes.get(entry.lane))):
+            yield entry
 
 
 class Look:
@@ -149,10 +171,7 @@ class Look:
 
     def _selected(self) -> Iterator[tuple[Entry, Entry]]:
         """Yield what was chosen; count everything on the way."""
-        chosen = self.selection
-        lane = lane_of(chosen.lane) if chosen.lane else None
-        wanted = selector(self._outbox.queue, (chosen.state,) if chosen.state else (), lane)
-        before = self._now - 60 * int(chosen.older or 0)
+        wanted = self.selection.wanted(self._outbox.queue, self._now)
         for entry in self._outbox.queue.entries():
             seen = entry_as_seen(entry, self._notes.get(entry.lane))
             self.counts[seen.state] += 1
@@ -161,7 +180,7 @@ class Look:
             if is_due(seen, self._now):
                 since = entry.staged_at or self._now
                 self._oldest = min(self._oldest or since, since)
-            if wanted(entry, seen) and (entry.staged_at or self._now) <= before:
+            if wanted(entry, seen):
                 yield entry, seen
 
     def _group(self, selected: Iterator[tuple[Entry, Entry]]) -> None:

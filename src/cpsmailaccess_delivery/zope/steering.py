@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -16,12 +18,39 @@ from ..shape import UNREADABLE
 from ..steering import Steered, entries_of, release, steer
 from ..wording import clean
 from .page import action, page, redirect, render, template, text, texts
+from .queue_view import Selection, select
 from .security import MANAGE_QUEUE
 
 _CONFIRM: Final = template("confirm_mails")
 
-#: Failures that a message names.
+#: Failures that a message names, and mails that a question does.
 _NAMED: Final = 5
+_SHOWN: Final = 50
+
+#: Mails that are decided on in one request.
+MOST_AT_ONCE: Final = 1000
+
+_NONE: Final = "No mail is chosen: choose mails first."
+
+#: What was done with mails, in words.
+_DONE: Final = {
+    "retry": "tried again now",
+    "hold": "held",
+    "release": "released",
+    "cancel": "cancelled",
+    "accepted": "settled as accepted",
+    "refused": "settled as refused",
+}
+
+#: The states that are meant by all mails, when none was chosen.
+_USUAL: Final[dict[str, tuple[State, ...]]] = {
+    "retry": (State.DEFERRED,),
+    "hold": (State.QUEUED, State.DEFERRED),
+    "release": (State.HELD,),
+    "cancel": (),
+    "accepted": (State.UNCLEAR,),
+    "refused": (State.UNCLEAR,),
+}
 
 #: What becomes of the mails that a page asks about: its title, its button, what it says.
 _QUESTIONS: Final = {
@@ -53,7 +82,7 @@ class Steering:
     @action
     def manage_retryMails(self: Any, REQUEST: Any) -> str:
         """Make mails due now, a lane in trouble that they wait for, too."""
-        return self._steer(REQUEST, "tried again now", self._outbox().queue.retry)
+        return self._steer(REQUEST, "retry", self._outbox().queue.retry)
 
     @security.protected(MANAGE_QUEUE)
     @action
@@ -62,14 +91,14 @@ class Steering:
         queue = self._outbox().queue
         user = getSecurityManager().getUser().getId()
         reason = text(REQUEST, "reason") or f"held by {user}"
-        return self._steer(REQUEST, "held", lambda mail: queue.hold(mail, reason))
+        return self._steer(REQUEST, "hold", lambda mail: queue.hold(mail, reason))
 
     @security.protected(MANAGE_QUEUE)
     @action
     def manage_releaseMails(self: Any, REQUEST: Any) -> str:
         """Let mails go that are held, unclear or refused."""
         queue = self._outbox().queue
-        return self._steer(REQUEST, "released", lambda mail: release(queue, mail))
+        return self._steer(REQUEST, "release", lambda mail: release(queue, mail))
 
     @security.protected(MANAGE_QUEUE)
     @page
@@ -81,7 +110,7 @@ class Steering:
     @action
     def manage_cancelMails(self: Any, REQUEST: Any) -> str:
         """Remove mails that are not delivered yet."""
-        return self._steer(REQUEST, "cancelled", self._outbox().queue.cancel)
+        return self._steer(REQUEST, "cancel", self._outbox().queue.cancel)
 
     @security.protected(MANAGE_QUEUE)
     @page
@@ -129,26 +158,29 @@ class Steering:
             return self._back(request, "Choose recipients first.", failed=True)
         return self._steer(
             request,
-            f"settled as {state}",
+            str(state),
             lambda mail: queue.settle(mail, state, recipients),
         )
 
     def _steer(
-        self: Any, request: Any, done: str, act: Callable[[str | Entry], list[Record]]
+        self: Any, request: Any, what: str, act: Callable[[str | Entry], list[Record]]
     ) -> str:
         outbox = self._outbox()
-        ids = texts(request, "ids")
-        if not ids:
-            return self._back(request, "Choose mails first.", failed=True)
-        steered = steer(entries_of(outbox.queue, ids), act)
+        mails, more = _chosen(outbox, request, what)
+        if not mails:
+            return self._back(request, _NONE, failed=True)
+        steered = steer(mails, act, gone_is_fine=_all_are_meant(request))
         outbox.look()
-        return self._back(request, _told(steered, done), failed=bool(steered.failures))
+        message = _told(steered, _DONE[what])
+        if more:
+            message += f" {more} more fit: do it again for them."
+        return self._back(request, message, failed=bool(steered.failures))
 
     def _ask(self: Any, request: Any, what: str, target: str) -> str:
         outbox = self._outbox()
-        ids = texts(request, "ids")
-        if not ids:
-            return self._back(request, "Choose mails first.", failed=True)
+        chosen, more = _chosen(outbox, request, what)
+        if not chosen:
+            return self._back(request, _NONE, failed=True)
         if what != "cancel" and _no_recipient(request):
             return self._back(request, "Choose recipients first.", failed=True)
         title, button, words = _QUESTIONS[what]
@@ -162,7 +194,9 @@ class Steering:
             words=words,
             target=target,
             danger=what != "accepted",
-            mails=_described(outbox.queue, ids),
+            mails=_described(outbox.queue, chosen[:_SHOWN]),
+            ids=texts(request, "ids"),
+            more=len(chosen) + more - _SHOWN,
             kept=_kept(request),
             recipients=texts(request, "recipients"),
             back=self._back_link(request),
@@ -188,6 +222,12 @@ InitializeClass(Steering)
 _LIST: Final = ("state", "lane", "older", "search", "start")
 
 
+def selection_of(request: Any) -> Selection:
+    """Return what a browser says about which mails are meant."""
+    names = ("state", "lane", "older", "search", "by")
+    return Selection.typed({name: text(request, name) for name in names})
+
+
 def possible(record: Record) -> frozenset[str]:
     """Return what can be done with a mail that is in the spool."""
     state = record.entry.state
@@ -204,13 +244,27 @@ def possible(record: Record) -> frozenset[str]:
     return frozenset(may)
 
 
+def _all_are_meant(request: Any) -> bool:
+    """Tell whether all mails of the list are meant, not those that were ticked."""
+    return text(request, "which") == "all" and not text(request, "search")
+
+
+def _chosen(outbox: Any, request: Any, what: str) -> tuple[list[str | Entry], int]:
+    """Return the mails that are meant, and how many more fit."""
+    if not _all_are_meant(request):
+        return entries_of(outbox.queue, texts(request, "ids")), 0
+    fitting = select(outbox, selection_of(request), _USUAL[what], time.time())
+    chosen: list[str | Entry] = list(itertools.islice(fitting, MOST_AT_ONCE))
+    return chosen, sum(1 for _ in fitting)
+
+
 def _no_recipient(request: Any) -> bool:
     """Tell whether the page of a mail has sent none: that is not what all of a list means."""
     return text(request, "from") == "mail" and not texts(request, "recipients")
 
 
 def _kept(request: Any) -> dict[str, str]:
-    return {name: text(request, name) for name in (*_LIST, "from", "id", "message_id")}
+    return {name: text(request, name) for name in (*_LIST, "from", "id", "message_id", "which")}
 
 
 def _told(steered: Steered, done: str) -> str:
@@ -229,20 +283,21 @@ def _failure(name: str, error: Exception) -> str:
     return words if name in words else f"{name}: {words}"
 
 
-def _described(queue: Any, ids: list[str]) -> list[tuple[str, str]]:
-    """Return each id and what it is, in words."""
+def _described(queue: Any, mails: list[str | Entry]) -> list[str]:
+    """Return what each mail is, in words."""
     described = []
-    for mail in entries_of(queue, ids):
-        if isinstance(mail, str):
-            described.append((mail, "has left the queue"))
-            continue
+    for mail in mails:
         try:
             (record,) = queue.find(mail)
         except ValueError:
-            described.append((mail.id, UNREADABLE))
+            described.append(f"{_id(mail)}: {UNREADABLE}")
         except LookupError:
-            described.append((mail.id, "has left the queue"))
+            described.append(clean(f"{_id(mail)}: has left the queue"))
         else:
             sender, recipients = record.envelope.sender, record.envelope.recipients
-            described.append((mail.id, clean(f"{sender or '<>'} to {', '.join(recipients)}")))
+            described.append(clean(f"{sender or '<>'} to {', '.join(recipients)}"))
     return described
+
+
+def _id(mail: str | Entry) -> str:
+    return mail.id if isinstance(mail, Entry) else mail
