@@ -260,7 +260,7 @@ def test_layers():
     assert problems(sources()) == []
 
 
-@pytest.mark.parametrize("name", ["account_form", "paging", "policy"])
+@pytest.mark.parametrize("name", ["account_form", "chart", "header", "paging", "policy"])
 def test_the_plain_parts_of_the_rim(name):
     """They decide without Zope, and without I/O."""
     source = sources()[f"zope/{name}.py"]

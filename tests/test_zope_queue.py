@@ -15,6 +15,7 @@ pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
 from cpsmailaccess_delivery import Account, State
 from cpsmailaccess_delivery.envelope import Route, lane_key
 from cpsmailaccess_delivery.errors import NoSuchEntry
+from cpsmailaccess_delivery.interfaces import LaneNote
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.zope import queue_view, steering
 from test_zope_accounts import alert, errors_seen, put, relay_account
@@ -390,6 +391,18 @@ def test_a_paused_account_is_resumed(site, server):
     assert alert(browser) == f"{ALICE} is tried again now."
     assert site.outbox.spool.lane_note(lane) is None
     assert "Resume" not in browser.contents
+
+
+def test_many_lanes_in_trouble(site):
+    for number in range(52):
+        route = f"user{number}@example.org"
+        note = LaneNote(route, "relay", "down", 1000.0 + number, 2e9)
+        site.outbox.spool.note_lane(lane_key(Route(route)), note)
+    send(site)
+    site.outbox.spool.note_lane(lane_key(Route(ALICE)), LaneNote(ALICE, "relay", "x", 2e9, 2e9))
+    text = words(opened(site))
+    assert re.search(r"that wait alice@example.org waits.* user0@example.org waits", text)
+    assert "And 3 more, for which fewer mails wait" in text
 
 
 def test_resumed_while_the_processor_runs(site, server):

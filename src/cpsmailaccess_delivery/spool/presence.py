@@ -87,8 +87,13 @@ class Presence:
         Never raises: it is for people only.
         """
         with self._lock:
+            try:
+                _ = self.token  # after a fork there is another file
+            except SpoolError as error:
+                log.warning("cannot say that this process delivers: %s", error)
             self._processors += 1
-            self._say(str(os.getpid()))
+            if self._processors == 1:
+                self._say(str(os.getpid()))
 
     def rests(self) -> None:
         """Take one `delivers` back.  Never raises."""

@@ -146,8 +146,8 @@ class Look:
     @property
     def lanes(self) -> list[dict[str, Any]]:
         """The lanes that are in trouble, those first for which most mails wait."""
-        order = sorted(self._notes.items(), key=lambda item: (-self._waiting[item[0]], item[1]))
-        return [self._lane(key, note) for key, note in order[:_MOST_LANES]]
+        order = sorted(self._notes, key=lambda key: (-self._waiting[key], self._notes[key].since))
+        return [self._lane(key, self._notes[key]) for key in order[:_MOST_LANES]]
 
     @property
     def more_lanes(self) -> int:
