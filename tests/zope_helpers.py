@@ -191,3 +191,11 @@ class Zmi:
         for name, outbox in list(getUtilitiesFor(IOutbox)):
             outbox.close()
             manager.unregisterUtility(provided=IOutbox, name=name)
+
+
+def picture(page: Any, name: str) -> None:
+    """Keep what a page of Chromium shows as docs/images/NAME.png, when PICTURES=1."""
+    if os.environ.get("PICTURES"):
+        place = Path(__file__).parents[1] / "docs" / "images"
+        place.mkdir(exist_ok=True)
+        page.screenshot(path=place / f"{name}.png", full_page=True)

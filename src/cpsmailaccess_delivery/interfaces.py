@@ -563,6 +563,12 @@ class IJournal(Interface):
     def counts(since: float) -> dict[str, int]:
         """Return how many events of each kind there were since a time (epoch seconds)."""
 
+    def series(since: float, step: float) -> list[tuple[int, str, int]]:
+        """Return (number of the step, kind, number of events) since a time (epoch seconds).
+
+        `step`: seconds; steps are numbered from 0 and end with now.
+        """
+
     def flush() -> None:
         """Return when what was recorded is written."""
 
@@ -647,6 +653,9 @@ class IQueueProcessor(Interface):
     def abort() -> None:
         """Drop the connections now."""
 
+    def look() -> None:
+        """Look now whether a person has ended the wait of a lane, not in half a minute."""
+
 
 class IOutbox(Interface):
     """An outbox; see `outbox.Outbox`."""
@@ -661,9 +670,16 @@ class IOutbox(Interface):
     keys = Attribute("`key.KeySource` of the vault")
     presence = Attribute("`spool.presence.Presence` of this process")
     witness = Attribute("ITransactionWitness, or None: what is in doubt is held")
+    processors = Attribute("Those that were made here: tuple[IQueueProcessor, ...]")
 
     def processor(*, unclear: str | None = None) -> IQueueProcessor:
         """Return a processor, not started yet.  Raises `OutboxClosed`."""
+
+    def resume(lane: str) -> None:
+        """Let a lane that waits be tried now.  Raises `SpoolError`."""
+
+    def look() -> None:
+        """Let the processors of this process look now at what was decided on lanes."""
 
     def status(message_id: str) -> object:
         """Return a `status.Status`.  Raises `NoSuchEntry`."""

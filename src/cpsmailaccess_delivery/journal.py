@@ -127,6 +127,15 @@ class Journal:
             log.error("the journal %s cannot be read: %s", self.path, error)
             return {}
 
+    def series(self, since: float, step: float) -> list[tuple[int, str, int]]:
+        """See `IJournal`.  A file that cannot be read is logged, and as good as empty."""
+        self.flush()
+        try:
+            return journal_file.series(self.path, since, step)
+        except (sqlite3.Error, OSError) as error:
+            log.error("the journal %s cannot be read: %s", self.path, error)
+            return []
+
     def flush(self) -> None:
         """See `IJournal`.  Returns, too, when that cannot be done now: see `trouble`."""
         done = threading.Event()

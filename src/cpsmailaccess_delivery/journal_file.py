@@ -242,6 +242,16 @@ def totals(path: str, since: float, *, by: str) -> list[tuple[str, str, int]]:
     ]
 
 
+def series(path: str, since: float, step: float) -> list[tuple[int, str, int]]:
+    """Return (number of the step, kind, number of events) since a time, step by step."""
+    query = (
+        "SELECT CAST((at - :since) / :step AS INTEGER), kind, count(*) FROM events"
+        " WHERE at >= :since GROUP BY 1, 2 ORDER BY 1"
+    )
+    rows = _query(path, query, {"since": since, "step": step})
+    return [(index, kind, number) for index, kind, number in rows]
+
+
 def _query(path: str, query: str, parameters: dict[str, Any]) -> list[Any]:
     if not os.path.lexists(path):
         return []

@@ -23,6 +23,7 @@ from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
 from .scheduler import Scheduler
 from .spool import forks
+from .spool.presence import Presence
 from .summary import Summary
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class QueueProcessorThread(threading.Thread):
     `share`: of several workers, the lanes that are this one's, and its part of the limits.
     `witness`: an `ITransactionWitness`, asked about what dead processes left in doubt.
     `clock`: seconds since the epoch.  `announcer`: tells what happens through zope.event.
+    `presence`: tells other processes that this one delivers.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class QueueProcessorThread(threading.Thread):
         witness: Any = None,
         clock: Callable[[], float] = time.time,
         announcer: Announcer | None = None,
+        presence: Presence | None = None,
     ) -> None:
         super().__init__(name="cpsmailaccess_delivery.QueueProcessorThread", daemon=True)
         self._spool = spool
@@ -86,6 +89,7 @@ class QueueProcessorThread(threading.Thread):
         self._witness = witness
         self._clock = clock
         self._announcer = announcer or Announcer()
+        self._presence = presence
         self._stopped = threading.Event()
         self._ended = threading.Event()  # no `run` is under way
         self._ended.set()
@@ -107,6 +111,8 @@ class QueueProcessorThread(threading.Thread):
         self._ended.clear()
         if not forever:
             self._stopped.clear()  # it may drain again and again
+        if self._presence is not None:
+            self._presence.delivers()
         try:
             while True:
                 try:
@@ -119,6 +125,8 @@ class QueueProcessorThread(threading.Thread):
                 if self._stopped.wait(_RESTART):
                     return self.summary
         finally:
+            if self._presence is not None:
+                self._presence.rests()
             self._ended.set()
             atexit.unregister(self.stop)
 
@@ -158,6 +166,15 @@ class QueueProcessorThread(threading.Thread):
         with self._lock:
             if self._scheduler is not None:
                 self._scheduler.loop.call_soon_threadsafe(self._scheduler.abort)
+
+    def look(self) -> None:
+        """Look now whether a person has ended the wait of a lane; callable from any thread."""
+        if self._generation != forks.generation():
+            return
+        with self._lock:
+            scheduler = self._scheduler
+            if scheduler is not None:
+                scheduler.loop.call_soon_threadsafe(_look, scheduler)
 
     async def _deliver(self, *, draining: bool) -> Summary:
         loop = asyncio.get_running_loop()
@@ -201,6 +218,11 @@ class QueueProcessorThread(threading.Thread):
             resolvers.shutdown(wait=False, cancel_futures=True)
             loop.set_default_executor(ThreadPoolExecutor(1))
         return scheduler.summary
+
+
+def _look(scheduler: Scheduler) -> None:
+    for lane in scheduler.lanes:
+        scheduler.loop.call_soon(lane.wake)  # each for itself: a fault of one stops no other
 
 
 def own_host_name() -> str:

@@ -24,7 +24,7 @@ from ..interfaces import State
 from ..password import resolve_secret
 from ..spool.names import parse
 from ..verdicts import DECIDED
-from .output import age
+from ..wording import age
 
 if TYPE_CHECKING:
     from ..outbox import Outbox

@@ -7,9 +7,10 @@ from dataclasses import asdict
 import click
 
 from ..errors import OutboxError
+from ..wording import clean
 from .app import EX_NO, App, json_option, pass_app
 from .checks import Finding, Level, examine
-from .output import clean, emit
+from .output import emit
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 

@@ -21,8 +21,8 @@ from ..metrics import require_client, serve
 from ..outbox import Outbox
 from ..processor import STOP_TIMEOUT, QueueProcessorThread
 from ..supervisor import Heart, Supervisor, arguments_of, own_command, stop_with_parent
+from ..wording import upcoming
 from .app import EX_SOFTWARE, App, pass_app
-from .output import upcoming
 
 log = logging.getLogger(__name__)
 

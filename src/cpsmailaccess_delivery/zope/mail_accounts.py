@@ -17,12 +17,17 @@ from .accounts_tab import AccountsTab
 from .defaults_tab import DefaultsTab
 from .outboxes import DEFAULT_NAME, WithOutbox, delivery_names
 from .page import action, page, redirect, render, template, text
+from .processor_tab import ProcessorTab
+from .queue_tab import QueueTab
+from .steering import Steering
 from .trial import Trial
 
 _ADD_FORM = template("add")
 
 
-class MailAccounts(AccountsTab, Trial, DefaultsTab, WithOutbox, SimpleItem):
+class MailAccounts(
+    AccountsTab, Trial, DefaultsTab, QueueTab, Steering, ProcessorTab, WithOutbox, SimpleItem
+):
     """An outbox in the ZMI."""
 
     meta_type = "Mail accounts"
@@ -32,7 +37,11 @@ class MailAccounts(AccountsTab, Trial, DefaultsTab, WithOutbox, SimpleItem):
     security.setDefaultAccess("deny")
 
     manage_options = (
-        AccountsTab.manage_options + DefaultsTab.manage_options + SimpleItem.manage_options
+        AccountsTab.manage_options
+        + DefaultsTab.manage_options
+        + QueueTab.manage_options
+        + ProcessorTab.manage_options
+        + SimpleItem.manage_options
     )
 
     def __init__(self, id: str, title: str = "", delivery: str = DEFAULT_NAME) -> None:
