@@ -279,8 +279,13 @@ class Lane:
             self._give_back(mail)
             self.sessions.quit()
             return
-        if self.circuit.failures and any(
-            each.reply and each.reply.code != 421 for each in results.values()
+        slow_down = next(
+            (r for r in results.values() if asks_for_less(r.phase, r.reply, delivered=True)), None
+        )
+        if (
+            self.circuit.failures
+            and slow_down is None
+            and any(each.reply and each.reply.code != 421 for each in results.values())
         ):
             self.circuit.close()  # the relay works: it has an opinion on this mail
         shared = self._shared
@@ -296,12 +301,13 @@ class Lane:
         if any(verdict.state is State.UNCLEAR for verdict in failed.values()):
             # A relay that hangs up must not make others unclear, too.
             self.sessions.careful = True
-        if (
-            settlement.state is State.DEFERRED
-            and self.sessions.working > 1
-            and any(asks_for_less(each.phase, each.reply) for each in results.values())
-        ):
-            self.sessions.want_fewer(close=True)
+        if settlement.state is State.DEFERRED:
+            if self.sessions.working > 1:
+                if any(asks_for_less(each.phase, each.reply) for each in results.values()):
+                    self.sessions.want_fewer(close=True)
+            elif slow_down is not None:  # else each mail of the lane would be told the same
+                self.circuit.open(Trouble.RELAY, f"the relay asks for less: {slow_down.text}")
+                self.sessions.quit()
         self._tell(mail, outcomes, mail.lease.entry.attempts + 1)
         self._recorder.settle(mail, settlement)
 
