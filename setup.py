@@ -53,13 +53,21 @@ setup(
         "bench": ["matplotlib >= 3.8", "trustme >= 1.1"],
         # What `make run` and applications' own tests need: certificates made on the spot; and
         # the Zope that `make run` starts.
-        "demo": ["trustme >= 1.1", "Zope[wsgi] >= 6.2", "zope.processlifetime >= 3"],
+        "demo": [
+            "Products.MailHost >= 6",
+            "trustme >= 1.1",
+            "Zope[wsgi] >= 6.2",
+            "zope.processlifetime >= 3",
+        ],
         # What `cpsmail run --metrics-port` needs.
         "metrics": ["prometheus_client >= 0.20"],
         "test": [
             "hypothesis >= 6.100",
             "mypy >= 1.11",
             "playwright >= 1.45",
+            # How settings of a MailHost are exported; Plone has it anyway.
+            "Products.GenericSetup >= 5",
+            "Products.MailHost >= 6",
             "prometheus_client >= 0.20",
             "pytest >= 8",
             "pytest-xdist >= 3.6",
@@ -78,7 +86,7 @@ setup(
         # What `witness.zodb` asks after a crash.  (`witness.sql` needs a DB-API driver alone.)
         "zodb": ["ZODB >= 5.8"],
         # What start="IProcessStarting" needs, and who tells it.
-        "zope": ["Zope[wsgi] >= 6.2", "zope.processlifetime >= 3"],
+        "zope": ["Products.MailHost >= 6", "Zope[wsgi] >= 6.2", "zope.processlifetime >= 3"],
     },
     entry_points={"console_scripts": ["cpsmail = cpsmailaccess_delivery.cli:main"]},
 )
