@@ -16,7 +16,7 @@ from typing import Any
 
 from AccessControl import getSecurityManager
 from AccessControl.class_init import InitializeClass
-from AccessControl.Permissions import change_configuration
+from AccessControl.Permissions import change_configuration, view_management_screens
 from AccessControl.SecurityInfo import ClassSecurityInfo
 from Products.MailHost import MailHost as stock
 from Products.MailHost.interfaces import IMailHost
@@ -56,6 +56,9 @@ class MailboxHost(MailboxHostForm, stock.MailHost):
 
     security = ClassSecurityInfo()
     security.declarePrivate("smtp_pwd")
+    # They tell everybody of a directory of the server, as URLs.
+    security.declareProtected(view_management_screens, "queueLength", "queueThreadAlive")
+    security.declareProtected(view_management_screens, "queueNonDeliveryMode")
 
     manage_options = MailboxHostForm.manage_options + stock.MailHost.manage_options[1:]
 

@@ -9,7 +9,7 @@ from .mailhost import MailboxHost
 from .mailhost_form import mails_left_over
 from .mailhost_swap import ours_of, stock_ids, swap
 from .outboxes import DEFAULT_NAME, delivery_names, outbox_of
-from .page import action, page, redirect, render, template, text
+from .page import action, page, redirect, render, template, text, typed_title
 
 #: In the list of what can be added: two classes have the meta type "Mail Host".
 ADD_NAME: Final = "Mailbox Host"
@@ -36,7 +36,7 @@ def manage_addMailboxHost(dispatcher: Any, REQUEST: Any) -> str:
     container, delivery = dispatcher.this(), text(REQUEST, "delivery")
     outbox = outbox_of(delivery)
     replaced = text(REQUEST, "replace")
-    made = MailboxHost(replaced or text(REQUEST, "id"), text(REQUEST, "title"))
+    made = MailboxHost(replaced or text(REQUEST, "id"), typed_title(REQUEST))
     made.delivery_name = delivery
     if not replaced:
         container._setObject(made.id, made)

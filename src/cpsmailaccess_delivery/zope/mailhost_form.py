@@ -10,6 +10,7 @@ import os
 from typing import Any, ClassVar, Final
 
 from AccessControl.class_init import InitializeClass
+from AccessControl.Permissions import view_management_screens
 from AccessControl.SecurityInfo import ClassSecurityInfo
 from Acquisition import aq_inner, aq_parent
 
@@ -19,7 +20,7 @@ from ..errors import InvalidAccount, InvalidAddress, InvalidSettings, OutboxErro
 from .defaults_tab import site_account
 from .mailhost_swap import stock_of, swap
 from .outboxes import delivery_names, outbox_of
-from .page import action, page, redirect, render, template, text
+from .page import action, page, redirect, render, template, text, typed_title
 from .security import MANAGE_ACCOUNTS
 
 #: What becomes of ``send(..., immediate=True)``: see `IMMEDIATE`.
@@ -57,6 +58,12 @@ class MailboxHostForm:
     security.declareProtected(MANAGE_ACCOUNTS, "manage")
     manage = manage_main
 
+    @security.protected(view_management_screens)
+    @page
+    def index_html(self: Any, REQUEST: Any) -> str:
+        """Go to the first tab; whoever guesses the address learns nothing."""
+        return redirect(REQUEST, f"{self.absolute_url()}/manage_workspace")
+
     @security.protected(MANAGE_ACCOUNTS)
     @action
     def manage_saveMailboxHost(self: Any, REQUEST: Any) -> str:
@@ -66,13 +73,13 @@ class MailboxHostForm:
             immediate = text(REQUEST, "immediate")
             if immediate not in IMMEDIATE:
                 raise InvalidSettings(f"immediate={immediate!r}: is one of {', '.join(IMMEDIATE)}")
-            relay = _relay(REQUEST)
+            title, relay = typed_title(REQUEST), _relay(REQUEST)
             forgets = bool(text(REQUEST, "forget_password"))
             if not forgets:
                 _check_kept(self, relay)
         except OutboxError as error:
             return self._mailhost_form(REQUEST, str(error))
-        self.title, self.delivery_name = text(REQUEST, "title"), text(REQUEST, "delivery")
+        self.title, self.delivery_name = title, text(REQUEST, "delivery")
         self.immediate, self.route_by_user = immediate, bool(text(REQUEST, "route_by_user"))
         for name, value in relay.items():
             setattr(self, name, value)
