@@ -100,8 +100,8 @@ def test_it_replaces_the_mailhost_and_is_put_back(zmi, site):
         before = state_of(app.site.MailHost)
     browser = replace(zmi, site)
     assert browser.url.startswith(f"{site}/MailHost/manage_main")
-    assert alert(browser).startswith(
-        "MailHost is a Mailbox Host now. 1 mails are left in its old queue /"
+    assert alert(browser) == (
+        "MailHost is a Mailbox Host now. 1 mails are left in its old queue: see below."
     )
     assert '<strong class="text-danger">' in browser.contents
     with zmi.app() as app:
@@ -487,3 +487,21 @@ def test_the_toolset_of_a_profile_decides_the_class(zmi, ours, profile):
         found = app.site.MailHost
         assert type(aq_base(found)) is profile
         assert (found.smtp_host == "smtp.example.org") is (profile is MailboxHost)
+
+
+def test_in_a_browser_on_a_narrow_screen(zmi, site, chromium):
+    with zmi.served() as root:
+        page = chromium(root, viewport={"width": 360, "height": 640})
+        page.goto(f"{root}/site/{ADD}/manage_addMailboxHostForm")
+        page.get_by_label("Replace").select_option("MailHost")
+        for step in ("Add", "Save", "Make this relay the default account"):
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= 360, f"before {step} it is {wide} pixels wide"
+            page.get_by_role("button", name=step, exact=True).click()
+            page.locator(".alert").wait_for()
+        assert PASSWORD not in page.content()
+        page.reload()
+        page.get_by_role("button", name="Put the stock MailHost back").click()
+        page.get_by_text("is the MailHost of Products.MailHost again").wait_for()
+    with zmi.app() as app:
+        assert type(aq_base(app.site.MailHost)) is MailHost

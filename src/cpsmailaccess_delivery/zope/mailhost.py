@@ -67,9 +67,7 @@ class MailboxHost(MailboxHostForm, stock.MailHost):
     route_by_user = False
 
     @security.private
-    def _send(
-        self, mfrom: Any, mto: Any, messageText: bytes, immediate: bool = False
-    ) -> None:  # as MailHost's
+    def _send(self, mfrom: Any, mto: Any, messageText: bytes, immediate: bool = False) -> None:
         if stock.MailBase._send.__module__ != stock.__name__:
             # Somebody has replaced it, as PrintingMailHost does: nothing is to be sent.
             super()._send(mfrom, mto, messageText, immediate)
@@ -83,7 +81,6 @@ class MailboxHost(MailboxHostForm, stock.MailHost):
         if account is None:
             self._send_as_stock(mfrom, mto, messageText, immediate)
             return
-        self._check_owner(account)
         recipients = envelope_recipients(mto)
         if immediate and self.immediate == IMMEDIATE_SENDS:
             send_now(outbox, account, sender=sender, recipients=recipients, message=messageText)
@@ -91,9 +88,14 @@ class MailboxHost(MailboxHostForm, stock.MailHost):
             outbox.delivery.send(sender, recipients, messageText, mailbox=account.mailbox)
 
     def _account(self, outbox: Any, sender: str) -> Account | None:
-        """Return the account that a mail leaves through; None: there is none for it."""
+        """Return the account that a mail leaves through; None: there is none for it.
+
+        Raises `Unauthorized`, `NotQueued`.
+        """
         try:
             by_sender = _find(outbox, sender)
+            if by_sender is not None:
+                self._check_owner(by_sender)  # whichever account it leaves through
             owner = current_owner() if self.route_by_user else ""
             if not owner or (by_sender is not None and by_sender.owner == owner):
                 return by_sender

@@ -48,5 +48,5 @@ def manage_addMailboxHost(dispatcher: Any, REQUEST: Any) -> str:
     swap(container, old, ours_of(old, made))
     message = f"{replaced} is a {ADD_NAME} now."
     if old.smtp_queue and left_over:
-        message += f" {left_over} mails are left in its old queue {old.smtp_queue_directory}."
+        message += f" {left_over} mails are left in its old queue: see below."
     return redirect(REQUEST, f"{container.absolute_url()}/{replaced}/manage_main", message)
