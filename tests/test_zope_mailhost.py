@@ -339,7 +339,7 @@ def test_nobody_sends_as_another_user(zmi, relays, log_in, at_once):
             ours.send("x\n", CAROL, ALICE, "forged", immediate=at_once)
         assert mails_on_disk(zmi.outbox) == []
         ours.send("x\n", CAROL, BOB, "his own", immediate=at_once)
-        put(zmi, account_at(relays[1], BOB, owner="/acl_users:bob"))
+        zmi.outbox.accounts.put(account_at(relays[1], BOB, owner="/acl_users:bob"))
         ours.route_by_user = True
         with pytest.raises(Unauthorized, match="may not send as this one"):
             ours.send("x\n", CAROL, ALICE, "forged, by his own account", immediate=at_once)
