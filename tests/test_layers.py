@@ -75,6 +75,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "smtp/session.py",
         "smtp/tls.py",
         "smtp/check.py",
+        "smtp/direct.py",
     ),
     3: (
         "accounts.py",

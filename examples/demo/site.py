@@ -100,6 +100,7 @@ def _make_instance(place: Path) -> str:
 def _add_objects() -> None:
     """Add a folder with the objects of this package, unless it is there."""
     from cpsmailaccess_delivery.zope.mail_accounts import MailAccounts
+    from cpsmailaccess_delivery.zope.mailhost import MailboxHost
 
     app = Zope2.app()
     try:
@@ -107,6 +108,7 @@ def _add_objects() -> None:
             if "demo" not in app.objectIds():
                 app.manage_addFolder("demo", "Demo")
                 app.demo._setObject("mail", MailAccounts("mail", "Mail accounts"))
+                app.demo._setObject("MailHost", MailboxHost("MailHost", "Mailbox Host"))
     finally:
         app._p_jar.close()
 

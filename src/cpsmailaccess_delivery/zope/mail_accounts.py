@@ -16,7 +16,7 @@ from OFS.SimpleItem import SimpleItem
 from .accounts_tab import AccountsTab
 from .defaults_tab import DefaultsTab
 from .outboxes import DEFAULT_NAME, WithOutbox, delivery_names
-from .page import action, page, redirect, render, template, text
+from .page import action, page, redirect, render, template, text, typed_title
 from .processor_tab import ProcessorTab
 from .queue_tab import QueueTab
 from .steering import Steering
@@ -74,6 +74,6 @@ def manage_addMailAccountsForm(dispatcher: Any, REQUEST: Any) -> str:
 def manage_addMailAccounts(dispatcher: Any, REQUEST: Any) -> str:
     """Add one."""
     container = dispatcher.this()
-    made = MailAccounts(text(REQUEST, "id"), text(REQUEST, "title"), text(REQUEST, "delivery"))
+    made = MailAccounts(text(REQUEST, "id"), typed_title(REQUEST), text(REQUEST, "delivery"))
     container._setObject(made.id, made)
     return redirect(REQUEST, f"{dispatcher.DestinationURL()}/manage_main", f"Added {made.id}.")

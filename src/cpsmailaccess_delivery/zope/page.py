@@ -17,7 +17,7 @@ from Products.PageTemplates.Expressions import getTrustedEngine
 from Products.PageTemplates.PageTemplateFile import PageTemplateFile
 from ZPublisher import zpublish
 
-from ..errors import OutboxError
+from ..errors import InvalidSettings, OutboxError
 from .security import FORM_FIELD, check_token, form_token
 
 Method = Callable[[Any, Any], Any]
@@ -105,6 +105,14 @@ def text(request: Any, name: str) -> str:
     """
     value = request.form.get(name, "")
     return value.strip() if isinstance(value, str) else ""
+
+
+def typed_title(request: Any) -> str:
+    """Return the field ``title``.  Raises `InvalidSettings`: it would be markup in the ZMI."""
+    title = text(request, "title")
+    if "<" in title:
+        raise InvalidSettings(f"title {title!r}: has a <, which Zope's own pages do not escape")
+    return title
 
 
 def texts(request: Any, name: str) -> list[str]:
