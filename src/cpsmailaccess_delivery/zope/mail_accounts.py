@@ -14,9 +14,11 @@ from AccessControl.SecurityInfo import ClassSecurityInfo
 from OFS.SimpleItem import SimpleItem
 
 from .accounts_tab import AccountsTab
+from .claims import Claims
 from .defaults_tab import DefaultsTab
-from .outboxes import DEFAULT_NAME, WithOutbox, delivery_names
+from .outboxes import DEFAULT_NAME, META_TYPE, WithOutbox, delivery_names
 from .page import action, page, redirect, render, template, text
+from .security import SEND_AS_SITE, SEND_MAIL, USE_OWN_ACCOUNTS
 from .trial import Trial
 
 _ADD_FORM = template("add")
@@ -25,11 +27,15 @@ _ADD_FORM = template("add")
 class MailAccounts(AccountsTab, Trial, DefaultsTab, WithOutbox, SimpleItem):
     """An outbox in the ZMI."""
 
-    meta_type = "Mail accounts"
+    meta_type = META_TYPE
     zmi_icon = "fas fa-envelope-open-text"
 
     security = ClassSecurityInfo()
     security.setDefaultAccess("deny")
+    # Protect no method here, but are asked of this object: its tab Security shows them.
+    security.setPermissionDefault(USE_OWN_ACCOUNTS, ("Authenticated", "Manager"))
+    security.setPermissionDefault(SEND_MAIL, ("Authenticated", "Manager"))
+    security.setPermissionDefault(SEND_AS_SITE, ("Anonymous", "Manager"))
 
     manage_options = (
         AccountsTab.manage_options + DefaultsTab.manage_options + SimpleItem.manage_options
@@ -39,6 +45,7 @@ class MailAccounts(AccountsTab, Trial, DefaultsTab, WithOutbox, SimpleItem):
         self.id = id
         self.title = title
         self.delivery_name = delivery
+        self._claims = Claims()
 
     @security.public
     def getBookmarkableURLs(self) -> bool:
