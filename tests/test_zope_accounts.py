@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
 
 import pytest
 import transaction
@@ -18,36 +17,12 @@ HOSTILE = "<script>alert(1)</script>"
 
 pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
 
-
-def put(zmi, *accounts):
-    with transaction.manager:
-        for account in accounts:
-            zmi.outbox.accounts.put(account)
+from zope_helpers import alert, errors_seen, fill, put, token_of  # noqa: E402
 
 
 def relay_account(server: SMTPServer, **changes) -> Account:
     settings = {"mailbox": ALICE, "host": "127.0.0.1", "port": server.port, "security": "plain"}
     return Account(**{**settings, **changes})
-
-
-def alert(browser) -> str:
-    found = re.search(
-        r'<div class="alert[^>]*>\s*(.*?)\s*(?:\([\d: -]+\)\s*)?</div>', browser.contents, re.S
-    )
-    return " ".join(re.sub(r"<[^>]+>", "", found[1]).split()) if found else ""
-
-
-@contextmanager
-def errors_seen(browser):
-    """Do not raise for an error's status, which is then asserted on."""
-    browser.raiseHttpErrors = False
-    yield
-    browser.raiseHttpErrors = True
-
-
-def fill(browser, **texts):
-    for name, value in texts.items():
-        browser.getControl(name=name).value = value
 
 
 # Adding the object
@@ -404,13 +379,6 @@ def nothing_has_changed(zmi, bob):
     with zmi.app() as app:
         assert (app.mail.title, app.mail._policy) == ("", {})
         assert "evil" not in app.objectIds()
-
-
-def token_of(browser, url) -> str:
-    browser.open(url)
-    return re.search(
-        r'name="form_token" value="(\w+)"|value="(\w+)" name="form_token"', browser.contents
-    )[1]
 
 
 def test_every_change_needs_post_and_token(zmi, bob):

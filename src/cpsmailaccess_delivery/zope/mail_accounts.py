@@ -14,11 +14,13 @@ from AccessControl.SecurityInfo import ClassSecurityInfo
 from OFS.SimpleItem import SimpleItem
 
 from .accounts_tab import AccountsTab
+from .claims import Claims
 from .defaults_tab import DefaultsTab
-from .outboxes import DEFAULT_NAME, WithOutbox, delivery_names
+from .outboxes import DEFAULT_NAME, META_TYPE, WithOutbox, delivery_names
 from .page import action, page, redirect, render, template, text, typed_title
 from .processor_tab import ProcessorTab
 from .queue_tab import QueueTab
+from .security import SEND_AS_SITE, SEND_MAIL, USE_OWN_ACCOUNTS
 from .steering import Steering
 from .trial import Trial
 
@@ -30,11 +32,15 @@ class MailAccounts(
 ):
     """An outbox in the ZMI."""
 
-    meta_type = "Mail accounts"
+    meta_type = META_TYPE
     zmi_icon = "fas fa-envelope-open-text"
 
     security = ClassSecurityInfo()
     security.setDefaultAccess("deny")
+    # Protect no method here, but are asked of this object: its tab Security shows them.
+    security.setPermissionDefault(USE_OWN_ACCOUNTS, ("Authenticated", "Manager"))
+    security.setPermissionDefault(SEND_MAIL, ("Authenticated", "Manager"))
+    security.setPermissionDefault(SEND_AS_SITE, ("Anonymous", "Manager"))
 
     manage_options = (
         AccountsTab.manage_options
@@ -48,6 +54,7 @@ class MailAccounts(
         self.id = id
         self.title = title
         self.delivery_name = delivery
+        self._claims = Claims()
 
     @security.public
     def getBookmarkableURLs(self) -> bool:

@@ -20,12 +20,15 @@ MANAGE_ACCOUNTS: Final = "cpsmailaccess_delivery: Manage accounts"
 MANAGE_QUEUE: Final = "cpsmailaccess_delivery: Manage queue"
 USE_OWN_ACCOUNTS: Final = "cpsmailaccess_delivery: Use own accounts"
 SEND_MAIL: Final = "cpsmailaccess_delivery: Send mail"
+#: To send as a mailbox that is the site's: of everybody, unless the Security tab says otherwise.
+SEND_AS_SITE: Final = "cpsmailaccess_delivery: Send as the site"
 
 # As configure.zcml says; here, too, because class declarations are read before it.
 for _permission in (MANAGE_ACCOUNTS, MANAGE_QUEUE):
     addPermission(_permission, ("Manager",))
 for _permission in (USE_OWN_ACCOUNTS, SEND_MAIL):
     addPermission(_permission, ("Authenticated", "Manager"))
+addPermission(SEND_AS_SITE, ("Anonymous", "Manager"))
 
 #: The field of a form that holds its token, and the cookie that the token belongs to.
 FORM_FIELD: Final = "form_token"
