@@ -14,14 +14,11 @@ from email.header import Header
 from email.utils import getaddresses
 from typing import Any
 
-from AccessControl import getSecurityManager
 from AccessControl.class_init import InitializeClass
 from AccessControl.Permissions import change_configuration, view_management_screens
 from AccessControl.SecurityInfo import ClassSecurityInfo
 from Products.MailHost import MailHost as stock
 from Products.MailHost.interfaces import IMailHost
-from zExceptions import Unauthorized
-from zope.globalrequest import getRequest
 from zope.interface import implementer
 from zope.sendmail.delivery import DirectMailDelivery
 from ZPublisher import zpublish
@@ -32,7 +29,7 @@ from .defaults_tab import site_account
 from .immediate import send_now
 from .mailhost_form import IMMEDIATE_SENDS, MailboxHostForm
 from .outboxes import DEFAULT_NAME, outbox_of
-from .security import MANAGE_ACCOUNTS, current_owner
+from .security import current_owner
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +80,7 @@ class MailboxHost(MailboxHostForm, stock.MailHost):
             return
         recipients = envelope_recipients(mto)
         if immediate and self.immediate == IMMEDIATE_SENDS:
+            outbox.delivery.check_policy(account, sender, messageText)
             send_now(outbox, account, sender=sender, recipients=recipients, message=messageText)
         else:
             outbox.delivery.send(sender, recipients, messageText, mailbox=account.mailbox)
@@ -90,12 +88,10 @@ class MailboxHost(MailboxHostForm, stock.MailHost):
     def _account(self, outbox: Any, sender: str) -> Account | None:
         """Return the account that a mail leaves through; None: there is none for it.
 
-        Raises `Unauthorized`, `NotQueued`.
+        Raises `NotQueued`.
         """
         try:
             by_sender = _find(outbox, sender)
-            if by_sender is not None:
-                self._check_owner(by_sender)  # whichever account it leaves through
             owner = current_owner() if self.route_by_user else ""
             if not owner or (by_sender is not None and by_sender.owner == owner):
                 return by_sender
@@ -103,21 +99,6 @@ class MailboxHost(MailboxHostForm, stock.MailHost):
         except VaultError as error:
             raise NotQueued(str(error)) from error
         return own[0] if len(own) == 1 else by_sender
-
-    def _check_owner(self, account: Account) -> None:
-        """Refuse to use the account of another user.  Raises `Unauthorized`.
-
-        Code that runs for nobody, neither a user nor a request, is the site's own.
-        """
-        if account.owner in ("", current_owner()):
-            return
-        manager = getSecurityManager()
-        if getRequest() is None and not manager.getUser().getId():
-            return
-        if not manager.checkPermission(MANAGE_ACCOUNTS, self):
-            raise Unauthorized(
-                f"mailbox {account.mailbox}: you may not send as this one; nothing was sent"
-            )
 
     def _send_as_stock(self, mfrom: Any, mto: Any, message: bytes, immediate: bool) -> None:
         if immediate or not self.smtp_queue:
