@@ -47,20 +47,24 @@ def _make(verify: bool | str) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # by which a relay could hold up what we write
     return context
 
 
 class Tls:
     """One encrypted connection, from the client's side.
 
-    `host`: what its certificate must be for.  Its methods raise `ssl.SSLError`; what
-    must be written then (the alert) is in `output`.
+    `host`: what its certificate must be for.  `shake_hands` and `encrypt` raise
+    `ssl.SSLError`; what must be written then (the alert) is in `output`.
+
+    ``over``: why no more can be read; None: it can.
     """
 
     def __init__(self, context: ssl.SSLContext, host: str) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
         self.established = False
+        self.over: OSError | None = None
 
     @property
     def cipher(self) -> tuple[str, str] | None:
@@ -82,14 +86,22 @@ class Tls:
         return True
 
     def decrypt(self) -> bytes:
-        """Return what has been fed and not been returned; b"" at the end, too."""
+        """Return what has been fed and not been returned; then look at `over`, and `output`.
+
+        What came before the end, or before a fault, counts: it may be the reply to a mail.
+        """
         incoming, source = self._incoming, self._object
         parts = []
         try:
-            while incoming.pending or source.pending():
-                parts.append(source.read(_READ))
-        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
-            pass  # the rest of a record is still to come; or none will
+            while self.over is None and (incoming.pending or source.pending()):
+                part = source.read(_READ)
+                if not part:  # close_notify: b"" for ever, whatever is still to be read
+                    self.over = ConnectionResetError("the relay closed the connection")
+                parts.append(part)
+        except ssl.SSLWantReadError:
+            pass  # the rest of a record is still to come
+        except ssl.SSLError as error:
+            self.over = error
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def encrypt(self, data: bytes) -> None:
