@@ -524,7 +524,7 @@ def cli(data: bytes) -> None:
         return  # elsewhere on this machine
     environ = {"CPSMAIL_OUTBOX": str(_outbox()), "HOME": str(_scratch())}
     result = CliRunner().invoke(command, words, input=b"To: b@example.net\n\n", env=environ)
-    assert "a fault in cpsmail" not in result.output, result.output
+    assert "a fault in cpsmail" not in result.output, (words, result.output)
     assert "Traceback" not in result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert result.exit_code != 70
