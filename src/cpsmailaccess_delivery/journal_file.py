@@ -225,6 +225,8 @@ def _lock(handle: int) -> None:
 def find(path: str, *, message_id: str | None, address: str | None, limit: int) -> list[Event]:
     """Return the newest events of a Message-Id or of an address, the oldest first."""
     query, key = (_BY_ADDRESS, address) if message_id is None else (_BY_MESSAGE_ID, message_id)
+    if key is not None:
+        key = key.encode("utf-8", "backslashreplace").decode()  # as `_clean` writes it
     rows = _query(path, query, {"key": key, "limit": limit})
     return [Event(*row) for row in reversed(rows)]
 
