@@ -11,7 +11,7 @@ import trustme
 
 from cpsmailaccess_delivery.smtp.tls import Tls, client_context
 from smtp_helpers import PIPELINING, Relay, letter
-from test_smtp_session import DEADLINE, Lane, open_session, run, server_context
+from test_smtp_session import DEADLINE, Lane, open_session, run, server_context, serving
 
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 REPLY = b"250 2.0.0 queued\r\n"
@@ -90,9 +90,37 @@ def test_a_reply_counts_that_came_before_a_fault(pair):
     assert client.output()  # the alert
 
 
-def test_relays_cannot_renegotiate(ca):
-    for verify in (True, False, ca.path):
-        assert client_context(verify).options & ssl.OP_NO_RENEGOTIATION
+class Renegotiating:
+    """An SSL object that cannot write before it has read: the relay's part of a handshake."""
+
+    def __init__(self, wrapped):
+        self._wrapped = wrapped
+        self._busy = True
+
+    def __getattr__(self, name):
+        return getattr(self._wrapped, name)
+
+    def read(self, size):
+        self._busy = False
+        return self._wrapped.read(size)
+
+    def write(self, data):
+        if self._busy:
+            raise ssl.SSLWantReadError
+        return self._wrapped.write(data)
+
+
+def test_what_is_written_while_the_relay_renegotiates_goes_out_after_it(pair):
+    client, server = pair
+    client._object = Renegotiating(client._object)
+    client.encrypt(b"RSET\r\n")
+    client.encrypt(b"NOOP\r\n")
+    assert client.output() == b""
+    client.feed(server.say(REPLY))
+    assert client.decrypt() == REPLY
+    assert client.over is None
+    heard = server.receive(client.output())
+    assert heard + server.receive(b"") == b"RSET\r\nNOOP\r\n"
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
@@ -133,5 +161,22 @@ def test_a_relay_that_ends_tls_with_its_reply_and_keeps_the_connection(ca, versi
             listening.close()
             await listening.wait_closed()
         assert lane.states() == ["accepted"]
+
+    run(work)
+
+
+def test_a_session_that_cannot_encrypt_ends_and_its_mail_waits(ca, monkeypatch):
+    def encrypt(self, data):
+        self.over = ssl.SSLError("broken")
+
+    async def work():
+        relay = Relay(PIPELINING)
+        async with serving(lambda: relay, tls=server_context(ca)) as (port, _):
+            lane = Lane([letter(1)])
+            open_session(lane, port, security="tls", verify=ca.path)
+            await lane.until(lambda: lane.ready)
+            monkeypatch.setattr(Tls, "encrypt", encrypt)
+            await lane.until(lambda: lane.closed)
+        assert isinstance(lane.closed[0].error, ssl.SSLError)
 
     run(work)

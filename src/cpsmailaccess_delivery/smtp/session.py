@@ -391,6 +391,8 @@ class Session(asyncio.BufferedProtocol):
                 if self._tls is not None:
                     self._tls.encrypt(data)
                     data = self._tls.output()
+                    if self._tls.over is not None:
+                        self._loop.call_soon(self._decrypt)  # says it to the machine
                 transport.write(data)
         if self._over:
             if self._task is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import ssl
 import threading
+from collections import deque
 from typing import Final
 
 _READ: Final = 256 * 1024  # bytes; a read gives one record, at most 16 KiB
@@ -47,14 +48,13 @@ def _make(verify: bool | str) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION  # by which a relay could hold up what we write
     return context
 
 
 class Tls:
     """One encrypted connection, from the client's side.
 
-    `host`: what its certificate must be for.  `shake_hands` and `encrypt` raise
+    `host`: what its certificate must be for.  `shake_hands` raises
     `ssl.SSLError`; what must be written then (the alert) is in `output`.
 
     ``over``: why no more can be read; None: it can.
@@ -65,6 +65,7 @@ class Tls:
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
         self.established = False
         self.over: OSError | None = None
+        self._held: deque[bytes] = deque()  # to be encrypted
 
     @property
     def cipher(self) -> tuple[str, str] | None:
@@ -102,11 +103,25 @@ class Tls:
             pass  # the rest of a record is still to come
         except ssl.SSLError as error:
             self.over = error
+        if self._held and self.over is None:
+            self._encrypt_held()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def encrypt(self, data: bytes) -> None:
-        """Put data into `output`."""
-        self._object.write(data)
+        """Put data into `output`; later, while the relay renegotiates (TLS 1.2)."""
+        self._held.append(data)
+        self._encrypt_held()
+
+    def _encrypt_held(self) -> None:
+        held = self._held
+        try:
+            while held:
+                self._object.write(held[0])
+                held.popleft()
+        except ssl.SSLWantReadError:
+            pass  # `decrypt` goes on
+        except ssl.SSLError as error:
+            self.over = error
 
     def output(self) -> bytes:
         """Return what must be written now; mostly nothing unless `encrypt` was called."""
