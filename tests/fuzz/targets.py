@@ -300,7 +300,7 @@ def tls(data: bytes) -> None:
         if client.established:
             server.write(b"220 hello\r\n")
             client.feed(outgoing.read())
-            assert client.decrypt() == b"220 hello\r\n"
+            assert client.decrypt() == b"220 hello\r\n" or client.over is not None
             client.encrypt(b"EHLO x\r\n")
             if source.byte() % 2:
                 with contextlib.suppress(ssl.SSLWantReadError):
