@@ -42,6 +42,23 @@ def test_it_is_added_in_the_zmi(zmi):
     assert "There is no account yet" in browser.contents
 
 
+def test_who_manages_a_folder_cannot_show_an_outbox_there(zmi):
+    zmi.add_user("local")
+    with zmi.app() as app:
+        app.manage_addFolder("part")
+        app.part.manage_setLocalRoles("local", ["Manager"])
+    browser = zmi.browser("local")
+    browser.open(
+        f"{zmi.url}/part/manage_addProduct/cpsmailaccess_delivery.zope/manage_addMailAccountsForm"
+    )
+    fill(browser, id="post")
+    with errors_seen(browser):
+        browser.getControl("Add").click()
+    assert browser.headers["status"].startswith("401")
+    with zmi.app() as app:
+        assert app.part.objectIds() == []
+
+
 def test_the_tabs(zmi):
     browser = zmi.browser()
     browser.open(f"{zmi.url}/mail/manage_workspace")

@@ -20,7 +20,7 @@ from .outboxes import DEFAULT_NAME, META_TYPE, WithOutbox, delivery_names
 from .page import action, page, redirect, render, template, text, typed_title
 from .processor_tab import ProcessorTab
 from .queue_tab import QueueTab
-from .security import SEND_AS_SITE, SEND_MAIL, USE_OWN_ACCOUNTS
+from .security import SEND_AS_SITE, SEND_MAIL, USE_OWN_ACCOUNTS, check_manages_site
 from .steering import Steering
 from .trial import Trial
 
@@ -81,6 +81,7 @@ def manage_addMailAccountsForm(dispatcher: Any, REQUEST: Any) -> str:
 def manage_addMailAccounts(dispatcher: Any, REQUEST: Any) -> str:
     """Add one."""
     container = dispatcher.this()
+    check_manages_site(container)
     made = MailAccounts(text(REQUEST, "id"), typed_title(REQUEST), text(REQUEST, "delivery"))
     container._setObject(made.id, made)
     return redirect(REQUEST, f"{dispatcher.DestinationURL()}/manage_main", f"Added {made.id}.")

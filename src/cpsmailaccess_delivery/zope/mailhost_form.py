@@ -21,7 +21,7 @@ from .defaults_tab import site_account
 from .mailhost_swap import stock_of, swap
 from .outboxes import delivery_names, outbox_of
 from .page import action, page, redirect, render, template, text, typed_title
-from .security import MANAGE_ACCOUNTS
+from .security import MANAGE_ACCOUNTS, check_manages_site
 
 #: What becomes of ``send(..., immediate=True)``: see `IMMEDIATE`.
 IMMEDIATE_SENDS: Final = "send"
@@ -68,6 +68,8 @@ class MailboxHostForm:
     @action
     def manage_saveMailboxHost(self: Any, REQUEST: Any) -> str:
         """Change the settings as typed: all of them, or none."""
+        if text(REQUEST, "delivery") != self.delivery_name:
+            check_manages_site(self)
         try:
             outbox_of(text(REQUEST, "delivery"))
             immediate = text(REQUEST, "immediate")
@@ -91,6 +93,7 @@ class MailboxHostForm:
     @action
     def manage_makeDefaultAccount(self: Any, REQUEST: Any) -> str:
         """Make the relay of the stock MailHost the outbox's default account, password and all."""
+        check_manages_site(self)
         try:
             outbox = outbox_of(self.delivery_name)
             if site_account(outbox) is not None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from AccessControl import getSecurityManager
 from AccessControl.Permission import addPermission
 from Acquisition import aq_inner, aq_parent
-from zExceptions import Forbidden
+from zExceptions import Forbidden, Unauthorized
 from zope.component import getUtilitiesFor
 
 from ..errors import VaultError
@@ -52,6 +52,18 @@ def owner_of(user: Any) -> str:
 def current_owner() -> str:
     """Return the user who is logged in, see `owner_of`; ``""``: anonymous."""
     return owner_of(getSecurityManager().getUser())
+
+
+def check_manages_site(context: Any) -> None:
+    """Refuse whoever manages a part of the site only: an outbox is of the whole of it.
+
+    `context`: any object in the tree.  Raises `Unauthorized`.
+    """
+    if not getSecurityManager().checkPermission(MANAGE_ACCOUNTS, context.getPhysicalRoot()):
+        raise Unauthorized(
+            "Which outbox an object shows, and its default account, is decided by whoever may"
+            " manage the accounts of the whole site. Ask him to add the object for you."
+        )
 
 
 def form_token(request: Any) -> str:
