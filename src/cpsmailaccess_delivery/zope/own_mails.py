@@ -127,8 +127,8 @@ class OwnMails:
         header = BytesHeaderParser(policy=policy.default).parsebytes(message)
         return str(header.get("Subject", ""))
 
-    def _is_own(self, mailbox: str, staged_at: float) -> bool:
-        return mailbox in self._since and staged_at >= int(self._since[mailbox])
+    def _is_own(self, mailbox: str, entry_id: str) -> bool:
+        return mailbox in self._since and _staged_at(entry_id) >= self._since[mailbox]
 
     def _waiting(self) -> Iterator[Mail]:
         spool, now = self._outbox.spool, time.time()
@@ -142,7 +142,7 @@ class OwnMails:
             except (NoSuchEntry, ValueError):
                 continue
             envelope = record.envelope
-            if envelope.sender and self._is_own(envelope.route.mailbox, entry.staged_at):
+            if envelope.sender and self._is_own(envelope.route.mailbox, entry.id):
                 yield _of_record(record, notes, now)
 
     def _gone(self) -> Iterator[Mail]:
@@ -159,7 +159,7 @@ class OwnMails:
                 for event in happened
                 if event.recipient and event.kind in _STATES
             }
-            if outcomes and self._is_own(happened[0].mailbox, entry.staged_at):
+            if outcomes and self._is_own(happened[0].mailbox, id):
                 state = worst(outcomes)
                 yield Mail(
                     id=id,
@@ -179,6 +179,18 @@ _KIND_OF: Final = {
     State.UNCLEAR: "unclear",
     State.CANCELLED: "taken back",
 }
+
+
+def _staged_at(entry_id: str) -> float:
+    """Return when a mail was staged, in seconds since the epoch, with the microseconds of its id.
+
+    0: it was not named by us.
+    """
+    seconds, _, rest = entry_id.partition(".")
+    micros = rest[1:7]
+    if not (seconds.isdecimal() and rest.startswith("M") and micros.isdecimal()):
+        return 0.0
+    return int(seconds) + int(micros) / 1e6
 
 
 def _of_record(record: Record, notes: Mapping[str, Any], now: float) -> Mail:
