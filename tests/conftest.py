@@ -121,6 +121,7 @@ def charsets(monkeypatch: pytest.MonkeyPatch) -> None:
 def zmi(zope_in_process: Any, tmp_path: Path) -> Iterator[Any]:
     """What a test sees of it, with an outbox of its own: see `zope_helpers.Zmi`."""
     from zope.component.hooks import setHooks
+
     from zope_helpers import Zmi
 
     setHooks()  # as Zope does when it starts; `cleanUp` of other tests takes them away
