@@ -9,6 +9,7 @@
 #                        see docs/reliability.rst
 # make fuzz [INPUTS=2000000]
 #                        hostile input for every parser, see docs/security.rst
+# make pictures          docs/images, taken by the tests that use a browser
 # make lint, make clean
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ INPUTS ?= 2000000
 SETTINGS := setup.py pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run demo test lint bench soak crash fuzz clean
+.PHONY: run demo test lint bench soak crash fuzz pictures clean
 
 run: $(VENV)/.demo
 	@PYTHONPATH=examples PORT=$(PORT) exec $(BIN)/python -m demo.site $(if $(MAILS),"$(MAILS)")
@@ -57,6 +58,9 @@ crash: $(VENV)/.test
 
 fuzz: $(VENV)/.test $(VENV)/.fuzz
 	@PYTHONPATH=tests $(BIN)/python -m fuzz.run --inputs $(INPUTS)
+
+pictures: $(VENV)/.test
+	PICTURES=1 $(BIN)/pytest -q tests/test_zope*chromium.py
 
 clean:
 	rm -rf $(VENV) build dist var fuzz-findings .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -53,7 +53,12 @@ setup(
         "bench": ["matplotlib >= 3.8", "trustme >= 1.1"],
         # What `make run` and applications' own tests need: certificates made on the spot; and
         # the Zope that `make run` starts.
-        "demo": ["trustme >= 1.1", "Zope[wsgi] >= 6.2", "zope.processlifetime >= 3"],
+        "demo": [
+            "Products.MailHost >= 6",
+            "trustme >= 1.1",
+            "Zope[wsgi] >= 6.2",
+            "zope.processlifetime >= 3",
+        ],
         # What `make fuzz` needs besides `test`: it guides its inputs by coverage.  Apache 2.0;
         # wheels for this platform only, so that no test needs it.
         "fuzz": ["atheris >= 3.0; sys_platform == 'linux' and platform_machine == 'x86_64'"],
@@ -66,6 +71,9 @@ setup(
             "mypy >= 1.11",
             "playwright >= 1.45",
             "pgqueuer >= 1.6, < 2",
+            # How settings of a MailHost are exported; Plone has it anyway.
+            "Products.GenericSetup >= 5",
+            "Products.MailHost >= 6",
             "prometheus_client >= 0.20",
             "psycopg[binary] >= 3.2",
             "pytest >= 8",
@@ -85,7 +93,7 @@ setup(
         # What `witness.zodb` asks after a crash.  (`witness.sql` needs a DB-API driver alone.)
         "zodb": ["ZODB >= 5.8"],
         # What start="IProcessStarting" needs, and who tells it.
-        "zope": ["Zope[wsgi] >= 6.2", "zope.processlifetime >= 3"],
+        "zope": ["Products.MailHost >= 6", "Zope[wsgi] >= 6.2", "zope.processlifetime >= 3"],
     },
     entry_points={
         "console_scripts": ["cpsmail = cpsmailaccess_delivery.cli:main"],

@@ -109,10 +109,22 @@ def zope_in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
+def charsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python has them: Products.MailHost, once imported, makes UTF-8 quoted-printable."""
+    from email import charset
+
+    utf8 = (charset.SHORTEST, charset.BASE64, "utf-8")
+    monkeypatch.setitem(charset.CHARSETS, "utf-8", utf8)
+
+
+@pytest.fixture
 def zmi(zope_in_process: Any, tmp_path: Path) -> Iterator[Any]:
     """What a test sees of it, with an outbox of its own: see `zope_helpers.Zmi`."""
+    from zope.component.hooks import setHooks
+
     from zope_helpers import Zmi
 
+    setHooks()  # as Zope does when it starts; `cleanUp` of other tests takes them away
     with zope_in_process.registry():
         made = Zmi(zope_in_process, tmp_path)
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli_helpers import DEADLINE, Site
-from cpsmailaccess_delivery import errors
+from cpsmailaccess_delivery import errors, wording
 from cpsmailaccess_delivery.cli import app, cli, output
 from cpsmailaccess_delivery.cli.queue import queue
 
@@ -43,7 +43,7 @@ def python(code: str) -> str:
     ],
 )
 def test_clean(text: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert output.clean(text) == shown
+    assert wording.clean(text) == shown
     output.say(text)
     output.table(("COLUMN",), [(text,)])
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
@@ -54,7 +54,7 @@ def test_clean(text: str, shown: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_clean_lines() -> None:
-    assert output.clean_lines("a\r\n\tb\x1b\rc\u202e") == "a\n\tb\\x1b\\x0dc\\u202e"
+    assert wording.clean_lines("a\r\n\tb\x1b\rc\u202e") == "a\n\tb\\x1b\\x0dc\\u202e"
 
 
 def test_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ages() -> None:
-    assert [output.age(s) for s in (-1, 0, 59, 60, 3600, 86400 * 5)] == [
+    assert [wording.age(s) for s in (-1, 0, 59, 60, 3600, 86400 * 5)] == [
         *("0s", "0s", "59s", "1m", "1h", "5d"),
     ]
 

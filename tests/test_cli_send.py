@@ -127,6 +127,7 @@ def test_sendmails_harmless_options(site: Site) -> None:
     assert sent(site)[1] == ["d@e.f"]
 
 
+@pytest.mark.usefixtures("charsets")
 def test_local_names_and_missing_from(site: Site) -> None:
     site.run("send", "-f", "cron", "-F", "Dæmon", "root", input=b"Subject: x\r\n\r\nbody\r\n")
     sender, recipients, message = sent(site)

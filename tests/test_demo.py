@@ -147,6 +147,10 @@ def test_the_site_stops_and_goes_on(tmp_path):
         login = re.search(r"Log in as +(\S+), password (\S+)", said).groups()
         page = fetched(f"{url}/demo/mail/manage_main", login)
         assert "@example.com</a>" in page
+        users = dict(re.findall(r"Log in as +(\S+), password (\S+)", said))
+        for name in ("alice", "bob"):
+            page = fetched(f"{url}/demo/@@compose", (name, users[name]))
+            assert re.findall(r">(\w+)@site.example</option>", page) == [name]
         with pytest.raises(HTTPError, match="401"):
             fetched(f"{url}/demo/mail/manage_main", ("admin", "x"))
     with site(place, mails) as (said, url):

@@ -300,6 +300,7 @@ def made_mime_text() -> Message:
     return message
 
 
+@pytest.mark.usefixtures("charsets")
 @pytest.mark.parametrize("make", [made_email_message, made_mime_text])
 def test_long_headers_of_made_messages_travel(make):
     data = to_bytes(make())

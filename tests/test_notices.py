@@ -237,7 +237,7 @@ def test_mail_that_waits_for_its_relay_is_told_and_given_up(outbox, server):
     assert outbox.status(message_id).state == "deferred"
     for day in (6, 7, 8):
         drain(outbox, day * DAY)
-    _, failed = notices(server)
+    _, failed = [each for each in notices(server) if each.is_multipart()]
     assert (fields(failed)[0]["Action"], fields(failed)[0]["Status"]) == ("failed", "5.4.7")
     assert "given up after" in failed.get_payload()[0].get_payload()
     assert outbox.status(message_id).state == "refused"
@@ -361,6 +361,19 @@ def test_the_owner_of_a_mailbox_is_told_once_for_each_trouble(outbox, server):
         send(outbox)
         drain(outbox)
         assert len([n for n in notices(server) if not n.is_multipart()]) == 2
+
+
+def test_the_owner_of_a_mailbox_is_told_of_a_relay_that_stays_away(outbox, server):
+    put(outbox, server, "*")
+    put_dead(outbox, ALICE)
+    send(outbox)
+    for hours in range(4):
+        drain(outbox, hours * 3600.0)
+    assert notices(server) == []
+    for hours in range(5, 8):
+        drain(outbox, hours * 3600.0)
+    told = [n for n in notices(server) if not n.is_multipart()]
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("mailbox", ["@example.org", "*"])

@@ -206,6 +206,23 @@ def test_fewer_sessions_when_mail_from_is_too_much(
         assert processor.summary.deferred == 1
 
 
+@pytest.mark.parametrize("connections", [1, 3])
+def test_a_relay_that_wants_less_of_the_last_session_is_not_told_of_every_mail(
+    outbox: Outbox, connections: int
+) -> None:
+    with SMTPServer() as server:
+        put(outbox, server, "alice@example.org", connections=connections)
+        send(outbox, "alice@example.org", 200)
+        rule = server.on("MAIL", reply="450 4.7.1 rate limit exceeded, slow down")
+        summary = outbox.processor().run(forever=False)
+        assert rule.hits == summary.deferred < 50
+        assert summary.waiting == 200 - summary.deferred
+        (reason,) = summary.reasons.values()
+        assert "slow down" in reason
+        server.forget(rule)
+        assert outbox.processor().run(forever=False).accepted == summary.waiting
+
+
 def test_connections_of_an_account_that_moved_count_at_its_new_relay(tmp_path: Path) -> None:
     with (
         SMTPServer() as before,

@@ -393,3 +393,36 @@ def test_a_watch_tells_of_other_processes(spool, start):
     child = start("ready(queue(spool).id)")
     assert [entry.id for entry in told(watch)] == [child.stdout.readline().strip()]
     watch.close()
+
+
+def test_who_delivers(tmp_path):
+    """Each process for itself, as long as it lives and as many processors as it has."""
+    ours, theirs = Presence(tmp_path / "presence"), Presence(tmp_path / "presence")
+    assert ours.deliverers() == []
+    ours.delivers()
+    ours.delivers()
+    (one,) = theirs.deliverers()
+    assert (one.pid, one.here) == (os.getpid(), False)
+    assert [each.here for each in ours.deliverers()] == [True]
+    ours.rests()
+    assert len(theirs.deliverers()) == 1
+    os.unlink(tmp_path / "presence" / ours.token)  # by somebody; the next token says it again
+    assert ours.token
+    assert len(theirs.deliverers()) == 1
+
+    def child():
+        assert ours.deliverers()[0].pid == os.getppid()
+        ours.delivers()
+        assert {each.pid for each in ours.deliverers()} == {os.getppid(), os.getpid()}
+
+    assert in_child(child) == 0
+    assert len(theirs.deliverers()) == 1, "the child has died"
+    ours.rests()
+    assert theirs.deliverers() == []
+    ours.delivers()
+    ours.close()
+    ours.rests()  # one that took long to stop
+    assert theirs.deliverers() == []
+    theirs.tidy()  # what the child has left
+    assert os.listdir(tmp_path / "presence") == [theirs.token]
+    theirs.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
 
 import pytest
 import transaction
@@ -18,36 +17,12 @@ HOSTILE = "<script>alert(1)</script>"
 
 pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
 
-
-def put(zmi, *accounts):
-    with transaction.manager:
-        for account in accounts:
-            zmi.outbox.accounts.put(account)
+from zope_helpers import alert, errors_seen, fill, put, token_of  # noqa: E402
 
 
 def relay_account(server: SMTPServer, **changes) -> Account:
     settings = {"mailbox": ALICE, "host": "127.0.0.1", "port": server.port, "security": "plain"}
     return Account(**{**settings, **changes})
-
-
-def alert(browser) -> str:
-    found = re.search(
-        r'<div class="alert[^>]*>\s*(.*?)\s*(?:\([\d: -]+\)\s*)?</div>', browser.contents, re.S
-    )
-    return " ".join(re.sub(r"<[^>]+>", "", found[1]).split()) if found else ""
-
-
-@contextmanager
-def errors_seen(browser):
-    """Do not raise for an error's status, which is then asserted on."""
-    browser.raiseHttpErrors = False
-    yield
-    browser.raiseHttpErrors = True
-
-
-def fill(browser, **texts):
-    for name, value in texts.items():
-        browser.getControl(name=name).value = value
 
 
 # Adding the object
@@ -65,6 +40,23 @@ def test_it_is_added_in_the_zmi(zmi):
     assert browser.url.startswith(f"{zmi.url}/manage_main")
     browser.open(f"{zmi.url}/post/manage_main")
     assert "There is no account yet" in browser.contents
+
+
+def test_who_manages_a_folder_cannot_show_an_outbox_there(zmi):
+    zmi.add_user("local")
+    with zmi.app() as app:
+        app.manage_addFolder("part")
+        app.part.manage_setLocalRoles("local", ["Manager"])
+    browser = zmi.browser("local")
+    browser.open(
+        f"{zmi.url}/part/manage_addProduct/cpsmailaccess_delivery.zope/manage_addMailAccountsForm"
+    )
+    fill(browser, id="post")
+    with errors_seen(browser):
+        browser.getControl("Add").click()
+    assert browser.headers["status"].startswith("401")
+    with zmi.app() as app:
+        assert app.part.objectIds() == []
 
 
 def test_the_tabs(zmi):
@@ -404,13 +396,6 @@ def nothing_has_changed(zmi, bob):
     with zmi.app() as app:
         assert (app.mail.title, app.mail._policy) == ("", {})
         assert "evil" not in app.objectIds()
-
-
-def token_of(browser, url) -> str:
-    browser.open(url)
-    return re.search(
-        r'name="form_token" value="(\w+)"|value="(\w+)" name="form_token"', browser.contents
-    )[1]
 
 
 def test_every_change_needs_post_and_token(zmi, bob):

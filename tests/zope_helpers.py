@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -20,15 +21,18 @@ import transaction
 import Zope2
 import Zope2.App.zcml
 import Zope2.utilities
+from AccessControl.SecurityManagement import noSecurityManager
 from paste.deploy import loadapp
 from waitress.server import create_server
 from zope.component import getGlobalSiteManager, getUtilitiesFor, getUtility
 from zope.testbrowser.wsgi import Browser
 
-from cpsmailaccess_delivery import Outbox
+from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.interfaces import IMailboxDelivery, IMailDelivery, IOutbox
-from cpsmailaccess_delivery.zope import trial
+from cpsmailaccess_delivery.testing import SMTPServer
+from cpsmailaccess_delivery.zope import my_outbox, trial
 from cpsmailaccess_delivery.zope.mail_accounts import MailAccounts
+from cpsmailaccess_delivery.zope.policy import Policy
 from cpsmailaccess_delivery.zope.throttle import Throttle
 
 SLUG = """\
@@ -139,6 +143,7 @@ class Zmi:
             self._before = set(app.objectIds()), set(app.acl_users.getUserNames())
         self.add_mail_accounts("mail")
         trial._checks = Throttle(12)
+        my_outbox._retries = Throttle(12)
 
     def app(self) -> Any:
         """Change the root: ``with zmi.app() as app: ...`` commits."""
@@ -179,6 +184,7 @@ class Zmi:
             thread.join(10)
 
     def close(self) -> None:
+        noSecurityManager()  # that of a request which an error has left
         with self.app() as app:
             ids, users = self._before
             app.manage_delObjects([each for each in app.objectIds() if each not in ids])
@@ -191,3 +197,67 @@ class Zmi:
         for name, outbox in list(getUtilitiesFor(IOutbox)):
             outbox.close()
             manager.unregisterUtility(provided=IOutbox, name=name)
+
+
+def put(zmi: Zmi, *accounts: Account) -> None:
+    """Keep accounts, in a transaction."""
+    with transaction.manager:
+        for account in accounts:
+            zmi.outbox.accounts.put(account)
+
+
+def alert(browser: Browser) -> str:
+    """Return what a page says in its alert, without markup."""
+    found = re.search(
+        r'<div class="alert[^>]*>\s*(.*?)\s*(?:\([\d: -]+\)\s*)?</div>', browser.contents, re.S
+    )
+    return " ".join(re.sub(r"<[^>]+>", "", found[1]).split()) if found else ""
+
+
+@contextmanager
+def errors_seen(browser: Browser) -> Iterator[None]:
+    """Do not raise for an error's status, which is then asserted on."""
+    browser.raiseHttpErrors = False
+    yield
+    browser.raiseHttpErrors = True
+
+
+def fill(browser: Browser, **texts: str) -> None:
+    """Type into fields of a form."""
+    for name, value in texts.items():
+        browser.getControl(name=name).value = value
+
+
+def token_of(browser: Browser, url: str) -> str:
+    """Return the token of the forms of a page."""
+    browser.open(url)
+    return re.search(
+        r'name="form_token" value="(\w+)"|value="(\w+)" name="form_token"', browser.contents
+    )[1]
+
+
+def own_account(zmi: Zmi, mailbox: str, user: str, server: SMTPServer | None = None) -> Account:
+    """Keep the account of a user of the root; its relay is a test server, or nowhere."""
+    account = Account(
+        mailbox=mailbox,
+        host="127.0.0.1",
+        port=server.port if server else 1,
+        security="plain",
+        owner=f"/acl_users:{user}",
+    )
+    put(zmi, account)
+    return account
+
+
+def allow(zmi: Zmi, **decisions: Any) -> None:
+    """Decide what users may set up, as on the tab Defaults."""
+    with zmi.app() as app:
+        app.mail._set_policy(Policy(**decisions))
+
+
+def picture(page: Any, name: str) -> None:
+    """Keep what a page of Chromium shows as docs/images/NAME.png, when PICTURES=1."""
+    if os.environ.get("PICTURES"):
+        place = Path(__file__).parents[1] / "docs" / "images"
+        place.mkdir(exist_ok=True)
+        page.screenshot(path=place / f"{name}.png", full_page=True)

@@ -27,10 +27,12 @@ from zope.component import getUtility
 from Zope2.utilities import copyzopeskel, mkwsgiinstance
 
 from cpsmailaccess_delivery.interfaces import IOutbox
+from cpsmailaccess_delivery.networks import PUBLIC
+from cpsmailaccess_delivery.zope.policy import Policy
 
 from .__main__ import EXAMPLES, ROOT, mails_of, why_not
 from .journey import Journey
-from .relays import three_relays
+from .relays import Relay, three_relays
 
 _SLUG = """\
 <configure xmlns="http://namespaces.zope.org/zope">
@@ -40,6 +42,10 @@ _SLUG = """\
 """
 
 _ADMIN = "admin"
+
+#: Who may try what is for users: two who do not trust each other.
+_USERS = ("alice", "bob")
+_DOMAIN = "site.example"
 
 
 def main(arguments: list[str]) -> int:
@@ -67,10 +73,13 @@ def main(arguments: list[str]) -> int:
         wsgi = loadapp(f"config:{place}/etc/zope.ini")  # starts the processor, too
         try:
             _add_objects()
+            passwords = _add_users(place, relays[-1])
             troubles += Journey(console, place / "outbox", relays).run(mails)
             for trouble in troubles:
                 console.print(f"[red]WRONG[/]  {escape(trouble)}")
-            _say_where(console, listening.getsockname()[1], password)
+            if password:
+                passwords = {_ADMIN: password, **passwords}
+            _say_where(console, listening.getsockname()[1], passwords)
             _serve(wsgi, listening)
         except KeyboardInterrupt:
             pass
@@ -100,6 +109,7 @@ def _make_instance(place: Path) -> str:
 def _add_objects() -> None:
     """Add a folder with the objects of this package, unless it is there."""
     from cpsmailaccess_delivery.zope.mail_accounts import MailAccounts
+    from cpsmailaccess_delivery.zope.mailhost import MailboxHost
 
     app = Zope2.app()
     try:
@@ -107,8 +117,37 @@ def _add_objects() -> None:
             if "demo" not in app.objectIds():
                 app.manage_addFolder("demo", "Demo")
                 app.demo._setObject("mail", MailAccounts("mail", "Mail accounts"))
+                app.demo._setObject("MailHost", MailboxHost("MailHost", "Mailbox Host"))
     finally:
         app._p_jar.close()
+
+
+def _add_users(place: Path, relay: Relay) -> dict[str, str]:
+    """Add two users with a mailbox each, unless they are there; return the passwords of new ones.
+
+    They may set up others in the same domain, at the relays of this site.
+    """
+    outbox = getUtility(IOutbox, os.path.realpath(place / "outbox"))
+    app = Zope2.app()
+    passwords = {}
+    try:
+        with transaction.manager:
+            if "acl_users" not in app.demo.objectIds():
+                app.demo.manage_addProduct["OFSP"].manage_addUserFolder()
+                app.demo.mail._set_policy(
+                    Policy(domains=(_DOMAIN,), networks=(PUBLIC, "127.0.0.0/8"))
+                )
+                passwords = {name: secrets.token_urlsafe(9) for name in _USERS}
+                for name, password in passwords.items():
+                    app.demo.acl_users._doAddUser(name, password, [], [])
+            for name in _USERS:
+                account = relay.account.replace(
+                    mailbox=f"{name}@{_DOMAIN}", owner=f"/demo/acl_users:{name}"
+                )
+                outbox.accounts.put(account)
+    finally:
+        app._p_jar.close()
+    return passwords
 
 
 def _listen(port: int) -> socket.socket:
@@ -126,12 +165,14 @@ def _listen(port: int) -> socket.socket:
     raise OSError("no port of 127.0.0.1 is free")
 
 
-def _say_where(console: Console, port: int, password: str) -> None:
+def _say_where(console: Console, port: int, passwords: dict[str, str]) -> None:
     root = f"http://localhost:{port}"
     console.print(f"ZMI            {root}/manage")
     console.print(f"Mail accounts  {root}/demo/mail/manage_main")
-    if password:
-        console.print(f"Log in as      {_ADMIN}, password {password}")
+    console.print(f"For users      {root}/demo/@@compose  @@my-outbox  @@my-mailboxes")
+    for name, password in passwords.items():
+        console.print(f"Log in as      {name}, password {password}")
+    if passwords:
         console.print("               (said only now; `rm -r var/zope` begins anew)")
     console.print("Ctrl-C stops it.")
 

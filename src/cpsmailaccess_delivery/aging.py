@@ -14,14 +14,24 @@ from .shared import Shared
 if TYPE_CHECKING:
     from .lanes import Lane
 
-#: Seconds between two looks whether mails that wait for a lane have become old, and how many
-#: are looked at in one step of the loop.
+#: Seconds between two looks whether mails that wait for a lane have become old.
 _AGE: Final = 60.0
-_AGE_STEP: Final = 100
+
+#: How many are looked at, and how many opened, in one step of the loop: other lanes work meanwhile.
+_STEP: Final = 5_000
+_OPENED: Final = 100
+
+#: Looked at per second at most, on average: of many mails each may expire at a time of its own.
+_PACE: Final = 20_000
 
 
 class Aging:
     """Of one lane, while its circuit is open; called when the lane works.
+
+    A look walks through all that is ready, in steps; each mail is looked at once::
+
+        lane.ready --> old enough? --> settled
+                            +--------> young --(all seen, or the lane may send)--> lane.ready
 
     `claim`: leases an entry, or returns None.  `changed`: called when a step is done.
     """
@@ -43,25 +53,56 @@ class Aging:
         self._changed = changed
         self.next = 0.0  # seconds since the epoch: when old mails are looked for again
         self._told: set[str] = set()  # ids of mails whose delay the sender knows
+        self._young: Ready | None = None  # seen in the walk that is under way
+        self._rested = 0.0  # seconds since the epoch: no walk begins earlier
+
+    @property
+    def walking(self) -> bool:
+        """Whether a look is under way, and mails are with us that belong to the lane."""
+        return self._young is not None
+
+    def entries(self) -> list[Entry]:
+        """Return the mails that are with us; from any thread."""
+        young = self._young
+        return [] if young is None else young.copy()
 
     def expect(self, entry: Entry) -> None:
         """One more waits that expires."""
-        self.next = min(self.next, entry.expires)
+        self.next = min(self.next, max(entry.expires, self._rested))
 
     def begin_again(self) -> None:
         """The lane works: its mails do not wait."""
         self._told.clear()
 
+    def forget(self) -> None:
+        """Forget the mails that are with us."""
+        self._young = None
+
+    def give_back(self) -> None:
+        """Give the lane its mails back, before those that were not looked at."""
+        young, self._young = self._young, None
+        if young is not None:
+            for entry in self._lane.ready:
+                young.append(entry)
+            self._lane.ready = young
+
     def look(self) -> None:
         """Give up the mails that have waited too long, and tell the senders of the old ones."""
         lane, schedule, recorder = self._lane, self._shared.schedule, self._recorder
         now = self._shared.now()
-        if 0 < self.next - now <= _AGE:
-            return
-        self.next = now + _AGE
-        young = Ready()
-        claims = 0
+        young = self._young
+        if young is None:
+            if 0 < self.next - now <= _AGE:
+                return
+            young = self._young = Ready()
+            self._rested = now + min(len(lane.ready) / _PACE, _AGE)
+            self.next = now + _AGE
+        looks = claims = 0
         while lane.ready:
+            if looks == _STEP:
+                self._look_soon()
+                return
+            looks += 1
             entry = lane.ready.popleft()
             scheduled = entry.due if entry.state is State.QUEUED else 0.0
             age = now - (max(entry.staged_at, scheduled) or now)
@@ -70,25 +111,22 @@ class Aging:
             expired = 0 < entry.expires <= now
             if not (over or delayed or expired):
                 if entry.expires:
-                    self.next = min(self.next, entry.expires)
+                    self.expect(entry)
                 young.append(entry)
                 continue
-            if claims == _AGE_STEP or recorder.full:
+            if claims == _OPENED or recorder.full:
                 lane.ready.appendleft(entry)
                 self._look_soon()
-                break
+                return
             claims += 1
             attempt = self._claim(entry, lane)  # None of one that has expired: settled
             if attempt is not None and not self._settle(attempt, now, over=over):
                 attempt.lease.release()
                 young.append(entry)
-        for entry in lane.ready:
-            young.append(entry)
-        lane.ready = young
+        self.give_back()
 
     def _look_soon(self) -> None:
-        self.next = 0.0
-        if not self._recorder.full:  # else we are called when there is room
+        if not self.busy and not self._recorder.full:  # else we are called when there is room
             self.busy = True
             self._shared.loop.call_soon(self._go_on)
 

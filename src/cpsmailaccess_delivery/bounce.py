@@ -96,9 +96,9 @@ def compose_trouble(
     text = (
         f"The mailbox {one_line(mailbox)} cannot send mail at the moment:\n\n"
         f"    {one_line(reason)}\n\n"
-        "Its mails wait; none is lost so far.  Once the settings of its account are right\n"
-        "(password, host name, security), they leave by themselves, and at once.  What has\n"
-        f"waited for {age_text(give_up)} is given up, and its sender is told.\n\n"
+        "Its mails wait; none is lost so far.  Once its mail server works, and the settings of\n"
+        "its account are right (password, host name, security), they leave by themselves.  What\n"
+        f"has waited for {age_text(give_up)} is given up, and its sender is told.\n\n"
         "This is an automatic message, sent once, through another account.\n"
     )
     fields = [

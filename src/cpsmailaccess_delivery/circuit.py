@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 #: Failures in a row after which an account is paused whose relay does not answer.
 _REPEATED: Final = 2
 
+#: ... and after which its owner is told: with the default schedule half an hour.  Many mailboxes
+#: may have that relay, and a restart of it is nobody's trouble.
+_LASTING: Final = 5
+
 
 class Circuit:
     """The circuit of one lane.
@@ -92,7 +96,7 @@ class Circuit:
         self._note(note)
         if self._paused and not was_paused:
             self._changed(True, reason)
-        if account and not note.told:
+        if (account or self.failures >= _LASTING) and not note.told:
             self._tell(note)
 
     def told(self) -> None:

@@ -8,9 +8,10 @@ from datetime import datetime
 from email.message import Message
 from typing import Any
 
+from zope.component import queryUtility
 from zope.interface import implementer
 
-from .account import Account, normalise_mailbox
+from .account import DEFAULT_MAILBOX, Account, normalise_mailbox
 from .address import ascii_host, check_address, check_recipients
 from .announcer import Announcer
 from .datamanager import join
@@ -27,8 +28,8 @@ from .errors import (
     UnknownMailbox,
     VaultError,
 )
-from .interfaces import IMailboxDelivery, IMailDelivery
-from .message import DEFAULT_SIZE_LIMIT, complete, to_bytes
+from .interfaces import IMailboxDelivery, IMailDelivery, ISendingPolicy
+from .message import DEFAULT_SIZE_LIMIT, authors, complete, to_bytes
 from .options import check_options
 from .outgoing import Doings, Outgoing, OutgoingMails, Removal, Removals
 
@@ -88,7 +89,7 @@ class MailboxDelivery:
         now = self._clock()
         sender = _check_sender(fromaddr, null_allowed=mailbox is not None or hostname is not None)
         recipients = check_recipients(toaddrs)
-        route = self._route(sender, mailbox, hostname, port)
+        route, account = self._route(sender, mailbox, hostname, port)
         options = check_options(
             now=now,
             not_before=not_before,
@@ -102,6 +103,8 @@ class MailboxDelivery:
         stored, message_id = complete(
             to_bytes(message), sender=sender, now=now, size_limit=self.size_limit
         )
+
+        self.check_policy(account, sender, stored)
 
         def stage(token: str) -> Outgoing:
             envelope = Envelope(
@@ -194,12 +197,12 @@ class MailboxDelivery:
 
     def _route(
         self, sender: str, mailbox: str | None, hostname: str | None, port: int | None
-    ) -> Route:
+    ) -> tuple[Route, Account | None]:
         if hostname is None:
             if port is not None:
                 raise InvalidAddress(f"port={port!r}: belongs to hostname=, which is missing")
             account = self._find_account(sender if mailbox is None else mailbox)
-            return Route(mailbox=account.mailbox, host=account.host, port=account.port)
+            return Route(account.mailbox, account.host, account.port), account
         if mailbox is not None:
             raise InvalidAddress(
                 f"hostname={hostname!r} and mailbox={mailbox!r}: a mail goes through an account"
@@ -208,7 +211,28 @@ class MailboxDelivery:
         port = _RELAY_PORT if port is None else port
         if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
             raise InvalidAddress(f"port={port!r}: is a whole number from 1 to 65535")
-        return Route(host=ascii_host(hostname), port=port)
+        return Route(host=ascii_host(hostname), port=port), None
+
+    def check_policy(self, account: Account | None, sender: str, message: bytes) -> None:
+        """Ask `ISendingPolicy`, if there is one, of whatever a mail claims to be.
+
+        `account`: through which it leaves; None: a relay without login.  `send` asks; so must
+        whoever hands a mail to an account's relay himself.  Raises what the policy does, and
+        `NotQueued`: an account is damaged.
+        """
+        policy = queryUtility(ISendingPolicy)
+        if policy is None:
+            return
+        policy.check(account, self.queuePath)
+        asked = {DEFAULT_MAILBOX} if account is None else {DEFAULT_MAILBOX, account.mailbox}
+        for address in filter(None, (sender, *authors(message))):
+            try:
+                claimed = self._find_account(address)
+            except (InvalidAddress, UnknownMailbox):
+                continue  # what is nobody's mailbox here, nobody can take
+            if claimed.mailbox not in asked:
+                asked.add(claimed.mailbox)
+                policy.check(claimed, self.queuePath)
 
     def _find_account(self, mailbox: str) -> Account:
         try:

@@ -92,6 +92,10 @@ class NotUnclear(OutboxError, ValueError):
     """A person wants to settle a recipient that is not unclear."""
 
 
+class NotHeld(OutboxError, ValueError):
+    """A person wants to release a mail that was not set aside."""
+
+
 class EntryBusy(SpoolError):
     """A processor is delivering this mail right now."""
 

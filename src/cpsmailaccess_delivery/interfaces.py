@@ -47,6 +47,7 @@ __all__ = [
     "IOutbox",
     "IQueueProcessor",
     "IQueuedMailDelivery",
+    "ISendingPolicy",
     "ISpool",
     "ITransactionWitness",
     "IWatch",
@@ -520,8 +521,8 @@ class IMailboxDelivery(IQueuedMailDelivery):
         Returns the Message-Id without angle brackets.  Raises `InvalidAddress`,
         `NoRecipients`, `UnknownMailbox`, `InvalidMessage`, `InvalidOption`,
         `MessageTooLarge`, `NotQueued`, all of them `SendError` and
-        `smtplib.SMTPException`; in the explicit mode of transaction its `NoTransaction`.
-        Nothing is queued then.
+        `smtplib.SMTPException`; what `ISendingPolicy` does; in the explicit mode of transaction
+        its `NoTransaction`.  Nothing is queued then.
         """
 
     def cancel(message_id):
@@ -537,6 +538,24 @@ class IMailboxDelivery(IQueuedMailDelivery):
 
         The account is looked up at each `send`, so it may be put later.  Raises
         `UnknownMailbox` for what cannot be a mailbox.
+        """
+
+
+class ISendingPolicy(Interface):
+    """Who may send as which mailbox: a utility, asked at each `IMailboxDelivery.send`.
+
+    Without one, whoever can call `send` may send as any mailbox.
+    """
+
+    def check(account, queue_path):
+        """Raise when the code that runs now may not send as this account.
+
+        `account`: an `Account` without its password; None: a relay without login.
+        `queue_path`: of the delivery utility (str).
+        Asked of the account that a mail leaves through, however it was chosen, and of those,
+        of exactly an address or of its domain, that serve the envelope's sender and the
+        addresses in From, Sender and their Resent- forms (RFC 5322 section 3.6.2).
+        What it raises comes out of `send`, and nothing is queued.
         """
 
 
@@ -562,6 +581,12 @@ class IJournal(Interface):
 
     def counts(since: float) -> dict[str, int]:
         """Return how many events of each kind there were since a time (epoch seconds)."""
+
+    def series(since: float, step: float) -> list[tuple[int, str, int]]:
+        """Return (number of the step, kind, number of events) since a time (epoch seconds).
+
+        `step`: seconds; steps are numbered from 0 and end with now.
+        """
 
     def flush() -> None:
         """Return when what was recorded is written."""
@@ -647,6 +672,9 @@ class IQueueProcessor(Interface):
     def abort() -> None:
         """Drop the connections now."""
 
+    def look() -> None:
+        """Look now whether a person has ended the wait of a lane, not in half a minute."""
+
 
 class IOutbox(Interface):
     """An outbox; see `outbox.Outbox`."""
@@ -661,9 +689,16 @@ class IOutbox(Interface):
     keys = Attribute("`key.KeySource` of the vault")
     presence = Attribute("`spool.presence.Presence` of this process")
     witness = Attribute("ITransactionWitness, or None: what is in doubt is held")
+    processors = Attribute("Those that were made here: tuple[IQueueProcessor, ...]")
 
     def processor(*, unclear: str | None = None) -> IQueueProcessor:
         """Return a processor, not started yet.  Raises `OutboxClosed`."""
+
+    def resume(lane: str) -> None:
+        """Let a lane that waits be tried now.  Raises `SpoolError`."""
+
+    def look() -> None:
+        """Let the processors of this process look now at what was decided on lanes."""
 
     def status(message_id: str) -> object:
         """Return a `status.Status`.  Raises `NoSuchEntry`."""

@@ -57,6 +57,7 @@ class EventStore(Protocol):
     def find(self, *, message_id: str | None, address: str | None, limit: int) -> list[Event]: ...
     def count(self, since: float, /) -> dict[str, int]: ...
     def totals(self, since: float, /, *, by: str) -> list[tuple[str, str, int]]: ...
+    def series(self, since: float, step: float, /) -> list[tuple[int, str, int]]: ...
 
 
 @implementer(IJournal)
@@ -140,6 +141,15 @@ class Journal:
         except self._file.errors as error:
             log.error("the journal %s cannot be read: %s", self.path, error)
             return {}
+
+    def series(self, since: float, step: float) -> list[tuple[int, str, int]]:
+        """See `IJournal`.  A file that cannot be read is logged, and as good as empty."""
+        self.flush()
+        try:
+            return self._file.series(since, step)
+        except self._file.errors as error:
+            log.error("the journal %s cannot be read: %s", self.path, error)
+            return []
 
     def flush(self) -> None:
         """See `IJournal`.  Returns, too, when that cannot be done now: see `trouble`."""

@@ -123,6 +123,8 @@ class JournalFile:
     def find(self, *, message_id: str | None, address: str | None, limit: int) -> list[Event]:
         """Return the newest events of a Message-Id or of an address, the oldest first."""
         query, key = (_BY_ADDRESS, address) if message_id is None else (_BY_MESSAGE_ID, message_id)
+        if key is not None:
+            key = key.encode("utf-8", "backslashreplace").decode()  # as `_clean` writes it
         rows = _query(self._path, query, {"key": key, "limit": limit})
         return [Event(*row) for row in reversed(rows)]
 
@@ -135,6 +137,15 @@ class JournalFile:
         """Return (name, kind, number of events) since a time; see `_TOTALS` for `by`."""
         rows = _query(self._path, _TOTALS[by], {"since": since})
         return [(name, kind, number) for name, kind, number in rows]
+
+    def series(self, since: float, step: float) -> list[tuple[int, str, int]]:
+        """Return (number of the step, kind, number of events) since a time, step by step."""
+        query = (
+            "SELECT CAST((at - :since) / :step AS INTEGER), kind, count(*) FROM events"
+            " WHERE at >= :since GROUP BY 1, 2 ORDER BY 1"
+        )
+        rows = _query(self._path, query, {"since": since, "step": step})
+        return [(index, kind, number) for index, kind, number in rows]
 
     def _write(self, events: Sequence[Event]) -> None:
         try:

@@ -124,7 +124,13 @@ class Lane:
     def entries(self) -> list[Entry]:
         """Return what is ready and what is in flight; from any thread."""
         # Each copy is one step of the interpreter: the loop goes on meanwhile.
-        return [*self.ready.copy(), *(mail.entry for mail in list(self._flying))]
+        flying = [mail.entry for mail in list(self._flying)]
+        return [*self._aging.entries(), *self.ready.copy(), *flying]
+
+    def forget(self) -> None:
+        """Forget what is ready: the spool is scanned again."""
+        self.ready.clear()
+        self._aging.forget()
 
     def push(self, entry: Entry) -> None:
         """Add an entry; `work` follows."""
@@ -134,7 +140,7 @@ class Lane:
 
     def work(self) -> None:
         """Put the ready entries to work: wake sessions, open what is missing."""
-        if self._stopping or not self.ready:
+        if self._stopping or not (self.ready or self._aging.walking):
             return
         self.circuit.look()
         if self.circuit.is_open:
@@ -143,6 +149,7 @@ class Lane:
             when = min(self.circuit.until, now + _LOOK)
             self.wake_at(min(when, self._aging.next) if self._aging.next > now else when)
             return
+        self._aging.give_back()
         if not self.circuit.failures:
             self._aging.begin_again()
         self.sessions.work()
@@ -243,7 +250,7 @@ class Lane:
         return self._flying.pop(mail)
 
     def _may_send(self) -> bool:
-        if self._bytes >= OWN and self._room.used >= MOST:
+        if self.cramped:
             self._room.wait(self)
             return False
         if (self.circuit.until and self.circuit.is_open) or self._recorder.full:
@@ -272,8 +279,13 @@ class Lane:
             self._give_back(mail)
             self.sessions.quit()
             return
-        if self.circuit.failures and any(
-            each.reply and each.reply.code != 421 for each in results.values()
+        slow_down = next(
+            (r for r in results.values() if asks_for_less(r.phase, r.reply, delivered=True)), None
+        )
+        if (
+            self.circuit.failures
+            and slow_down is None
+            and any(each.reply and each.reply.code != 421 for each in results.values())
         ):
             self.circuit.close()  # the relay works: it has an opinion on this mail
         shared = self._shared
@@ -289,12 +301,13 @@ class Lane:
         if any(verdict.state is State.UNCLEAR for verdict in failed.values()):
             # A relay that hangs up must not make others unclear, too.
             self.sessions.careful = True
-        if (
-            settlement.state is State.DEFERRED
-            and self.sessions.working > 1
-            and any(asks_for_less(each.phase, each.reply) for each in results.values())
-        ):
-            self.sessions.want_fewer(close=True)
+        if settlement.state is State.DEFERRED:
+            if self.sessions.working > 1:
+                if any(asks_for_less(each.phase, each.reply) for each in results.values()):
+                    self.sessions.want_fewer(close=True)
+            elif slow_down is not None:  # else each mail of the lane would be told the same
+                self.circuit.open(Trouble.RELAY, f"the relay asks for less: {slow_down.text}")
+                self.sessions.quit()
         self._tell(mail, outcomes, mail.lease.entry.attempts + 1)
         self._recorder.settle(mail, settlement)
 

@@ -10,7 +10,7 @@ import re
 from email.errors import MessageError
 from email.message import Message
 from email.policy import EmailPolicy
-from email.utils import formatdate, make_msgid
+from email.utils import formatdate, getaddresses, make_msgid
 from typing import Final
 
 from .address import ascii_host
@@ -32,6 +32,8 @@ _FIELD = re.compile(
 )  # *+: nothing is kept for going back, which is 240 bytes a line
 _MESSAGE_ID = re.compile(r"<([^<>\s\x00-\x1f\x7f]{1,250})>\Z")
 _BCC: Final = (b"bcc", b"resent-bcc")
+_AUTHORS: Final = (b"from", b"sender", b"resent-from", b"resent-sender")
+_LIKE_AN_ADDRESS = re.compile(r'[^\s<>()",;:]+@[^\s<>()",;:]+')
 
 # What relays refuse or readers cannot decode: RFC 5322 section 2.1.1, RFC 2047 section 2.
 _LONG_LINE = re.compile(rb"[^\r\n]{999}")
@@ -131,6 +133,26 @@ def _join(pieces: list[bytes]) -> bytes:
             joined.append(b"\n")
         joined.append(piece)
     return b"".join(joined)
+
+
+def authors(data: bytes) -> tuple[str, ...]:
+    """Return whom a message says it is from: addresses in From, Sender and Resent- forms.
+
+    As they stand there, unchecked.  Of a field that cannot be read, whatever looks like one.
+    """
+    found: list[str] = []
+    position = 0
+    while match := _FIELD.match(data, position):
+        position = match.end()
+        if match[1].lower() not in _AUTHORS:
+            continue
+        value = " ".join(match[2].decode("utf-8", "replace").split())
+        try:
+            addresses = [address for _, address in getaddresses([value]) if "@" in address]
+        except RecursionError:  # comments in comments in comments
+            addresses = []
+        found += addresses or _LIKE_AN_ADDRESS.findall(value)
+    return tuple(dict.fromkeys(found))
 
 
 def find_message_id(data: bytes) -> str | None:

@@ -84,12 +84,12 @@ class Collector:
             names[lane.key] = route
             conditions["paused"] += lane.circuit.is_open
             sessions += len(lane.sessions)
-            for entry in lane.entries():
+            for entry in set(lane.entries()):  # scan and watch may both have told of it
                 counts[entry.state] = counts.get(entry.state, 0) + 1
                 since = entry.due or entry.staged_at or now
                 oldest[route] = min(oldest.get(route, now), since)
             oldest.setdefault(route, now)
-        for entry in scheduler.entries_later():
+        for entry in set(scheduler.entries_later()):
             counts[entry.state] = counts.get(entry.state, 0) + 1
             since = entry.due or entry.staged_at or now
             if since < now and entry.lane in names:

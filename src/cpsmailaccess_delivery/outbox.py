@@ -111,6 +111,11 @@ class Outbox:
         """Where the spool is."""
         return str(self.spool.location)
 
+    @property
+    def processors(self) -> tuple[QueueProcessorThread, ...]:
+        """Those that were made here, the oldest first; some may not run yet, or any more."""
+        return tuple(self._processors)
+
     def processor(
         self, share: Share = ALONE, *, unclear: str | None = None
     ) -> QueueProcessorThread:
@@ -133,6 +138,7 @@ class Outbox:
             announcer=self._announcer,
             witness=self.witness,
             feed=self._feed,
+            presence=self.presence,
         )
         self._processors.append(processor)
         return processor
@@ -166,6 +172,19 @@ class Outbox:
                 " the transaction has not committed, or it was delivered too long ago"
             )
         return status
+
+    def resume(self, lane: str) -> None:
+        """Let a lane that waits (see `ISpool.lane_notes`) be tried now.
+
+        Raises `SpoolError`.  A processor of another process notices within half a minute.
+        """
+        self.spool.note_lane(lane, None)
+        self.look()
+
+    def look(self) -> None:
+        """Let the processors of this process look now at what a person has decided on lanes."""
+        for processor in self.processors:
+            processor.look()
 
     def close(self) -> None:
         """Stop the processors of this outbox and give back what it holds.  Twice is fine."""

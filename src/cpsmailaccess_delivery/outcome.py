@@ -69,7 +69,6 @@ _ENCRYPTION_NEEDED: Final = 538
 #: Said of a command, not of a mail: syntax, not implemented, bad sequence.
 _PROTOCOL_CODES: Final = (500, 502, 503, 504)
 
-
 #: The CA file of ``verify`` cannot be read.
 _BAD_CA_FILE: Final = (FileNotFoundError, PermissionError, IsADirectoryError)
 

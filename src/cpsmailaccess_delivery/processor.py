@@ -23,6 +23,7 @@ from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
 from .scheduler import Scheduler
 from .spool import forks
+from .spool.presence import Presence
 from .summary import Summary
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class QueueProcessorThread(threading.Thread):
     `witness`: an `ITransactionWitness`, asked about what dead processes left in doubt.
     `clock`: seconds since the epoch.  `announcer`: tells what happens through zope.event.
     `feed`: makes the spool for a run that does not end, when that is another one: see `parts`.
+    `presence`: tells other processes that this one delivers.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class QueueProcessorThread(threading.Thread):
         clock: Callable[[], float] = time.time,
         announcer: Announcer | None = None,
         feed: Callable[[], Any] | None = None,
+        presence: Presence | None = None,
     ) -> None:
         super().__init__(name="cpsmailaccess_delivery.QueueProcessorThread", daemon=True)
         self._spool = spool
@@ -89,6 +92,7 @@ class QueueProcessorThread(threading.Thread):
         self._witness = witness
         self._clock = clock
         self._announcer = announcer or Announcer()
+        self._presence = presence
         self._stopped = threading.Event()
         self._ended = threading.Event()  # no `run` is under way
         self._ended.set()
@@ -110,6 +114,8 @@ class QueueProcessorThread(threading.Thread):
         self._ended.clear()
         if not forever:
             self._stopped.clear()  # it may drain again and again
+        if self._presence is not None:
+            self._presence.delivers()
         try:
             while True:
                 try:
@@ -122,6 +128,8 @@ class QueueProcessorThread(threading.Thread):
                 if self._stopped.wait(_RESTART):
                     return self.summary
         finally:
+            if self._presence is not None:
+                self._presence.rests()
             self._ended.set()
             atexit.unregister(self.stop)
 
@@ -161,6 +169,15 @@ class QueueProcessorThread(threading.Thread):
         with self._lock:
             if self._scheduler is not None:
                 self._scheduler.loop.call_soon_threadsafe(self._scheduler.abort)
+
+    def look(self) -> None:
+        """Look now whether a person has ended the wait of a lane; callable from any thread."""
+        if self._generation != forks.generation():
+            return
+        with self._lock:
+            scheduler = self._scheduler
+            if scheduler is not None:
+                scheduler.loop.call_soon_threadsafe(_look, scheduler)
 
     async def _deliver(self, *, draining: bool) -> Summary:
         loop = asyncio.get_running_loop()
@@ -211,6 +228,11 @@ class QueueProcessorThread(threading.Thread):
             resolvers.shutdown(wait=False, cancel_futures=True)
             loop.set_default_executor(ThreadPoolExecutor(1))
         return scheduler.summary
+
+
+def _look(scheduler: Scheduler) -> None:
+    for lane in scheduler.lanes:
+        scheduler.loop.call_soon(lane.wake)  # each for itself: a fault of one stops no other
 
 
 def own_host_name() -> str:

@@ -67,6 +67,14 @@ def is_due(seen: Entry, now: float) -> bool:
     return (seen.state is State.QUEUED or _is_tried_again(seen)) and seen.due <= now
 
 
+def why(record: Record) -> str:
+    """Return in a few words why a mail is still here; "" when it is simply its turn."""
+    if record.reason:
+        return record.reason
+    replies = [outcome.reply for outcome in record.outcomes.values() if outcome.reply]
+    return replies[-1] if replies else ""
+
+
 def _is_tried_again(entry: Entry) -> bool:
     return entry.state is State.DEFERRED or (entry.state is State.UNCLEAR and entry.due > 0)
 

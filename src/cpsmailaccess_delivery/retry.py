@@ -50,7 +50,6 @@ class Schedule:
                     " most 30 days in seconds, factor 1 to 100, jitter 0 to 1, give_up over 0 and"
                     " at most 360 days, delay_notice 0 (never) to 360 days"
                 )
-
         if self.unclear not in UNCLEAR_POLICIES:
             raise InvalidSettings(f"unclear={self.unclear!r}: is one of {UNCLEAR_POLICIES}")
 

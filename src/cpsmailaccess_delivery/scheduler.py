@@ -293,7 +293,7 @@ class Scheduler:
 
     def _forget(self) -> None:
         for lane in self._lanes.values():
-            lane.ready.clear()
+            lane.forget()
         self._agenda.forget_entries()
 
     def _offer_all(self, entries: list[Entry]) -> None:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -248,11 +248,3 @@ class Heart:
         if self._line is not None:
             self._line.close()
             self._line = None
-
-
-def arguments_of(config: str | None, options: Mapping[str, str]) -> list[str]:
-    """Return the options before the command that stand for these."""
-    found = ["--config", config] if config else []
-    for key, value in options.items():
-        found += ["--set", f"{key}={value}"]
-    return found

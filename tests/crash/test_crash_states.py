@@ -23,11 +23,12 @@ PROMISED = tuple(model for model in MODELS if model != "unordered")
 SYNCS = {
     "files.sync_path < files._make: the directory above": False,
     "files.sync_path < key.make: the directory above": False,
+    "files.sync_path < vault._publish: accounts/": False,
     "files.sync_path < vault._put_in_place: accounts/": False,
     "files.sync_path < vault.prepare: accounts/": False,
     "files.sync_path < vault.prepare: the file": True,
-    "files.sync_path < vault.publish: accounts/": True,
     "files.write_new < key.make: the file": True,
+    "files.write_new < register.write: the file": True,
     "files.write_new < spool.outcomes.write: the file": True,
     "spool.durable.settle_files < spool.keys._settle: everything": True,
     "spool.durable.settle_files < spool.keys._settle: the file": True,

@@ -15,11 +15,12 @@ from typing import Any
 import click
 
 from ..errors import OutboxError
+from ..wording import clean_lines
 from .accounts import accounts
 from .app import EX_INTERRUPTED, EX_NO, EX_SOFTWARE, EX_USAGE, App, exit_code
 from .doctor import doctor
 from .drain import drain
-from .output import clean_lines, complain
+from .output import complain
 from .queue import queue, show
 from .run import run
 from .schema import schema

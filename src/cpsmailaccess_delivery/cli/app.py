@@ -41,6 +41,7 @@ _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (errors.InvalidEnvelope, EX_DATAERR),
     (errors.NoSuchEntry, EX_NOINPUT),
     (errors.NotUnclear, EX_DATAERR),
+    (errors.NotHeld, EX_DATAERR),
     (errors.NoSuchAccount, EX_NOINPUT),
     (errors.InvalidSettings, EX_CONFIG),
     (errors.WrongKey, EX_CONFIG),

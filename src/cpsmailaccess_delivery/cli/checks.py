@@ -23,8 +23,8 @@ from ..parts import is_url
 from ..password import resolve_secret
 from ..spool.names import parse
 from ..verdicts import DECIDED
+from ..wording import age
 from .findings import Finding, Level
-from .output import age
 from .server_checks import check_server
 
 if TYPE_CHECKING:

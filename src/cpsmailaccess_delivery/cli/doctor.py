@@ -7,10 +7,11 @@ from dataclasses import asdict
 import click
 
 from ..errors import OutboxError
+from ..wording import clean
 from .app import EX_NO, App, json_option, pass_app
 from .checks import examine
 from .findings import Finding, Level
-from .output import clean, emit
+from .output import emit
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 

@@ -84,8 +84,9 @@ class Mail:
         """Add the From field, if it is missing."""
         if not any(field == "from" for field, _ in self.fields):
             # RFC 5322 section 3.6.2; a name beyond ASCII becomes an encoded word
+            name = name.encode("utf-8", "replace").decode()  # the shell may give any bytes
             value = formataddr((name, address)) if address.isascii() else address
-            self.data = b"From: " + value.encode() + self.eol + self.data
+            self.data = b"From: " + value.encode("utf-8", "surrogateescape") + self.eol + self.data
 
 
 def read_mail(stream: BinaryIO, *, dot_ends: bool, size_limit: int) -> bytes:

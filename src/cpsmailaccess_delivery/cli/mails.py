@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..account import normalise_mailbox
-from ..address import ascii_host, relay_name
-from ..envelope import digest
-from ..errors import InvalidAccount, InvalidAddress
+from ..address import relay_name
 from ..interfaces import Entry, LaneNote, Outcome, Record
 from ..status import Status
 
@@ -76,30 +73,3 @@ def note_json(key: str, note: LaneNote) -> dict[str, Any]:
         "until": note.until,
         "failures": note.failures,
     }
-
-
-def why(record: Record) -> str:
-    """Return in a few words why a mail is still here; "" when it is simply its turn."""
-    if record.reason:
-        return record.reason
-    replies = [outcome.reply for outcome in record.outcomes.values() if outcome.reply]
-    return replies[-1] if replies else ""
-
-
-def lane_of(name: str) -> str:
-    """Return the key of a lane that is named by key, mailbox or relay (``host:port``)."""
-    if len(name) == 16 and all(digit in "0123456789abcdef" for digit in name):
-        return name
-    try:
-        return digest(normalise_mailbox(name))
-    except InvalidAccount:
-        return digest(_relay(name))
-
-
-def _relay(name: str) -> str:
-    """Return a relay in the spelling of routes: see `relay_name`."""
-    host, _, port = name.rpartition(":")
-    try:
-        return relay_name(ascii_host(host), int(port))
-    except (InvalidAddress, ValueError):
-        return name

@@ -1,39 +1,22 @@
-"""What reaches a terminal or a program: text made harmless, tables, JSON.
+"""What reaches a terminal or a program: text made harmless (`wording`), tables, JSON.
 
-Addresses, subjects and relays' replies are written by strangers.  They must not move the
-cursor, set a title, turn the text round, or be read as markup.
+Nothing is read as markup.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 
-# Control characters (C0, DEL, C1), bidirectional marks, line separators, lone surrogates.
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
-_UNSAFE_BUT_LINES = re.compile(_UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+from ..wording import clean, clean_lines
 
 #: Columns of a table that goes to a pipe: nothing is folded there.
 _PIPE_WIDTH = 10_000
-
-
-def clean(text: object) -> str:
-    """Return a text in one line, with what a terminal might obey made visible."""
-    return _UNSAFE.sub(_visible, str(text))
-
-
-def clean_lines(text: str) -> str:
-    """Return the same of a text of several lines: line feeds and tabs stay."""
-    return _UNSAFE_BUT_LINES.sub(_visible, text.replace("\r\n", "\n"))
 
 
 def say(text: object = "") -> None:
@@ -74,24 +57,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     console.print(grid)
 
 
-def age(seconds: float) -> str:
-    """Return a span of time as people say it: 40s, 12m, 3h, 5d."""
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f}{unit}"
-    return f"{max(seconds, 0):.0f}s"
-
-
-def moment(when: float) -> str:
-    """Return a time (seconds since the epoch) in local time; "" for none."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else ""
-
-
-def upcoming(when: float, now: float) -> str:
-    """Return when something is due: ``now``, or in how long."""
-    return f"in {age(when - now)}" if when > now else "now"
-
-
 def log_to_stderr(level: int, *, with_time: bool) -> None:
     """Send the log to standard error, made harmless."""
     handler = logging.StreamHandler()
@@ -109,8 +74,3 @@ class _CleanFormatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:
         return clean_lines(super().formatException(ei))
-
-
-def _visible(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

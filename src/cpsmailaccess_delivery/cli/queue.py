@@ -13,11 +13,14 @@ import click
 
 from ..errors import InvalidEnvelope, NoSuchEntry
 from ..interfaces import Entry, LaneNote, Record, State
-from ..queue import entry_as_seen, is_due, record_as_seen
+from ..queue import entry_as_seen, is_due, record_as_seen, why
+from ..selection import lane_of, selector
+from ..shape import BY, UNREADABLE
+from ..wording import age, clean_lines, moment, upcoming
 from .app import App, json_option, pass_app
-from .mails import entry_json, lane_of, mail_json, note_json, status_json, why
-from .output import age, clean_lines, emit, moment, say, table, upcoming
-from .shape import BY, show_shape
+from .mails import entry_json, mail_json, note_json, status_json
+from .output import emit, say, table
+from .shape import show_shape
 
 if TYPE_CHECKING:
     from ..outbox import Outbox
@@ -51,23 +54,9 @@ def selection(function: Any) -> Any:
     )(function)
 
 
-def selector(
-    outbox: Outbox, states: tuple[str, ...], mailbox: str | None
-) -> Callable[[Entry, Entry], bool]:
-    """Return what tells whether `selection` asks for an entry, given it and how it is seen."""
-    lane = lane_of(mailbox) if mailbox is not None else None
-
-    def wanted(entry: Entry, seen: Entry) -> bool:
-        if states and seen.state not in states:
-            return False
-        return lane is None or _lane(outbox, entry) == lane
-
-    return wanted
-
-
 def select(outbox: Outbox, states: tuple[str, ...], mailbox: str | None) -> list[Entry]:
     """Return the entries that `selection` asks for, the oldest first."""
-    wanted = selector(outbox, states, mailbox)
+    wanted = _selector(outbox, states, mailbox)
     notes = outbox.spool.lane_notes()
     return [
         entry
@@ -110,7 +99,7 @@ def queue(
         return
     with app.outbox() as outbox:
         notes = outbox.spool.lane_notes()
-        wanted = selector(outbox, states, mailbox)
+        wanted = _selector(outbox, states, mailbox)
         pairs = ((e, entry_as_seen(e, notes.get(e.lane))) for e in outbox.queue.entries())
         selected = (pair for pair in pairs if wanted(*pair))
         show_shape(outbox, by, selected, limit=limit, as_json=as_json, now=time.time())
@@ -125,7 +114,7 @@ def _list(
     oldest = 0.0
     with app.outbox() as outbox:
         notes = outbox.spool.lane_notes()
-        wanted = selector(outbox, states, mailbox)
+        wanted = _selector(outbox, states, mailbox)
         for entry in outbox.queue.entries():
             seen = entry_as_seen(entry, notes.get(entry.lane))
             if is_due(seen, now):
@@ -211,13 +200,11 @@ def show(app: App, name: str, headers: bool, raw: bool, as_json: bool) -> None:
                 click.echo(clean_lines(text).rstrip("\n"))
 
 
-def _lane(outbox: Outbox, entry: Entry) -> str:
-    if entry.lane:
-        return entry.lane
-    try:  # a file that zope.sendmail, or somebody by hand, put there
-        return lane_of(str(outbox.queue.find(entry)[0].envelope.route))
-    except (NoSuchEntry, InvalidEnvelope):
-        return ""
+def _selector(
+    outbox: Outbox, states: tuple[str, ...], mailbox: str | None
+) -> Callable[[Entry, Entry], bool]:
+    lane = lane_of(mailbox) if mailbox is not None else None
+    return selector(outbox.queue, states, lane)
 
 
 def _opened(outbox: Outbox, entry: Entry, notes: Mapping[str, LaneNote]) -> Record | None:
@@ -234,8 +221,7 @@ def _row(entry: Entry, record: Record | None, now: float) -> tuple[object, ...]:
     waits = entry.due or entry.state in (State.QUEUED, State.DEFERRED)
     due = upcoming(entry.due, now) if waits else ""
     if record is None:
-        unreadable = "its private block cannot be read"
-        return (entry.id, entry.state, "", "", "", queued, entry.attempts, due, unreadable)
+        return (entry.id, entry.state, "", "", "", queued, entry.attempts, due, UNREADABLE)
     envelope = record.envelope
     return (
         entry.id,
@@ -282,7 +268,7 @@ def _with_header(record: Record, text: str | None) -> dict[str, Any]:
 
 
 def _unreadable_json(entry: Entry) -> dict[str, Any]:
-    return {**entry_json(entry), "reason": "its private block cannot be read"}
+    return {**entry_json(entry), "reason": UNREADABLE}
 
 
 def _header(message: bytes) -> str:

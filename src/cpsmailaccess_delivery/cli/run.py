@@ -8,7 +8,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Self
@@ -20,9 +20,9 @@ from ..limits import ALONE, Share
 from ..metrics import require_client, serve
 from ..outbox import Outbox
 from ..processor import STOP_TIMEOUT, QueueProcessorThread
-from ..supervisor import Heart, Supervisor, arguments_of, own_command, stop_with_parent
+from ..supervisor import Heart, Supervisor, own_command, stop_with_parent
+from ..wording import upcoming
 from .app import EX_SOFTWARE, App, pass_app
-from .output import upcoming
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +150,14 @@ def _deliver(
         log.critical("the processor does not end; leaving it to the system")
         os._exit(EX_SOFTWARE)
     return 0
+
+
+def arguments_of(config: str | None, options: Mapping[str, str]) -> list[str]:
+    """Return the options before the command that stand for these."""
+    found = ["--config", config] if config else []
+    for key, value in options.items():
+        found += ["--set", f"{key}={value}"]
+    return found
 
 
 def _supervise(app: App, workers: int, stop_timeout: float) -> int:

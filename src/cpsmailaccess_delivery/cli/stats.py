@@ -11,8 +11,9 @@ from typing import Any, Final
 import click
 
 from ..interfaces import State
+from ..wording import age, moment
 from .app import App, json_option, pass_app
-from .output import age, emit, moment, say, table
+from .output import emit, say, table
 
 #: What the journal counts, in the order of the table.
 _KINDS: Final = (

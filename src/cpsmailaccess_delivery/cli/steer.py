@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
 import click
 
-from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
 from ..interfaces import Entry, Record, State
-from .app import (
-    EX_DATAERR,
-    EX_NO,
-    EX_NOINPUT,
-    EX_TEMPFAIL,
-    App,
-    confirmed,
-    json_option,
-    pass_app,
-    yes_option,
-)
+from ..queue import Queue
+from ..steering import release as release_one
+from ..steering import steer
+from .app import EX_NO, App, confirmed, exit_code, json_option, pass_app, yes_option
 from .mails import mail_json
 from .output import complain, emit, say
 from .queue import select, selection
 
-if TYPE_CHECKING:
-    from ..outbox import Outbox
-
-_Act = Callable[["Outbox", str | Entry], list[Record]]
-
-#: What `release` lets go; `retry` is for the others, but takes these too.
-_RELEASABLE: Final = (State.HELD, State.UNCLEAR, State.REFUSED)
+_Act = Callable[[Queue, str | Entry], list[Record]]
 
 
 def _steering(function: Any) -> Any:
@@ -51,7 +37,7 @@ def retry(app: App, /, **choice: Any) -> int:
     Of a mail that was refused, the recipients that were refused are tried again.
     --all without --state: those that are deferred.
     """
-    return _steer(app, "retried", lambda o, name: o.queue.retry(name), ("deferred",), **choice)
+    return _steer(app, "retried", lambda queue, name: queue.retry(name), ("deferred",), **choice)
 
 
 @click.command()
@@ -64,7 +50,7 @@ def hold(app: App, /, reason: str, **choice: Any) -> int:
     --all without --state: those that are queued or deferred.
     """
     states = ("queued", "deferred")
-    return _steer(app, "held", lambda o, name: o.queue.hold(name, reason), states, **choice)
+    return _steer(app, "held", lambda queue, name: queue.hold(name, reason), states, **choice)
 
 
 @click.command()
@@ -77,7 +63,7 @@ def release(app: App, /, **choice: Any) -> int:
     then arrives twice.
     --all without --state: those that are held.
     """
-    return _steer(app, "released", _release, ("held",), **choice)
+    return _steer(app, "released", release_one, ("held",), **choice)
 
 
 @click.command()
@@ -88,7 +74,7 @@ def cancel(app: App, /, **choice: Any) -> int:
 
     --all without --state: whatever their state.
     """
-    return _steer(app, "cancelled", lambda o, name: o.queue.cancel(name), (), **choice)
+    return _steer(app, "cancelled", lambda queue, name: queue.cancel(name), (), **choice)
 
 
 @click.command()
@@ -144,7 +130,12 @@ def _steer(
             if wanted and not yes and not confirmed(question):
                 complain("nothing was changed")
                 return EX_NO
-        records, failures = _act_on_all(outbox, wanted, act, gone_is_fine=every)
+        steered = steer(wanted, lambda mail: act(outbox.queue, mail), gone_is_fine=every)
+        records = steered.records
+        failures: list[dict[str, Any]] = [
+            {"name": name, "error": str(error), "code": exit_code(error)}
+            for name, error in steered.failures
+        ]
         if as_json:
             mails = [mail_json(record) for record in records]
             emit({"action": done, "mails": mails, "failures": failures})
@@ -155,41 +146,9 @@ def _steer(
     return failures[-1]["code"] if failures else 0
 
 
-def _act_on_all(
-    outbox: Outbox, wanted: Sequence[str | Entry], act: _Act, *, gone_is_fine: bool
-) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Return the mails as they were, and what could not be done."""
-    records: list[Record] = []
-    failures: list[dict[str, Any]] = []
-    for mail in wanted:
-        name = mail.id if isinstance(mail, Entry) else mail
-        try:
-            records += act(outbox, mail)
-        except NoSuchEntry as error:
-            if not gone_is_fine:
-                failures.append({"name": name, "error": str(error), "code": EX_NOINPUT})
-        except EntryBusy as error:
-            failures.append({"name": name, "error": str(error), "code": EX_TEMPFAIL})
-        except (InvalidEnvelope, _NotHeld) as error:
-            failures.append({"name": name, "error": str(error), "code": EX_DATAERR})
-    return records, failures
-
-
 def _say_done(records: list[Record], done: str, every: bool) -> None:
     if every:
         say(f"{len(records)} mails {done}")
         return
     for record in records:
         say(f"{done} {record.entry.id} to {', '.join(record.envelope.recipients)}")
-
-
-class _NotHeld(Exception):
-    pass
-
-
-def _release(outbox: Outbox, mail: str | Entry) -> list[Record]:
-    for record in outbox.queue.find(mail):
-        unclear = any(outcome.state is State.UNCLEAR for outcome in record.outcomes.values())
-        if record.entry.state not in _RELEASABLE and not unclear:
-            raise _NotHeld(f"{record.entry.id} is {record.entry.state}, not held: see retry")
-    return outbox.queue.release(mail)

@@ -83,6 +83,14 @@ class EventTable:
         query = f"SELECT {by}, kind, count(*) FROM {EVENTS} WHERE at >= %(since)s GROUP BY 1, 2"
         return self._query(query, {"since": since})
 
+    def series(self, since: float, step: float) -> list[tuple[int, str, int]]:
+        """Return (number of the step, kind, number of events) since a time, step by step."""
+        query = (
+            "SELECT trunc((at - %(since)s) / %(step)s)::bigint, kind, count(*)"
+            f" FROM {EVENTS} WHERE at >= %(since)s GROUP BY 1, 2 ORDER BY 1"
+        )
+        return self._query(query, {"since": since, "step": step})
+
     def _query(self, query: str, values: dict[str, Any]) -> list[Any]:
         with self._connections.use("read the journal") as connection:
             return connection.execute(query, values).fetchall()

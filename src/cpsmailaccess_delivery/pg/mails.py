@@ -43,7 +43,8 @@ _ID = re.compile(r"\d{10}\.M\d{6}R[0-9a-f]{6}\.[0-9a-f]{16}", re.ASCII)
 _PAGE: Final = 5_000
 _PER_NOTE: Final = 180  # ids: a NOTIFY takes 8,000 bytes
 
-ENTRY: Final = "id, lane, state, due, attempts, priority"
+ENTRY: Final = "id, lane, state, due, attempts, priority, expires"
+_WIDTH: Final = 7  # columns
 FREE: Final = "(leased_until IS NULL OR leased_until < clock_timestamp())"
 _LAZY: Final = "set_config('synchronous_commit', 'off', true)"
 _CLAIMED: Final = f"""{ENTRY}, block, CASE WHEN size <= {INLINE} THEN message END, side, job"""
@@ -107,13 +108,14 @@ class Row(NamedTuple):
 
 def entry_of(row: Sequence[Any]) -> Entry:
     """Return the entry in the first columns of a row, see `ENTRY`."""
-    entry_id, lane, state, due, attempts, priority = row[:6]
-    return Entry(entry_id, intern(lane), State(state), due, attempts, priority)
+    entry_id, lane, state, due, attempts, priority, expires = row[:_WIDTH]
+    return Entry(entry_id, intern(lane), State(state), due, attempts, priority, expires)
 
 
 def row_of(row: Sequence[Any]) -> Row:
     """Return what `CLAIM` returned."""
-    return Row(entry_of(row), row[6], row[7], row[8], row[9])
+    block, message, side, job = row[_WIDTH : _WIDTH + 4]
+    return Row(entry_of(row), block, message, side, job)
 
 
 def is_takeable(entry: Entry) -> bool:
@@ -182,7 +184,7 @@ class Mails:
 
     def message(self, entry_id: str) -> bytes:
         """Return the message of a mail.  Raises `NoSuchEntry`."""
-        message: bytes = self._read(entry_id, "message")[6]
+        message: bytes = self._read(entry_id, "message")[_WIDTH]
         return message
 
     def leased(self, entry: Entry) -> bool:
@@ -306,10 +308,11 @@ class Mails:
         row = connection.execute(query, [entry_id]).fetchone()
         if row is None:
             raise NoSuchEntry(f"{self._connections.location}: {entry_id} is no longer there")
-        if not row[7]:
+        side, is_free = row[_WIDTH:]
+        if not is_free:
             raise EntryBusy(f"{entry_id}: is being delivered right now; try again in a moment")
         try:
-            return entry_of(row), load_side(row[6])
+            return entry_of(row), load_side(side)
         except DamagedSide:
             return entry_of(row), NOTHING
 
@@ -379,7 +382,7 @@ def _values(after: Entry, side: Side, lease: uuid.UUID | None) -> dict[str, Any]
 
 def record_of(row: Sequence[Any]) -> Record:
     """Return the record in a row of `ENTRY`, block, side, size.  Raises `InvalidEnvelope`."""
-    entry, block, side, size = entry_of(row), row[6], row[7], row[8]
+    entry, (block, side, size) = entry_of(row), row[_WIDTH:]
     envelope, _ = parse_block(block)
     try:
         known = load_side(side)
@@ -394,13 +397,13 @@ def insertion(
 ) -> list[Any]:
     """Return the values of `INSERT` for a new mail."""
     return [
-        *(entry.id, entry.lane, state, entry.due, entry.attempts, entry.priority),
+        *(entry.id, entry.lane, state, entry.due, entry.attempts, entry.priority, entry.expires),
         *(digest(envelope.message_id), format_block(envelope), message, len(message)),
         *(state == STAGED, witnessed),
     ]
 
 
 INSERT: Final = (
-    f"INSERT INTO {MAILS} (id, lane, state, due, attempts, priority, digest, block, message, size,"
-    " doubt, witnessed) VALUES (%s, %s, %s, %s, %s, %s, %s, %b, %b, %s, %s, %s)"
+    f"INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed)"
+    " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %b, %b, %s, %s, %s)"
 )

@@ -32,6 +32,7 @@ CREATE TABLE {SCHEMA}.mails (
     due double precision NOT NULL,        -- seconds since the epoch
     attempts integer NOT NULL,
     priority smallint NOT NULL,
+    expires double precision NOT NULL,    -- seconds since the epoch; 0: no limit
     digest text COLLATE "C" NOT NULL,     -- of the Message-Id
     block bytea NOT NULL,                 -- the envelope, as `envelope` writes it
     message bytea NOT NULL,
@@ -49,6 +50,7 @@ CREATE TABLE {SCHEMA}.mails (
 -- What is sent is compressed rarely, and is read once.
 ALTER TABLE {SCHEMA}.mails ALTER message SET STORAGE EXTERNAL;
 CREATE INDEX mails_digest ON {SCHEMA}.mails (digest);
+CREATE INDEX mails_expires ON {SCHEMA}.mails (lane, expires) WHERE expires > 0;
 CREATE INDEX mails_doubt ON {SCHEMA}.mails (staged_at) WHERE doubt;
 CREATE INDEX mails_refused ON {SCHEMA}.mails (settled_at) WHERE state = 'refused';
 

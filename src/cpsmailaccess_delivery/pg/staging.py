@@ -263,7 +263,7 @@ class Staging:
         found = []
         for row in rows:
             try:
-                found.append((entry_of(row), parse_block(row[6])[0].token))
+                found.append((entry_of(row), parse_block(row[-1])[0].token))
             except InvalidEnvelope:
                 continue  # no token to ask with
         return found

@@ -290,14 +290,16 @@ class Session(asyncio.BufferedProtocol):
             self._go_on_shaking()
 
     def _decrypt(self) -> None:
-        tls, machine = self._tls, self._machine
+        tls, machine, transport = self._tls, self._machine, self._transport
         assert tls is not None  # noqa: S101 - for the type checker
-        try:
-            data = tls.decrypt()
-        except ssl.SSLError as error:
-            self._turn(machine.fail(error))
-        else:
-            self._turn(machine.receive(data) if data else ())
+        assert transport is not None  # noqa: S101
+        data = tls.decrypt()
+        if output := tls.output():  # what TLS itself has to say
+            transport.write(output)
+        if data:
+            self._turn(machine.receive(data))
+        if tls.over is not None:
+            self._turn(machine.fail(tls.over))
 
     def eof_received(self) -> None:
         if self._task is None:
@@ -389,6 +391,8 @@ class Session(asyncio.BufferedProtocol):
                 if self._tls is not None:
                     self._tls.encrypt(data)
                     data = self._tls.output()
+                    if self._tls.over is not None:
+                        self._loop.call_soon(self._decrypt)  # says it to the machine
                 transport.write(data)
         if self._over:
             if self._task is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import ssl
 import threading
+from collections import deque
 from typing import Final
 
 _READ: Final = 256 * 1024  # bytes; a read gives one record, at most 16 KiB
@@ -53,14 +54,18 @@ def _make(verify: bool | str) -> ssl.SSLContext:
 class Tls:
     """One encrypted connection, from the client's side.
 
-    `host`: what its certificate must be for.  Its methods raise `ssl.SSLError`; what
-    must be written then (the alert) is in `output`.
+    `host`: what its certificate must be for.  `shake_hands` raises
+    `ssl.SSLError`; what must be written then (the alert) is in `output`.
+
+    ``over``: why no more can be read; None: it can.
     """
 
     def __init__(self, context: ssl.SSLContext, host: str) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
         self.established = False
+        self.over: OSError | None = None
+        self._held: deque[bytes] = deque()  # to be encrypted
 
     @property
     def cipher(self) -> tuple[str, str] | None:
@@ -82,19 +87,41 @@ class Tls:
         return True
 
     def decrypt(self) -> bytes:
-        """Return what has been fed and not been returned; b"" at the end, too."""
+        """Return what has been fed and not been returned; then look at `over`, and `output`.
+
+        What came before the end, or before a fault, counts: it may be the reply to a mail.
+        """
         incoming, source = self._incoming, self._object
         parts = []
         try:
-            while incoming.pending or source.pending():
-                parts.append(source.read(_READ))
-        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
-            pass  # the rest of a record is still to come; or none will
+            while self.over is None and (incoming.pending or source.pending()):
+                part = source.read(_READ)
+                if not part:  # close_notify: b"" for ever, whatever is still to be read
+                    self.over = ConnectionResetError("the relay closed the connection")
+                parts.append(part)
+        except ssl.SSLWantReadError:
+            pass  # the rest of a record is still to come
+        except ssl.SSLError as error:
+            self.over = error
+        if self._held and self.over is None:
+            self._encrypt_held()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def encrypt(self, data: bytes) -> None:
-        """Put data into `output`."""
-        self._object.write(data)
+        """Put data into `output`; later, while the relay renegotiates (TLS 1.2)."""
+        self._held.append(data)
+        self._encrypt_held()
+
+    def _encrypt_held(self) -> None:
+        held = self._held
+        try:
+            while held:
+                self._object.write(held[0])
+                held.popleft()
+        except ssl.SSLWantReadError:
+            pass  # `decrypt` goes on
+        except ssl.SSLError as error:
+            self.over = error
 
     def output(self) -> bytes:
         """Return what must be written now; mostly nothing unless `encrypt` was called."""

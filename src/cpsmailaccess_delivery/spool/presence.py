@@ -8,8 +8,11 @@ means dead: no process ids (reused), no host names (changed), no clock.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import threading
 import time
+from dataclasses import dataclass
 from typing import Final
 
 from ..errors import SpoolError
@@ -17,8 +20,22 @@ from ..files import make_private, open_inside, refuse_link
 from . import forks
 from .durable import spool_error
 
+log = logging.getLogger(__name__)
+
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _FORGOTTEN: Final = 3600.0  # seconds: an unfinished file is only touched when this old
+
+
+@dataclass(frozen=True, slots=True)
+class Deliverer:
+    """A living process that delivers: ``pid``; ``since``: seconds since the epoch.
+
+    ``here``: this one.  The number is for people: other containers may have the same.
+    """
+
+    pid: int
+    since: float
+    here: bool
 
 
 class Presence:
@@ -33,6 +50,8 @@ class Presence:
         self._token = ""
         self._fd = -1
         self._generation = -1
+        self._processors = 0  # that run here
+        self._lock = threading.Lock()
         self._appear()
 
     @property
@@ -61,6 +80,54 @@ class Presence:
         finally:
             os.close(fd)
         return False
+
+    def delivers(self) -> None:
+        """Say that a processor runs in this process, until as many have said `rests`.
+
+        Never raises: it is for people only.
+        """
+        with self._lock:
+            try:
+                _ = self.token  # after a fork there is another file
+            except SpoolError as error:
+                log.warning("cannot say that this process delivers: %s", error)
+            self._processors += 1
+            if self._processors == 1:
+                self._say(str(os.getpid()))
+
+    def rests(self) -> None:
+        """Take one `delivers` back.  Never raises."""
+        with self._lock:
+            self._processors = max(self._processors - 1, 0)
+            if not self._processors:
+                self._say("")
+
+    def deliverers(self) -> list[Deliverer]:
+        """Return the living processes that deliver, the oldest first."""
+        found = []
+        for name in os.listdir(self._directory):
+            if name.startswith("."):
+                continue
+            try:
+                with open(open_inside(self._directory, name), encoding="ascii") as file:
+                    pid = int(file.read(20) or 0)
+                    since = os.fstat(file.fileno()).st_mtime
+                if pid and self.is_alive(name):
+                    found.append(Deliverer(pid, since, name == self._token))
+            except (OSError, ValueError, SpoolError):
+                continue  # gone, not ours, or a link
+        return sorted(found, key=lambda each: each.since)
+
+    def _say(self, text: str) -> None:
+        """Put a text into our file, whose lock stays where it is."""
+        if self._fd < 0 or self._generation != forks.generation():
+            return  # closed; or of our parent, whose processors did not come along
+        try:
+            fd = open_inside(self._directory, self._token, os.O_WRONLY | os.O_TRUNC)
+            with open(fd, "w", encoding="ascii") as file:
+                file.write(text)
+        except (OSError, SpoolError) as error:
+            log.warning("cannot say whether this process delivers: %s", error)
 
     def tidy(self) -> None:
         """Remove what dead processes left in the directory: missing means dead as well."""
@@ -110,7 +177,11 @@ class Presence:
             if fd >= 0:
                 forks.drop(fd)
             raise spool_error("make a presence file", self._directory, error) from error
+        if self._generation != forks.generation():
+            self._processors = 0  # they stayed with the parent
         self._token, self._fd, self._generation = token, fd, forks.generation()
+        if self._processors:
+            self._say(str(os.getpid()))
 
     def _path(self, token: str) -> str:
         return os.path.join(self._directory, os.path.basename(token))

@@ -11,7 +11,7 @@ from typing import Any
 
 def initialize(context: Any) -> None:
     """Register what can be added; called by ``five:registerPackage``."""
-    from . import mail_accounts
+    from . import mail_accounts, mailhost, mailhost_add
     from .security import MANAGE_ACCOUNTS
 
     context.registerClass(
@@ -20,5 +20,14 @@ def initialize(context: Any) -> None:
         constructors=(
             mail_accounts.manage_addMailAccountsForm,
             mail_accounts.manage_addMailAccounts,
+        ),
+    )
+    context.registerClass(
+        mailhost.MailboxHost,
+        meta_type=mailhost_add.ADD_NAME,
+        permission=MANAGE_ACCOUNTS,
+        constructors=(
+            mailhost_add.manage_addMailboxHostForm,
+            mailhost_add.manage_addMailboxHost,
         ),
     )

@@ -80,7 +80,7 @@ def changed(existing: Account | None, texts: Mapping[str, str], *, verify: bool)
         settings["verify"] = True
     settings.update(login(existing, settings.get("username"), texts.get("password", "")))
     account = Account(**{**base, **settings})
-    _check_source(existing, account)
+    check_source(existing, account)
     return account
 
 
@@ -96,8 +96,11 @@ def login(existing: Account | None, username: str | None, password: str) -> dict
     return {"username": username, "password": kept}
 
 
-def _check_source(before: Account | None, account: Account) -> None:
-    """As `IAccounts.put` does for stored passwords: one that is read goes nowhere new."""
+def check_source(before: Account | None, account: Account) -> None:
+    """As `IAccounts.put` does for stored passwords: one that is read goes nowhere new.
+
+    Raises `InvalidAccount`.
+    """
     if before is None or account.password_from is None:
         return
     weaker = (account.security == "plain" and before.security != "plain") or (

@@ -10,9 +10,9 @@ from AccessControl.SecurityInfo import ClassSecurityInfo
 from ..account import DEFAULT_MAILBOX, Account
 from ..errors import InvalidAccount, NoSuchAccount, OutboxError
 from .outboxes import delivery_names, outbox_of
-from .page import action, page, redirect, render, template, text, texts
+from .page import action, page, redirect, render, template, text, texts, typed_title
 from .policy import USER_FIELDS, Policy
-from .security import MANAGE_ACCOUNTS
+from .security import MANAGE_ACCOUNTS, check_manages_site
 
 _DEFAULTS: Final = template("defaults")
 
@@ -37,11 +37,14 @@ class DefaultsTab:
     def manage_saveOutbox(self: Any, REQUEST: Any) -> str:
         """Show the outbox of another delivery utility from now on."""
         name = text(REQUEST, "delivery")
+        if name != self.delivery_name:
+            check_manages_site(self)
         try:
             outbox_of(name)
+            title = typed_title(REQUEST)
         except OutboxError as error:
             return self._defaults_form(REQUEST, str(error))
-        self.title, self.delivery_name = text(REQUEST, "title"), name
+        self.title, self.delivery_name = title, name
         return redirect(REQUEST, f"{self.absolute_url()}/manage_defaults", "Saved.")
 
     @security.protected(MANAGE_ACCOUNTS)

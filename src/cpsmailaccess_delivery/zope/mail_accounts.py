@@ -14,31 +14,47 @@ from AccessControl.SecurityInfo import ClassSecurityInfo
 from OFS.SimpleItem import SimpleItem
 
 from .accounts_tab import AccountsTab
+from .claims import Claims
 from .defaults_tab import DefaultsTab
-from .outboxes import DEFAULT_NAME, WithOutbox, delivery_names
-from .page import action, page, redirect, render, template, text
+from .outboxes import DEFAULT_NAME, META_TYPE, WithOutbox, delivery_names
+from .page import action, page, redirect, render, template, text, typed_title
+from .processor_tab import ProcessorTab
+from .queue_tab import QueueTab
+from .security import SEND_AS_SITE, SEND_MAIL, USE_OWN_ACCOUNTS, check_manages_site
+from .steering import Steering
 from .trial import Trial
 
 _ADD_FORM = template("add")
 
 
-class MailAccounts(AccountsTab, Trial, DefaultsTab, WithOutbox, SimpleItem):
+class MailAccounts(
+    AccountsTab, Trial, DefaultsTab, QueueTab, Steering, ProcessorTab, WithOutbox, SimpleItem
+):
     """An outbox in the ZMI."""
 
-    meta_type = "Mail accounts"
+    meta_type = META_TYPE
     zmi_icon = "fas fa-envelope-open-text"
 
     security = ClassSecurityInfo()
     security.setDefaultAccess("deny")
+    # Protect no method here, but are asked of this object: its tab Security shows them.
+    security.setPermissionDefault(USE_OWN_ACCOUNTS, ("Authenticated", "Manager"))
+    security.setPermissionDefault(SEND_MAIL, ("Authenticated", "Manager"))
+    security.setPermissionDefault(SEND_AS_SITE, ("Anonymous", "Manager"))
 
     manage_options = (
-        AccountsTab.manage_options + DefaultsTab.manage_options + SimpleItem.manage_options
+        AccountsTab.manage_options
+        + DefaultsTab.manage_options
+        + QueueTab.manage_options
+        + ProcessorTab.manage_options
+        + SimpleItem.manage_options
     )
 
     def __init__(self, id: str, title: str = "", delivery: str = DEFAULT_NAME) -> None:
         self.id = id
         self.title = title
         self.delivery_name = delivery
+        self._claims = Claims()
 
     @security.public
     def getBookmarkableURLs(self) -> bool:
@@ -65,6 +81,7 @@ def manage_addMailAccountsForm(dispatcher: Any, REQUEST: Any) -> str:
 def manage_addMailAccounts(dispatcher: Any, REQUEST: Any) -> str:
     """Add one."""
     container = dispatcher.this()
-    made = MailAccounts(text(REQUEST, "id"), text(REQUEST, "title"), text(REQUEST, "delivery"))
+    check_manages_site(container)
+    made = MailAccounts(text(REQUEST, "id"), typed_title(REQUEST), text(REQUEST, "delivery"))
     container._setObject(made.id, made)
     return redirect(REQUEST, f"{dispatcher.DestinationURL()}/manage_main", f"Added {made.id}.")

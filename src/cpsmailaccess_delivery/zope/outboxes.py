@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+from Acquisition import aq_base
 from zope.component import getUtilitiesFor, queryUtility
 from zope.security.proxy import removeSecurityProxy
 
@@ -14,6 +16,9 @@ from .policy import Policy
 
 #: Name of the delivery utility, as in ``mail:mailboxDelivery``.
 DEFAULT_NAME: Final = "Mail"
+
+#: Of `mail_accounts.MailAccounts`.
+META_TYPE: Final = "Mail accounts"
 
 
 def delivery_names() -> list[str]:
@@ -38,6 +43,18 @@ def outbox_of(delivery_name: str) -> Any:
             f" (there is: {known}): choose another one on the tab Defaults, or configure it in ZCML"
         )
     return outbox
+
+
+def mail_accounts_near(places: Iterable[Any]) -> Iterator[Any]:
+    """Yield the *Mail accounts* objects that are these places, or in them: the first place's first.
+
+    `places`: from the inside to the root.
+    """
+    for place in places:
+        if isinstance(aq_base(place), WithOutbox):
+            yield place
+        elif hasattr(aq_base(place), "objectIds"):
+            yield from (place._getOb(id) for id in sorted(place.objectIds(META_TYPE)))
 
 
 class WithOutbox:

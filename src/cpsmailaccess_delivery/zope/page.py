@@ -13,11 +13,14 @@ from typing import Any, Final
 from urllib.parse import urlencode
 
 import transaction
+from Acquisition import aq_base
+from Products.Five.browser import BrowserView
 from Products.PageTemplates.Expressions import getTrustedEngine
 from Products.PageTemplates.PageTemplateFile import PageTemplateFile
+from zExceptions import NotFound
 from ZPublisher import zpublish
 
-from ..errors import OutboxError
+from ..errors import InvalidSettings, OutboxError
 from .security import FORM_FIELD, check_token, form_token
 
 Method = Callable[[Any, Any], Any]
@@ -40,9 +43,11 @@ _PROBLEM: Final = template("problem")
 
 
 def render(page: Template, context: Any, request: Any, /, **options: Any) -> str:
-    """Return a page about an object.
+    """Return a page about an object, or of a view.
 
-    The template finds in ``options``, besides those given: ``macros`` (see macros.zpt),
+    The template finds in ``options``, besides those given: ``view``: the object or view;
+    ``macros``, see macros.zpt, or those of its ``frame``, a `Template`, when it has one of its
+    own, which may come with a ``content_policy`` for the browser;
     ``token`` and ``token_field``; ``link``, see there; ``message`` and ``message_type`` (of
     Bootstrap's alerts), which show in the frame; ``tab``: the label of
     the tab that a page belongs to which is none itself.  A template that fails shows its options to
@@ -52,8 +57,14 @@ def render(page: Template, context: Any, request: Any, /, **options: Any) -> str
     response.setHeader("Cache-Control", "no-store")
     response.setHeader("X-Frame-Options", "SAMEORIGIN")
     response.setHeader("Referrer-Policy", "same-origin")
+    response.setHeader("X-Content-Type-Options", "nosniff")
+    own = aq_base(context)
+    frame: Any = getattr(own, "frame", _MACROS)
+    if hasattr(own, "content_policy"):
+        response.setHeader("Content-Security-Policy", own.content_policy)
     standard = {
-        "macros": _MACROS.macros,
+        "macros": frame.macros,
+        "view": context,
         "token": form_token(request),
         "token_field": FORM_FIELD,
         "link": link,
@@ -62,7 +73,8 @@ def render(page: Template, context: Any, request: Any, /, **options: Any) -> str
         "tab": "",
     }
     # A class attribute has no place in the object tree; called like this, it gets one.
-    made: str = page.__of__(context)(**{**standard, **options})
+    place = context.context if isinstance(context, BrowserView) else context
+    made: str = page.__of__(place)(**{**standard, **options})
     return made
 
 
@@ -79,6 +91,8 @@ def action(method: Method) -> Method:
 
     @wraps(method)
     def checked(self: Any, REQUEST: Any) -> Any:
+        if REQUEST.method != "POST":  # what Zope looks at on the way to an object, not to a view
+            raise NotFound(REQUEST["URL"])
         check_token(REQUEST)
         return method(self, REQUEST)
 
@@ -105,6 +119,14 @@ def text(request: Any, name: str) -> str:
     """
     value = request.form.get(name, "")
     return value.strip() if isinstance(value, str) else ""
+
+
+def typed_title(request: Any) -> str:
+    """Return the field ``title``.  Raises `InvalidSettings`: it would be markup in the ZMI."""
+    title = text(request, "title")
+    if "<" in title:
+        raise InvalidSettings(f"title {title!r}: has a <, which Zope's own pages do not escape")
+    return title
 
 
 def texts(request: Any, name: str) -> list[str]:

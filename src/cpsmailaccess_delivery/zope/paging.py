@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,11 +18,22 @@ class Page:
     total: int
 
     @classmethod
-    def of(cls, found: Sequence[Any], start: str) -> Page:
-        """Return the page that begins at the index `start`, which a browser has sent."""
+    def of(cls, found: Iterable[Any], start: str) -> Page:
+        """Return the page that begins at the index `start`, which a browser has sent.
+
+        Past the end it is the last one.  Nothing but one page is kept of what is found.
+        """
         index = int(start) if start.isascii() and start.isdecimal() and len(start) < 10 else 0
-        index = min(index, max(0, len(found) - 1)) // SIZE * SIZE
-        return cls(found[index : index + SIZE], index, len(found))
+        index = index // SIZE * SIZE
+        items: list[Any] = []
+        begin = total = 0
+        for each in found:
+            if total % SIZE == 0 and total <= index:
+                items, begin = [], total
+            if total < begin + SIZE:
+                items.append(each)
+            total += 1
+        return cls(items, begin, total)
 
     @property
     def previous(self) -> int | None:

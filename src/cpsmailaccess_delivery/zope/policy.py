@@ -109,6 +109,8 @@ class Policy:
         """
         wanted = {name: value for name, value in chosen.items() if name in self.fields}
         relay = {name: getattr(site, name) for name in RELAY_FIELDS} if site else {}
+        if site and wanted.get("host", site.host) == site.host:
+            relay["verify"] = site.verify  # as the administrator verifies that relay
         base = existing.public() if existing else {"mailbox": mailbox}
         settings = {**relay, **base, **wanted, "owner": owner}
         if existing and "password" not in wanted:

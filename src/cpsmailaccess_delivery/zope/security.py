@@ -10,7 +10,7 @@ from typing import Any, Final
 from AccessControl import getSecurityManager
 from AccessControl.Permission import addPermission
 from Acquisition import aq_inner, aq_parent
-from zExceptions import Forbidden
+from zExceptions import Forbidden, Unauthorized
 from zope.component import getUtilitiesFor
 
 from ..errors import VaultError
@@ -20,12 +20,15 @@ MANAGE_ACCOUNTS: Final = "cpsmailaccess_delivery: Manage accounts"
 MANAGE_QUEUE: Final = "cpsmailaccess_delivery: Manage queue"
 USE_OWN_ACCOUNTS: Final = "cpsmailaccess_delivery: Use own accounts"
 SEND_MAIL: Final = "cpsmailaccess_delivery: Send mail"
+#: To send as a mailbox that is the site's: of everybody, unless the Security tab says otherwise.
+SEND_AS_SITE: Final = "cpsmailaccess_delivery: Send as the site"
 
 # As configure.zcml says; here, too, because class declarations are read before it.
 for _permission in (MANAGE_ACCOUNTS, MANAGE_QUEUE):
     addPermission(_permission, ("Manager",))
 for _permission in (USE_OWN_ACCOUNTS, SEND_MAIL):
     addPermission(_permission, ("Authenticated", "Manager"))
+addPermission(SEND_AS_SITE, ("Anonymous", "Manager"))
 
 #: The field of a form that holds its token, and the cookie that the token belongs to.
 FORM_FIELD: Final = "form_token"
@@ -49,6 +52,18 @@ def owner_of(user: Any) -> str:
 def current_owner() -> str:
     """Return the user who is logged in, see `owner_of`; ``""``: anonymous."""
     return owner_of(getSecurityManager().getUser())
+
+
+def check_manages_site(context: Any) -> None:
+    """Refuse whoever manages a part of the site only: an outbox is of the whole of it.
+
+    `context`: any object in the tree.  Raises `Unauthorized`.
+    """
+    if not getSecurityManager().checkPermission(MANAGE_ACCOUNTS, context.getPhysicalRoot()):
+        raise Unauthorized(
+            "Which outbox an object shows, and its default account, is decided by whoever may"
+            " manage the accounts of the whole site. Ask him to add the object for you."
+        )
 
 
 def form_token(request: Any) -> str:
