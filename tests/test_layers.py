@@ -66,6 +66,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "watch.py",
         "files.py",
         "seal.py",
+        "sealed.py",
         "register.py",
         "key.py",
         "rekey.py",

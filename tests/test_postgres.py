@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +16,7 @@ import sqlalchemy
 import sqlalchemy.orm
 import transaction
 from zope.component import getGlobalSiteManager
+from zope.interface.verify import verifyObject
 
 pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
@@ -21,7 +24,8 @@ from cli_helpers import Site
 from conftest import KEY
 from cpsmailaccess_delivery import Account, Outbox, State
 from cpsmailaccess_delivery.errors import InvalidSettings, SpoolError, WrongKey
-from cpsmailaccess_delivery.interfaces import IMailDelivery, IOutbox, Verdict
+from cpsmailaccess_delivery.interfaces import IMailDelivery, IOutbox, IPresence, Verdict
+from cpsmailaccess_delivery.journal import Event
 from cpsmailaccess_delivery.pg import vault as vault_module
 from cpsmailaccess_delivery.pg.connections import Connections
 from cpsmailaccess_delivery.pg.schema import VERSION, upgrade
@@ -98,6 +102,55 @@ def test_mails_that_come_in_while_it_runs(outbox, relay):
     wait_for(lambda: not list(outbox.spool.scan()))
     assert processor.stop()
     assert len({mail.message_id for mail in relay.mails}) == 100
+
+
+@pytest.mark.parametrize("when", ["before the start", "while it waits"])
+def test_a_mail_expires_while_its_lane_waits(database, relay, when):
+    """It is refused then, not when the relay is back; that probe is an hour away."""
+    with open_outbox(database, schedule=Schedule(first=3600.0, jitter=0.0)) as outbox:
+        put(outbox, relay, ALICE)
+        relay.stop_accepting()
+        send(outbox)
+        outbox.processor().run(forever=False)
+        assert outbox.spool.lane_notes()
+        processor = outbox.processor()
+        if when == "while it waits":
+            processor.start()
+            wait_for(lambda: processor.scheduler is not None and processor.scheduler.lanes)
+        with transaction.manager:
+            expires = outbox.spool.connections.now() + 1.5
+            message_id = outbox.delivery.send(ALICE, [BOB], MESSAGE, expires=expires)
+        if when == "before the start":
+            processor.start()
+        wait_for(lambda: outbox.status(message_id).state is State.REFUSED, 30.0)
+        assert outbox.status(message_id).reason == "expired"
+        assert outbox.spool.connections.now() >= expires
+        assert processor.stop()
+        senders = [outbox.spool.load(entry).envelope.sender for entry in outbox.spool.scan()]
+        assert sorted(senders) == ["", ALICE, ALICE]  # a notice waits, too
+        assert relay.mails == []
+
+
+def test_who_delivers_is_told_to_other_hosts(outbox, database):
+    assert verifyObject(IPresence, outbox.presence)
+    assert outbox.presence.deliverers() == []
+    processor = outbox.processor()
+    processor.start()
+    with Outbox(database, key=KEY) as other:
+        (deliverer,) = wait_for(other.presence.deliverers)
+        assert (deliverer.pid, deliverer.host) == (os.getpid(), socket.gethostname())
+        assert deliverer.here
+        assert abs(deliverer.since - other.spool.connections.now()) < 60
+        assert processor.stop()
+        assert other.presence.deliverers() == []
+
+
+def test_what_happened_step_by_step(outbox):
+    now = outbox.spool.connections.now()
+    for at, kind in ((-50, "old"), (1, "accepted"), (59, "accepted"), (61, "refused")):
+        outbox.journal.record(Event(now + at, kind))
+    expected = [(0, "accepted", 2), (1, "refused", 1)]
+    assert outbox.journal.series(now, 60) == expected
 
 
 # Within the application's own transaction

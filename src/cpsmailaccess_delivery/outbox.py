@@ -195,8 +195,7 @@ class Outbox:
         self._announcer.close()
         self.journal.close()
         self.spool.close()
-        if self.presence is not None:
-            self.presence.close()
+        self.presence.close()
 
     def _notices(self) -> Notices:
         """Return what makes notices without a loop: `Notices.queue_now` works."""

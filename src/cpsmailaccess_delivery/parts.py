@@ -28,7 +28,7 @@ _EXTRAS: Final = {"postgresql": "postgres", "postgres": "postgres"}
 class Parts:
     """The parts of one outbox, by the contracts that they keep.
 
-    ``presence``: of this process, where it is told by files.  ``clock``: seconds since the epoch,
+    ``presence``: an `IPresence`.  ``clock``: seconds since the epoch,
     the same on all hosts.  ``feed``: makes the spool of a processor that runs for ever, where
     that is another than the one in which people look; None: the same.  It also has ``part``: our
     part of a limit over all workers.
@@ -38,7 +38,7 @@ class Parts:
     keys: KeySource
     vault: Any
     journal: Any
-    presence: Presence | None = None
+    presence: Any
     clock: Callable[[], float] = time.time
     feed: Callable[[], Any] | None = None
 

@@ -23,7 +23,6 @@ from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
 from .scheduler import Scheduler
 from .spool import forks
-from .spool.presence import Presence
 from .summary import Summary
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class QueueProcessorThread(threading.Thread):
     `witness`: an `ITransactionWitness`, asked about what dead processes left in doubt.
     `clock`: seconds since the epoch.  `announcer`: tells what happens through zope.event.
     `feed`: makes the spool for a run that does not end, when that is another one: see `parts`.
-    `presence`: tells other processes that this one delivers.
+    `presence`: an `IPresence`; tells other processes that this one delivers.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class QueueProcessorThread(threading.Thread):
         clock: Callable[[], float] = time.time,
         announcer: Announcer | None = None,
         feed: Callable[[], Any] | None = None,
-        presence: Presence | None = None,
+        presence: Any = None,
     ) -> None:
         super().__init__(name="cpsmailaccess_delivery.QueueProcessorThread", daemon=True)
         self._spool = spool

@@ -275,8 +275,6 @@ def _is_old(path: Path, root: Path) -> bool:
 
 def _check_processes(outbox: Outbox) -> _Findings:
     presence = outbox.presence
-    if presence is None:
-        return
     names = (name for name in _names(Path(outbox.location) / "presence") if name != presence.token)
     others = sum(presence.is_alive(name) for name in names if not name.startswith("."))
     if others:

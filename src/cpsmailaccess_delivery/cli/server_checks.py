@@ -23,8 +23,6 @@ def check_server(outbox: Outbox) -> Iterator[tuple[Level, str, str]]:
     with outbox.spool.connections.use("ask for the version") as connection:
         version, _ = found(connection)
         (server,) = connection.execute("SHOW server_version").fetchone()
-        query = "SELECT count(*) FROM cpsmail.workers WHERE until > clock_timestamp()"
-        (workers,) = connection.execute(query).fetchone()
         (durable,) = connection.execute("SHOW synchronous_commit").fetchone()
         (fsync,) = connection.execute("SHOW fsync").fetchone()
     milliseconds = (time.monotonic() - begun) * 1000
@@ -40,7 +38,7 @@ def check_server(outbox: Outbox) -> Iterator[tuple[Level, str, str]]:
     drift = outbox.spool.connections.now() - time.time()
     if abs(drift) > _DRIFT:
         yield Level.WARN, f"the server's clock is {drift:+.0f} s from ours", "synchronise the hosts"
-    if workers:
+    if workers := len(outbox.presence.deliverers()):
         yield Level.OK, f"{workers} workers deliver", ""
     else:
         yield Level.WARN, "no worker delivers", "start `cpsmail run` on one host at least"

@@ -9,7 +9,8 @@
     mails        one mail and every change of it, as SQL
     lease        the claim on one mail: a token that every change must show
     leases       those of this process, kept alive
+    workers      who delivers, on all hosts
     watch, feed  what has changed, for who looks; the next mails, for who delivers
-    vault, journal
+    vault, register, journal
                  accounts, and what happened
 """

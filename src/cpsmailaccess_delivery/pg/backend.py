@@ -30,6 +30,7 @@ def open_parts(url: str, key: bytes | None) -> Parts:
         journal=Journal(
             connections.location, clock=connections.now, store=lambda: EventTable(connections)
         ),
+        presence=spool.workers,
         clock=connections.now,
         feed=lambda: Feed(spool),
     )

@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import select
-import socket
 import threading
 import time
 import uuid
@@ -36,14 +35,12 @@ from ..errors import SpoolError
 from ..interfaces import Entry, IWatch
 from ..spool.postgres import PostgresSpool
 from .connections import Connection
-from .engine import JOBS, MOST_AT_ONCE, SCHEMA, dequeue
+from .engine import JOBS, MOST_AT_ONCE, dequeue
 from .lanes import LANES
 from .lease import Lease
-from .mails import CHANNEL, CLAIM_MANY, DROP_JOBS, ENTRY, MAILS, entry_of, row_of
+from .mails import CHANNEL, CLAIM_MANY, DROP_JOBS, ENTRY, MAILS, TAKEABLE, entry_of, row_of
 
 log = logging.getLogger(__name__)
-
-WORKERS: Final = f"{SCHEMA}.workers"
 
 #: Lanes that a worker has at most, and lanes that one question to the engine names: its cost is
 #: the product of lanes and batch.
@@ -95,11 +92,6 @@ RETURNING lane"""
 _RENEW: Final = f"""
 UPDATE {LANES} SET until = clock_timestamp() + make_interval(secs => %(lease)s)
 WHERE worker = %(worker)s AND until > clock_timestamp() RETURNING lane"""
-
-_SIGN: Final = f"""
-INSERT INTO {WORKERS} (id, host, until)
-VALUES (%(worker)s, %(host)s, clock_timestamp() + make_interval(secs => %(lease)s))
-ON CONFLICT (id) DO UPDATE SET until = excluded.until"""
 
 _GIVE_BACK: Final = f"""
 WITH mail AS (
@@ -216,6 +208,7 @@ class FeedWatch:
         self._seek_at = 0.0
         self._age_at = 0.0
         self._aged: dict[str, str] = {}  # by lane: the last id that was told because of its age
+        self._expired: set[str] = set()  # ids that were told since because their time is over
         self._closed = False
         connection = self._listen()
         self._reader, self._writer = os.pipe()
@@ -293,7 +286,7 @@ class FeedWatch:
             connection.execute(
                 f"UPDATE {LANES} SET worker = NULL WHERE worker = %(worker)s", values
             )
-            connection.execute(f"DELETE FROM {WORKERS} WHERE id = %(worker)s", values)
+            self._spool.workers.leave(connection, self._feed.worker)
         except psycopg.Error as error:
             log.warning("lanes are free in %.0f s: %s", self._seconds, error)
         finally:
@@ -310,9 +303,11 @@ class FeedWatch:
         if now >= self._seek_at:
             self._look_at_notes(connection)
             self._seek(connection, now)
+            self._tell_expired(connection)
             self._seek_at = now + _LOOK
         if now >= self._age_at:
             self._tell_old(connection)
+            self._expired.clear()  # one that is still there is told again
             self._age_at = now + _AGE
         held = self._feed.held()
         if sum(held.values()) >= _AHEAD:
@@ -343,21 +338,12 @@ class FeedWatch:
         return part
 
     def _renew(self, connection: Connection) -> None:
-        values = {
-            "worker": self._feed.worker,
-            "host": socket.gethostname(),
-            "lease": self._seconds,
-        }
-        connection.execute(_SIGN, values)
+        values = {"worker": self._feed.worker, "lease": self._seconds}
+        self._feed.workers = self._spool.workers.sign(connection, self._feed.worker, self._seconds)
         kept = {row[0] for row in connection.execute(_RENEW, values)}
         for lost in set(self._lanes) - kept:
             log.warning("the lane %s is another worker's now: we were silent for too long", lost)
             del self._lanes[lost]
-        connection.execute(
-            f"DELETE FROM {WORKERS} WHERE until < clock_timestamp() - interval '1 hour'"
-        )
-        query = f"SELECT count(*) FROM {WORKERS} WHERE until > clock_timestamp()"
-        (self._feed.workers,) = connection.execute(query).fetchone() or (1,)
 
     def _seek(self, connection: Connection, now: float) -> None:
         """Take lanes up to our share of those with mail; give back the others."""
@@ -410,8 +396,8 @@ class FeedWatch:
     def _tell_old(self, connection: Connection) -> None:
         """Tell a lane that waits of its oldest mails: they may be late, or too old."""
         query = (
-            f"SELECT {ENTRY} FROM {MAILS} WHERE lane = %s AND id > %s AND (state = 'queued' OR"
-            " (state IN ('deferred', 'unclear') AND due > 0)) AND due <= %s ORDER BY id LIMIT %s"
+            f"SELECT {ENTRY} FROM {MAILS} WHERE lane = %s AND id > %s AND {TAKEABLE}"
+            " AND due <= %s ORDER BY id LIMIT %s"
         )
         for lane in self._waiting:
             after, now = self._aged.get(lane, ""), self._spool.connections.now()
@@ -420,6 +406,20 @@ class FeedWatch:
             if entries:
                 self._aged[lane] = entries[-1].id
                 self._tell(entries)
+
+    def _tell_expired(self, connection: Connection) -> None:
+        """Tell a lane that waits of its mails that are not to be sent any more."""
+        if not self._waiting:
+            return
+        query = (
+            f"SELECT {ENTRY} FROM {MAILS} WHERE lane = ANY(%s) AND expires > 0 AND expires <= %s"
+            f" AND {TAKEABLE} AND due <= %s AND id <> ALL(%s) LIMIT %s"
+        )
+        now = self._spool.connections.now()
+        values = [list(self._waiting), now, now, list(self._expired), _AGE_STEP]
+        entries = [entry_of(row) for row in connection.execute(query, values)]
+        self._expired.update(entry.id for entry in entries)
+        self._tell(entries)
 
     def _tell(self, entries: list[Entry]) -> None:
         if not entries:

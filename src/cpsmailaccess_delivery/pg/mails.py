@@ -46,6 +46,7 @@ _PER_NOTE: Final = 180  # ids: a NOTIFY takes 8,000 bytes
 ENTRY: Final = "id, lane, state, due, attempts, priority, expires"
 _WIDTH: Final = 7  # columns
 FREE: Final = "(leased_until IS NULL OR leased_until < clock_timestamp())"
+TAKEABLE: Final = "(state = 'queued' OR (state IN ('deferred', 'unclear') AND due > 0))"
 _LAZY: Final = "set_config('synchronous_commit', 'off', true)"
 _CLAIMED: Final = f"""{ENTRY}, block, CASE WHEN size <= {INLINE} THEN message END, side, job"""
 
@@ -60,8 +61,7 @@ RETURNING {_CLAIMED}, {_LAZY}"""
 CLAIM_MANY: Final = f"""
 UPDATE {MAILS} SET lease = %(lease)s,
     leased_until = now() + make_interval(secs => %(seconds)s)
-WHERE id = ANY(%(ids)s) AND {FREE}
-    AND (state = 'queued' OR (state IN ('deferred', 'unclear') AND due > 0))
+WHERE id = ANY(%(ids)s) AND {FREE} AND {TAKEABLE}
 RETURNING {_CLAIMED}, {_LAZY}"""
 
 #: Jobs of mails that are gone, or a person's: the engine must not name them again.

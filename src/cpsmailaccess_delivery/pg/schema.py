@@ -72,6 +72,8 @@ CREATE TABLE {SCHEMA}.lanes (
 CREATE TABLE {SCHEMA}.workers (
     id uuid PRIMARY KEY,
     host text NOT NULL,
+    pid integer NOT NULL,
+    since timestamptz NOT NULL DEFAULT clock_timestamp(),
     until timestamptz NOT NULL
 );
 
@@ -79,6 +81,10 @@ CREATE TABLE {SCHEMA}.accounts (
     name text COLLATE "C" PRIMARY KEY,
     data bytea NOT NULL,
     changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE TABLE {SCHEMA}.registers (
+    key text COLLATE "C" PRIMARY KEY,     -- its id
+    data bytea NOT NULL                   -- which row of each account is the last, sealed
 );
 CREATE TABLE {SCHEMA}.account_changes (
     token text COLLATE "C" PRIMARY KEY,

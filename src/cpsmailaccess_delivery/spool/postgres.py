@@ -27,6 +27,7 @@ from ..pg.lease import Lease, Leases
 from ..pg.mails import CHANNEL, Mails, Row, some
 from ..pg.staging import Staging
 from ..pg.watch import Watch
+from ..pg.workers import Workers
 from .outcomes import DamagedSide, load_side
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
@@ -57,6 +58,7 @@ class PostgresSpool:
         self.leases = Leases(connections, self.mails, lease)
         self.staging = Staging(connections, clock or connections.now)
         self.lanes = LaneNotes(connections)
+        self.workers = Workers(connections)
         self._watches: list[Watch] = []
 
     def __repr__(self) -> str:
