@@ -91,6 +91,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "claims.py",
         "connections.py",
         "lanes.py",
+        "moving.py",
         "ready.py",
         "outgoing.py",
         "notices.py",

@@ -14,7 +14,7 @@ has failed when `prepare` returns; `publish` is a rename.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -51,7 +51,9 @@ __all__ = [
     "ISendingPolicy",
     "ISpool",
     "ITransactionWitness",
+    "ITransit",
     "IWatch",
+    "KeyNote",
     "LaneNote",
     "Outcome",
     "Record",
@@ -374,6 +376,53 @@ class ILease(Interface):
 
     def leave() -> None:
         """End the lease as the death of the process would: what was set aside stays so."""
+
+
+class KeyNote(NamedTuple):
+    """An idempotency key that was committed, without the key itself.
+
+    ``digest``: `spool.keys.digest_of` the key.  ``entry``: id of the mail that has it, or had.
+    ``until``: seconds since the epoch; nobody else commits it before.
+    """
+
+    digest: str
+    entry: str
+    message_id: str
+    until: float
+
+
+class ITransit(Interface):
+    """What mails go through when they come from another spool; see `moving`.
+
+    ::
+
+        arrive -> admit -> as they were there, under the same ids
+          +-- dismiss
+
+    A copy that has arrived is durable, and nobody sees it.  `admit` takes it away in the step that
+    makes the mail visible: so whether the copy is there tells whether the mail was admitted.
+    """
+
+    def arrive(mails: Sequence[tuple[Record, bytes]]) -> Collection[str]:
+        """Keep copies, durably; one of the same mail that was there is replaced.
+
+        Returns the ids that were taken: not those of visible mails.  Raises `SpoolError`.
+        """
+
+    def arrived() -> Collection[str]:
+        """Return the ids of all copies.  Raises `SpoolError`."""
+
+    def admit(ids: Collection[str]) -> None:
+        """Make mails visible, durably; of an id without a copy, nothing.  Raises `SpoolError`."""
+
+    def dismiss(ids: Collection[str]) -> None:
+        """Forget copies.  Raises `SpoolError`."""
+
+    def key_notes() -> Iterator[KeyNote]:
+        """Yield the keys that were committed.  Raises `SpoolError`."""
+
+    def keep_keys(notes: Iterable[KeyNote]) -> None:
+        """Keep keys, durably; one that somebody has stays his.  Raises `SpoolError`."""
 
 
 class IPresence(Interface):

@@ -20,6 +20,7 @@ from .accounts import accounts
 from .app import EX_INTERRUPTED, EX_NO, EX_SOFTWARE, EX_USAGE, App, exit_code
 from .doctor import doctor
 from .drain import drain
+from .move import move
 from .output import complain
 from .queue import queue, show
 from .run import run
@@ -132,7 +133,7 @@ def cli(
 
 for _command in (
     run, drain, queue, show, trace, stats, retry, hold, release, cancel, settle, send, accounts,
-    doctor, schema,
+    doctor, schema, move,
 ):  # fmt: skip
     cli.add_command(_command)
 

@@ -127,9 +127,13 @@ class Lease:
         """See `ILease`."""
         if not self._is_ours():
             return
-        before = self._before or self.entry
+        mails = self._leases.mails
         try:
-            self._leases.mails.release(before, self._side, self.token)
+            if self._before is None:
+                mails.release(self.entry, self._side, self.token)
+            else:
+                mails.put_back(self._before, self._side, self.token)
+                self._before = None
         except SpoolError as error:  # as if we had died: it is free when its time is over
             log.error("%s: free in %.0f s: %s", self.entry.id, self._leases.seconds, error)
         self.leave()

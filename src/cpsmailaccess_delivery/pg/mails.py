@@ -34,10 +34,12 @@ CHANNEL: Final = "cpsmail"
 #: Bytes of the largest message that comes with its claim; a larger one is read when it is sent.
 INLINE: Final = 1024 * 1024
 
-#: States that nobody sees: before the commit; and of a transaction that a witness has seen abort.
+#: States that nobody sees: before the commit; of a transaction that a witness has seen abort; and
+#: of a mail that comes from another outbox.
 STAGED: Final = "staged"
 ABORTED: Final = "aborted"
-VISIBLE: Final = f"state NOT IN ('{STAGED}', '{ABORTED}')"
+ARRIVING: Final = "arriving"
+VISIBLE: Final = f"state NOT IN ('{STAGED}', '{ABORTED}', '{ARRIVING}')"
 
 _ID = re.compile(r"\d{10}\.M\d{6}R[0-9a-f]{6}\.[0-9a-f]{16}", re.ASCII)
 _PAGE: Final = 5_000
@@ -249,6 +251,27 @@ class Mails:
         """End a lease; the mail is as it was."""
         values = {**_values(before, NOTHING, lease), "side": side}
         return self._settle(_RELEASE, values)
+
+    def put_back(self, before: Entry, side: str | None, lease: uuid.UUID) -> bool:
+        """End a lease after `set_aside`: the mail is as it was.
+
+        Its job may be gone: the engine was told that a held mail has none, see `DROP_JOBS`.
+        """
+        values = {**_values(before, NOTHING, lease), "side": side}
+        query = (
+            f"WITH mail AS (UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,"
+            " lease = NULL, leased_until = NULL"
+            f" WHERE id = %(id)s AND lease = %(lease)s RETURNING job), done AS ({DELETE_JOB})"
+            " SELECT count(*) FROM mail"
+        )
+        with self._connections.use(f"put back {before.id}") as connection:
+            with connection.transaction():
+                row = connection.execute(query, values).fetchone()
+                done = bool(row and row[0])
+                if done and is_takeable(before):
+                    give_jobs(connection, [before], self._connections.now())
+                    tell(connection, [before.id])
+        return done
 
     def _settle(self, query: str, values: dict[str, Any]) -> bool:
         with self._connections.use(f"settle {values['id']}") as connection:

@@ -28,7 +28,7 @@ _FIRST: Final = f"""
 CREATE TABLE {SCHEMA}.mails (
     id text COLLATE "C" PRIMARY KEY,
     lane text COLLATE "C" NOT NULL,
-    state text COLLATE "C" NOT NULL,      -- staged, aborted, or one of `State`
+    state text COLLATE "C" NOT NULL,      -- staged, aborted, arriving, or one of `State`
     due double precision NOT NULL,        -- seconds since the epoch
     attempts integer NOT NULL,
     priority smallint NOT NULL,
@@ -42,6 +42,7 @@ CREATE TABLE {SCHEMA}.mails (
     witnessed boolean NOT NULL DEFAULT false,   -- and a witness knows whether it has
     staged_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     settled_at timestamptz,
+    next_state text COLLATE "C",          -- of one that arrives from another outbox
     job bigint,
     lease uuid,
     leased_until timestamptz
@@ -52,6 +53,7 @@ ALTER TABLE {SCHEMA}.mails ALTER message SET STORAGE EXTERNAL;
 CREATE INDEX mails_digest ON {SCHEMA}.mails (digest);
 CREATE INDEX mails_expires ON {SCHEMA}.mails (lane, expires) WHERE expires > 0;
 CREATE INDEX mails_doubt ON {SCHEMA}.mails (staged_at) WHERE doubt;
+CREATE INDEX mails_arriving ON {SCHEMA}.mails (id) WHERE state = 'arriving';
 CREATE INDEX mails_refused ON {SCHEMA}.mails (settled_at) WHERE state = 'refused';
 
 CREATE TABLE {SCHEMA}.keys (

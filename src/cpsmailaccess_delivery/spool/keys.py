@@ -21,12 +21,15 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
+import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from ..errors import KeyTaken, SpoolError
 from ..files import read_all, write_new
+from ..interfaces import KeyNote
 from . import names
 from .durable import settle_files, spool_error
 from .layout import Layout
@@ -34,9 +37,10 @@ from .presence import Presence
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
-_KEPT: Final = 30 * 86400.0  # seconds: as long as the journal's events
+KEPT: Final = 30 * 86400.0  # seconds: as long as the journal's events
 _PRUNE_EVERY: Final = 86400.0
 _PRUNED: Final = ".pruned"
+_DIGEST: Final = re.compile(r"[0-9a-f]{32}")
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _WRITE: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -54,7 +58,7 @@ class Keys:
 
         None: nobody has it, or a transaction that has not ended.  Raises `SpoolError`.
         """
-        digest = _digest(key)
+        digest = digest_of(key)
         try:
             found = self._look(digest)
             if found is not None and found.pending:
@@ -68,7 +72,7 @@ class Keys:
 
     def scrap(self, key: str, entry_id: str) -> str:
         """Return the name in tmp/ of a key that a mail of this process takes."""
-        return names.key_name(entry_id, digest=_digest(key), presence=self._presence.token)
+        return names.key_name(entry_id, digest=digest_of(key), presence=self._presence.token)
 
     def take(self, key: str, *, scrap: str, entry_id: str, message_id: str, due: float) -> None:
         """Take a key for a mail of a transaction.  `scrap`: see there.
@@ -76,7 +80,7 @@ class Keys:
         Durable.  `due`: seconds since the epoch; it is kept longer when that is later.
         Raises `KeyTaken`, OSError.
         """
-        digest, presence = _digest(key), names.presence_of(scrap)
+        digest, presence = digest_of(key), names.presence_of(scrap)
         tmp, keys = self._layout["tmp"], self._layout["keys"]
         content = f"{entry_id}\n{presence}\n{message_id}\n".encode()
         write_new(scrap, content, dir_fd=tmp)
@@ -142,7 +146,7 @@ class Keys:
 
     def free(self, key: str, entry_id: str) -> None:
         """Free the key of a mail that was cancelled before it was tried.  Never raises."""
-        digest = _digest(key)
+        digest = digest_of(key)
         try:
             found = self._look(digest)
         except OSError as error:
@@ -164,7 +168,7 @@ class Keys:
                     return
                 for name in self._layout.listing("keys"):
                     there = os.stat(name, dir_fd=keys, follow_symlinks=False)
-                    if name != _PRUNED and there.st_nlink == 1 and now - there.st_mtime > _KEPT:
+                    if name != _PRUNED and there.st_nlink == 1 and now - there.st_mtime > KEPT:
                         os.unlink(name, dir_fd=keys)
                 os.pwrite(fd, b"pruned\n", 0)
             finally:
@@ -173,6 +177,43 @@ class Keys:
             pass  # somebody else does it
         except (OSError, SpoolError) as error:
             log.error("keys/ cannot be pruned; trying again tomorrow: %s", error)
+
+    def notes(self) -> Iterator[KeyNote]:
+        """See `ITransit.key_notes`."""
+        for name in self._layout.listing("keys"):
+            try:
+                found = self._look(name) if _DIGEST.fullmatch(name) else None
+            except OSError as error:
+                raise spool_error(f"read keys/{name}", self._layout.path, error) from error
+            if found is not None and not found.pending:
+                yield KeyNote(name, found.entry_id, found.message_id, found.since + KEPT)
+
+    def keep(self, notes: Iterable[KeyNote]) -> None:
+        """See `ITransit`."""
+        tmp, keys = self._layout["tmp"], self._layout["keys"]
+        there = set(self._layout.listing("keys"))
+        for note in notes:
+            if note.digest in there:
+                continue
+            # Without a digest in its name: a scrap that means nothing until it is linked.
+            scrap = names.scrap_name(
+                note.entry, chance=secrets.token_hex(4), presence=self._presence.token
+            )
+            content = f"{note.entry}\n{self._presence.token}\n{note.message_id}\n".encode()
+            try:
+                write_new(scrap, content, sync=True, dir_fd=tmp)
+                try:
+                    since = note.until - KEPT
+                    os.utime(scrap, (since, since), dir_fd=tmp)
+                    os.link(scrap, note.digest, src_dir_fd=tmp, dst_dir_fd=keys)
+                except FileExistsError:
+                    pass  # taken meanwhile
+                finally:
+                    _unlink("tmp", scrap, tmp)
+            except OSError as error:
+                raise spool_error("keep an idempotency key", self._layout.path, error) from error
+        if not _sync("keys", keys):
+            raise SpoolError(f"{self._layout.path}: keys/ cannot be synced: see to the disk")
 
     def _settle(self, scrap: str) -> None:
         """Make a scrap durable, with its name."""
@@ -200,20 +241,25 @@ class Keys:
         finally:
             os.close(fd)
         entry_id, presence, message_id = (*text.split("\n"), "", "", "")[:3]
-        return _Taken(entry_id, presence, message_id, pending=status.st_nlink > 1)
+        pending = status.st_nlink > 1
+        return _Taken(entry_id, presence, message_id, status.st_mtime, pending=pending)
 
 
 class _Taken:
-    __slots__ = ("entry_id", "message_id", "pending", "presence")
+    __slots__ = ("entry_id", "message_id", "pending", "presence", "since")
 
-    def __init__(self, entry_id: str, presence: str, message_id: str, *, pending: bool) -> None:
+    def __init__(
+        self, entry_id: str, presence: str, message_id: str, since: float, *, pending: bool
+    ) -> None:
         self.entry_id = entry_id
         self.presence = presence
         self.message_id = message_id
+        self.since = since
         self.pending = pending
 
 
-def _digest(key: str) -> str:
+def digest_of(key: str) -> str:
+    """Return what stands for a key in names and tables."""
     return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 

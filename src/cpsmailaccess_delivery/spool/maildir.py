@@ -39,6 +39,7 @@ from .notes import LaneNotes
 from .outcomes import SideFiles
 from .presence import Presence
 from .staging import Staging
+from .transit import Transit
 
 #: What an outbox has in the same directory.
 _BESIDE: Final = ("presence", "accounts", "lanes", "journal.sqlite")
@@ -73,6 +74,7 @@ class Maildir:
         self._doubts = Doubts(self._layout, self._mails, sides)
         self._listing = Listing(self._layout, clock)
         self._notes = LaneNotes(Path(self.location) / "lanes")
+        self.transit = Transit(self._layout, self._keys)
         self._polling: list[PollingWatch] = []
 
     def __repr__(self) -> str:
@@ -253,6 +255,7 @@ class Maildir:
         """See `ISpool`."""
         for watch in list(self._polling):
             watch.close()
+        self.transit.close()
         self._staging.close()
         self._mails.close()
         self._layout.close()

@@ -304,6 +304,7 @@ class Mails:
             return
         for where in ("new", "cur", "new"):  # a mail that moves is seen in one of them
             for name in self._layout.listing(where):
+                name = name.removeprefix(".")  # that of one that arrives: see `transit`
                 orphans.discard(name.partition(":")[0].partition(",L=")[0])
         for entry_id in orphans:
             try:

@@ -29,7 +29,7 @@ log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 _FINAL: Final = (State.ACCEPTED, State.REFUSED, State.UNCLEAR)
 _STATES: Final = ("queued", "deferred", "held", "unclear", "refused")
-_SYNCED: Final = 0o400
+SYNCED: Final = 0o400
 _NOTE: Final = 0o600
 
 #: What `_load` raises on garbage.
@@ -93,7 +93,7 @@ class SideFiles:
         try:
             return _load(data)
         except _UNREADABLE:
-            if stat.S_IMODE(status.st_mode) == _SYNCED:
+            if stat.S_IMODE(status.st_mode) == SYNCED:
                 raise DamagedSide(
                     f"{self._layout.path}: outcomes/{entry_id} is damaged: who has the mail already"
                     " is unknown; remove the file to send it to all again, or cancel the mail"
@@ -104,7 +104,7 @@ class SideFiles:
     def write(self, entry_id: str, side: Side, *, sync: bool = False) -> None:
         """Replace the side of a mail; durable when it is binding, or with `sync`."""
         sync = sync or side.binding
-        name, mode = self._scrap(entry_id), _SYNCED if sync else _NOTE
+        name, mode = self._scrap(entry_id), SYNCED if sync else _NOTE
         try:
             write_new(name, dump_side(side), mode=mode, sync=sync, dir_fd=self._layout["tmp"])
             self._layout.move("tmp", name, "outcomes", entry_id)

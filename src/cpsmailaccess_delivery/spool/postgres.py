@@ -26,6 +26,7 @@ from ..pg.lanes import LaneNotes
 from ..pg.lease import Lease, Leases
 from ..pg.mails import CHANNEL, Mails, Row, some
 from ..pg.staging import Staging
+from ..pg.transit import Transit
 from ..pg.watch import Watch
 from ..pg.workers import Workers
 from .outcomes import DamagedSide, load_side
@@ -59,6 +60,7 @@ class PostgresSpool:
         self.staging = Staging(connections, clock or connections.now)
         self.lanes = LaneNotes(connections)
         self.workers = Workers(connections)
+        self.transit = Transit(connections)
         self._watches: list[Watch] = []
 
     def __repr__(self) -> str:

@@ -1,0 +1,113 @@
+"""Mails that come from another spool, until they are admitted: rows that nobody sees."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Final
+
+from zope.interface import implementer
+
+from ..envelope import digest, format_block
+from ..interfaces import ITransit, KeyNote, Record
+from ..spool import names
+from ..spool.doubts import ASKED
+from ..spool.outcomes import Side, dump_side
+from .connections import Connections
+from .mails import ARRIVING, ENTRY, KEYS, MAILS, entry_of, give_jobs, is_takeable, tell
+
+_ARRIVE: Final = f"""
+INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed, side, next_state)
+VALUES (%s, %s, '{ARRIVING}', %s, %s, %s, %s, %s, %b, %b, %s, %s, %s, %s, %s)
+ON CONFLICT (id) DO NOTHING RETURNING id"""
+
+_ADMIT: Final = f"""
+UPDATE {MAILS} SET state = next_state, next_state = NULL, settled_at = clock_timestamp()
+WHERE id = ANY(%s) AND state = '{ARRIVING}' RETURNING {ENTRY}"""
+
+_DISMISS: Final = f"DELETE FROM {MAILS} WHERE id = ANY(%s) AND state = '{ARRIVING}'"
+
+_PAGE: Final = 5_000
+
+
+@implementer(ITransit)
+class Transit:
+    """See `ITransit`."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    def arrive(self, mails: Sequence[tuple[Record, bytes]]) -> Collection[str]:
+        """See `ITransit`."""
+        taken: list[str] = []
+        with self._connections.use("keep mails that arrive") as connection:
+            with connection.transaction():
+                connection.execute(_DISMISS, [[record.entry.id for record, _ in mails]])
+                for record, message in mails:
+                    row = connection.execute(_ARRIVE, _values(record, message)).fetchone()
+                    taken += row or ()
+        return taken
+
+    def arrived(self) -> Collection[str]:
+        """See `ITransit`."""
+        query = f"SELECT id FROM {MAILS} WHERE state = '{ARRIVING}'"
+        with self._connections.use("look for mails that arrive") as connection:
+            return [row[0] for row in connection.execute(query)]
+
+    def admit(self, ids: Collection[str]) -> None:
+        """See `ITransit`."""
+        with self._connections.use("admit mails") as connection, connection.transaction():
+            rows = connection.execute(_ADMIT, [list(ids)]).fetchall()
+            entries = [entry_of(row) for row in rows]
+            if takeable := [entry for entry in entries if is_takeable(entry)]:
+                give_jobs(connection, takeable, self._connections.now())
+            tell(connection, [entry.id for entry in entries])
+
+    def dismiss(self, ids: Collection[str]) -> None:
+        """See `ITransit`."""
+        with self._connections.use("forget mails that arrived") as connection:
+            connection.execute(_DISMISS, [list(ids)])
+
+    def key_notes(self) -> Iterator[KeyNote]:
+        """See `ITransit`."""
+        after = ""
+        query = (
+            f"SELECT digest, mail, message_id, extract(epoch FROM until)::float8 FROM {KEYS}"
+            f" WHERE digest > %s AND until > clock_timestamp() ORDER BY digest LIMIT {_PAGE}"
+        )
+        while True:
+            with self._connections.use("list the keys") as connection:
+                page = connection.execute(query, [after], binary=True).fetchall()
+            for key, mail, message_id, until in page:
+                yield KeyNote(key, mail, message_id.decode("utf-8", "surrogatepass"), until)
+            if len(page) < _PAGE:
+                return
+            after = page[-1][0]
+
+    def keep_keys(self, notes: Iterable[KeyNote]) -> None:
+        """See `ITransit`."""
+        query = (
+            f"INSERT INTO {KEYS} (digest, mail, message_id, until)"
+            " VALUES (%s, %s, %b, to_timestamp(%s)) ON CONFLICT DO NOTHING"
+        )
+        values = [
+            [note.digest, note.entry, note.message_id.encode("utf-8", "surrogatepass"), note.until]
+            for note in notes
+        ]
+        if values:
+            with self._connections.use("keep keys") as connection, connection.transaction():
+                with connection.cursor() as cursor:
+                    cursor.executemany(query, values)
+
+
+def _values(record: Record, message: bytes) -> list[object]:
+    entry, envelope = names.normal(record.entry), record.envelope
+    side = None
+    if record.outcomes or record.reason or entry.attempts:
+        known = Side(entry.state, entry.due, entry.attempts, record.reason, record.outcomes)
+        side = dump_side(known).decode()
+    asked = record.reason == ASKED  # a witness can tell of it
+    return [
+        *(entry.id, entry.lane, entry.due, entry.attempts, entry.priority, entry.expires),
+        *(digest(envelope.message_id), format_block(envelope), message, len(message)),
+        *(asked, asked, side, entry.state.value),
+    ]
