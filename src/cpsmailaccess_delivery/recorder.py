@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from .attempt import ACCEPTED, Attempt
+from .attempt import ALL_ACCEPTED, Attempt
 from .errors import SpoolError
 from .interfaces import Settlement, State
 from .notices import Notices
@@ -95,7 +95,7 @@ class Recorder:
 
     def settle(self, attempt: Attempt, settlement: Settlement) -> None:
         """Record a settlement; what cannot be written keeps its lease and is tried again."""
-        if settlement is ACCEPTED:  # once per mail, nearly
+        if settlement is ALL_ACCEPTED:  # once per mail, nearly
             self.summary.accepted += 1
             if not attempt.relayed:
                 self._record(attempt, settlement)
