@@ -64,14 +64,18 @@ setup(
         "fuzz": ["atheris >= 3.0; sys_platform == 'linux' and platform_machine == 'x86_64'"],
         # What `cpsmail run --metrics-port` needs.
         "metrics": ["prometheus_client >= 0.20"],
+        # What Outbox("postgresql://...") needs; below 1.6, pgqueuer hands out stale jobs twice.
+        "postgres": ["pgqueuer >= 1.6, < 2", "psycopg[binary] >= 3.2"],
         "test": [
             "hypothesis >= 6.100",
             "mypy >= 1.11",
             "playwright >= 1.45",
+            "pgqueuer >= 1.6, < 2",
             # How settings of a MailHost are exported; Plone has it anyway.
             "Products.GenericSetup >= 5",
             "Products.MailHost >= 6",
             "prometheus_client >= 0.20",
+            "psycopg[binary] >= 3.2",
             "pytest >= 8",
             "pytest-xdist >= 3.6",
             "RelStorage[sqlite3] >= 4",
@@ -91,5 +95,12 @@ setup(
         # What start="IProcessStarting" needs, and who tells it.
         "zope": ["Products.MailHost >= 6", "Zope[wsgi] >= 6.2", "zope.processlifetime >= 3"],
     },
-    entry_points={"console_scripts": ["cpsmail = cpsmailaccess_delivery.cli:main"]},
+    entry_points={
+        "console_scripts": ["cpsmail = cpsmailaccess_delivery.cli:main"],
+        # What keeps an outbox that is named by a URL, by its scheme.
+        "cpsmailaccess_delivery.backends": [
+            "postgresql = cpsmailaccess_delivery.pg.backend:open_parts",
+            "postgres = cpsmailaccess_delivery.pg.backend:open_parts",
+        ],
+    },
 )

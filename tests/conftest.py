@@ -191,3 +191,22 @@ def mails_on_disk(outbox: Outbox) -> list[Path]:
     for name in ("tmp", "new", "cur"):
         found += [path for path in (root / name).rglob("*") if path.is_file()]
     return found
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server of this test process."""
+    pytest.importorskip("psycopg", reason="needs the extra [postgres]")
+    from postgres_helpers import start_server
+
+    server = start_server()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def database(postgres: Any) -> Iterator[str]:
+    """The URL of a database of this test, with the schema."""
+    from postgres_helpers import databases
+
+    yield from databases(postgres)

@@ -51,6 +51,7 @@ ROWS: dict[int, tuple[str, ...]] = {
     ),
     5: (
         "spool/postgres.py",
+        "pg/*",
         "zcml.py",
         "__main__.py",
         "cli.py",
@@ -65,6 +66,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "watch.py",
         "files.py",
         "seal.py",
+        "sealed.py",
         "register.py",
         "key.py",
         "rekey.py",
@@ -114,7 +116,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "steering.py",
         "wording.py",
     ),
-    4: ("outbox.py", "settings.py", "supervisor.py", "metrics.py", "__init__.py"),
+    4: ("outbox.py", "parts.py", "settings.py", "supervisor.py", "metrics.py", "__init__.py"),
     6: ("testing/*", "testing.py", "demo.py", "demo/*"),  # aside: nobody imports it
 }
 
@@ -168,6 +170,7 @@ FOREIGN = {
     "persistent",
     "paste",
     "playwright",
+    "pgqueuer",
     "plone",
     "psycopg",
     "psycopg2",
@@ -338,7 +341,7 @@ import sys, time
 
 class Absent:
     names = {{"trustme", "Zope2", "OFS", "App", "AccessControl", "Products", "plone", "psycopg",
-             "sqlalchemy", "click", "rich", "hypothesis", "pytest", "ZODB",
+             "pgqueuer", "sqlalchemy", "click", "rich", "hypothesis", "pytest", "ZODB",
              "prometheus_client"}}
 
     def find_spec(self, name, path=None, target=None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -70,7 +69,10 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    thread = functools.partial(QueueProcessorThread, clock=clock)
+
+    def thread(*arguments: Any, **settings: Any) -> QueueProcessorThread:
+        return QueueProcessorThread(*arguments, **{**settings, "clock": clock})
+
     monkeypatch.setattr(outbox_module, "QueueProcessorThread", thread)
     return clock
 

@@ -90,7 +90,6 @@ def test_other_variables_are_left_alone() -> None:
     ("text", "key", "rule"),
     [
         ("outbox = 1", "outbox", "is the path of a directory"),
-        ('outbox = "postgresql://x/y"', "outbox", "is the path of a directory"),
         ('outbox = ""', "outbox", "is the path of a directory"),
         ('size_limit = "1"', "size_limit", "is a whole number"),
         ("size_limit = 1.5", "size_limit", "is a whole number"),
@@ -158,3 +157,27 @@ def test_open(tmp_path: Path) -> None:
     with load_settings(environ={}, options=options).open() as outbox:
         assert outbox.location == str(tmp_path / "spool")
         assert outbox.delivery.size_limit == 12
+
+
+def test_a_url_stays_a_url_and_shows_no_password(tmp_path: Path) -> None:
+    url = "postgresql://u:geheim@db.example.org/mail?password=geheim&connect_timeout=3"
+    settings = load_settings(write(tmp_path / "a.toml", f'outbox = "{url}"'), environ={})
+    assert settings.outbox == url
+    assert settings.location == "postgresql://u@db.example.org/mail?connect_timeout=3"
+    assert load_settings(environ={"CPSMAIL_OUTBOX": url}).outbox == url
+    with pytest.raises(InvalidSettings, match="pgpass") as caught:
+        load_settings(environ={}, options={"outbox": url})
+    assert "geheim" not in str(caught.value) + repr(settings)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql:///mail?host=/var/run/postgresql",
+        "postgresql://u@a:5432,b:5433/mail?target_session_attrs=read-write&lease=5",
+        "postgresql://h/mail",
+    ],
+)
+def test_a_url_without_password_is_taken_as_it_is(url: str) -> None:
+    settings = load_settings(environ={}, options={"outbox": url})
+    assert settings.outbox == settings.location == url

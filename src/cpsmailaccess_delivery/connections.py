@@ -31,7 +31,7 @@ class Connections:
         lanes: Mapping[str, Lane],
         *,
         most: int,
-        per_relay: int,
+        per_relay: Callable[[], int],
         loop: asyncio.AbstractEventLoop,
         put_to_work: Callable[[Lane], None],
         changed: Callable[[], None],

@@ -20,6 +20,8 @@ from .errors import (
     EntryBusy,
     InvalidAccount,
     InvalidAddress,
+    InvalidSettings,
+    KeyTaken,
     NoSuchEntry,
     NotQueued,
     SpoolError,
@@ -128,6 +130,8 @@ class MailboxDelivery:
                 if earlier is not None:
                     return earlier
             self._join(self._outgoing, stage, doings.sent, rank=_SENDS)
+        except KeyTaken:
+            raise  # within a transaction of the database: begin again
         except SpoolError as error:
             raise NotQueued(str(error)) from error
         return message_id
@@ -156,6 +160,18 @@ class MailboxDelivery:
             return BoundDelivery(self, normalise_mailbox(mailbox))
         except InvalidAccount as error:
             raise UnknownMailbox(str(error)) from None
+
+    def within(self, connection: Any) -> MailboxDelivery:
+        """Return a delivery whose mails are part of a database transaction: see `Outbox.within`.
+
+        Raises `InvalidSettings`.
+        """
+        inside = getattr(self._spool, "inside", None)
+        if inside is None:
+            raise InvalidSettings(
+                f"within: {self._spool.location} is no database: mails follow `transaction` here"
+            )
+        return _Within(self, inside(connection))
 
     def _doings(self) -> Doings:
         transaction = self._manager.get()
@@ -226,6 +242,25 @@ class MailboxDelivery:
         except VaultError as error:
             raise NotQueued(str(error)) from error
         return account
+
+
+class _Within(MailboxDelivery):
+    """A delivery whose mails commit with the transaction of a connection, and with no other."""
+
+    def __init__(self, delivery: MailboxDelivery, inside: Any) -> None:
+        vars(self).update(vars(delivery))
+        self._spool = inside
+
+    def cancel(self, message_id: str) -> None:
+        raise InvalidSettings("within: takes no mail back: call `cancel` of outbox.delivery")
+
+    def _doings(self) -> Doings:
+        return Doings()
+
+    def _join(
+        self, store: Any, stage: Callable[[str], Any], members: dict[int, Any], *, rank: int
+    ) -> None:
+        stage("")
 
 
 @implementer(IMailDelivery)

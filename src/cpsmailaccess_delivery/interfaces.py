@@ -45,6 +45,7 @@ __all__ = [
     "IMailUnclear",
     "IMailboxDelivery",
     "IOutbox",
+    "IPresence",
     "IQueueProcessor",
     "IQueuedMailDelivery",
     "ISendingPolicy",
@@ -375,6 +376,25 @@ class ILease(Interface):
         """End the lease as the death of the process would: what was set aside stays so."""
 
 
+class IPresence(Interface):
+    """The processes that deliver, as others see them."""
+
+    def delivers() -> None:
+        """Say that a processor runs in this process, until as many have said `rests`.
+
+        Never raises: it is for people only.
+        """
+
+    def rests() -> None:
+        """Take one `delivers` back.  Never raises."""
+
+    def deliverers() -> Sequence[object]:
+        """Return the living ones, `spool.presence.Deliverer`, the oldest first."""
+
+    def close() -> None:
+        """Give back what it holds.  Twice is fine."""
+
+
 class IWatch(Interface):
     """Tells a processor what changed.  The rim adds `fileno` to its event loop."""
 
@@ -687,7 +707,7 @@ class IOutbox(Interface):
     vault = Attribute("IAccountStore")
     journal = Attribute("IJournal")
     keys = Attribute("`key.KeySource` of the vault")
-    presence = Attribute("`spool.presence.Presence` of this process")
+    presence = Attribute("IPresence of this process")
     witness = Attribute("ITransactionWitness, or None: what is in doubt is held")
     processors = Attribute("Those that were made here: tuple[IQueueProcessor, ...]")
 

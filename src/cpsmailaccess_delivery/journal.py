@@ -14,17 +14,15 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sqlite3
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 from zope.interface import implementer
 
-from . import journal_file
 from .interfaces import IJournal, Outcome, State
 from .journal_file import Event, JournalFile
 
@@ -45,7 +43,21 @@ _PRUNE_SLICE: Final = 2000  # events: other writers wait meanwhile
 _DAY: Final = 86400.0  # seconds
 
 _journals: weakref.WeakSet[Journal] = weakref.WeakSet()
-_abandoned: list[JournalFile] = []  # of the parent: SQLite forbids to use or close them here
+_abandoned: list[EventStore] = []  # of the parent: SQLite forbids to use or close them here
+
+
+class EventStore(Protocol):
+    """Where events are kept.  Raises ``errors``; `write`, `prune` and `close` in one thread."""
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]: ...
+    def write(self, events: Sequence[Event], /) -> None: ...
+    def prune(self, before: float, most: int, /) -> int: ...
+    def close(self) -> None: ...
+    def find(self, *, message_id: str | None, address: str | None, limit: int) -> list[Event]: ...
+    def count(self, since: float, /) -> dict[str, int]: ...
+    def totals(self, since: float, /, *, by: str) -> list[tuple[str, str, int]]: ...
+    def series(self, since: float, step: float, /) -> list[tuple[int, str, int]]: ...
 
 
 @implementer(IJournal)
@@ -54,6 +66,7 @@ class Journal:
 
     ``keep_days``: what is older is removed about once an hour.  ``clock``: seconds since
     the epoch.  ``trouble``: why the file could not be written last time, or "".
+    ``path``: of the file, or the location of what `store` makes: called again in a forked child.
     """
 
     _thread: threading.Thread | None
@@ -63,8 +76,10 @@ class Journal:
         path: str | os.PathLike[str],
         keep_days: float = 30,
         clock: Callable[[], float] = time.time,
+        store: Callable[[], EventStore] | None = None,
     ) -> None:
-        self.path = os.path.abspath(path)
+        self.path = os.path.abspath(path) if store is None else os.fspath(path)
+        self._make = store or (lambda: JournalFile(self.path))
         self._keep = keep_days * _DAY
         self._clock = clock
         self._closed = False
@@ -93,8 +108,8 @@ class Journal:
         """
         self.flush()
         try:
-            return journal_file.find(self.path, message_id=message_id, address=address, limit=limit)
-        except (sqlite3.Error, OSError) as error:
+            return self._file.find(message_id=message_id, address=address, limit=limit)
+        except self._file.errors as error:
             log.error("the journal %s cannot be read: %s", self.path, error)
             return []
 
@@ -113,8 +128,8 @@ class Journal:
         """See `IJournal`.  A file that cannot be read is logged, and as good as empty."""
         self.flush()
         try:
-            return journal_file.totals(self.path, since, by=by)
-        except (sqlite3.Error, OSError) as error:
+            return self._file.totals(since, by=by)
+        except self._file.errors as error:
             log.error("the journal %s cannot be read: %s", self.path, error)
             return []
 
@@ -122,8 +137,8 @@ class Journal:
         """Return how many events of each kind there were since a time."""
         self.flush()
         try:
-            return journal_file.count(self.path, since)
-        except (sqlite3.Error, OSError) as error:
+            return self._file.count(since)
+        except self._file.errors as error:
             log.error("the journal %s cannot be read: %s", self.path, error)
             return {}
 
@@ -131,8 +146,8 @@ class Journal:
         """See `IJournal`.  A file that cannot be read is logged, and as good as empty."""
         self.flush()
         try:
-            return journal_file.series(self.path, since, step)
-        except (sqlite3.Error, OSError) as error:
+            return self._file.series(since, step)
+        except self._file.errors as error:
             log.error("the journal %s cannot be read: %s", self.path, error)
             return []
 
@@ -170,7 +185,7 @@ class Journal:
         self._hurry = threading.Event()
         self._thread = None
         # The writer's own
-        self._file = JournalFile(self.path)
+        self._file = self._make()
         self._batch: list[Event] = []
         self._failing_since: float | None = None
         self._prune_at = 0.0
@@ -220,7 +235,7 @@ class Journal:
             self._file.write(self._batch)
             self._batch.clear()
             self._prune()
-        except (sqlite3.Error, OSError) as error:
+        except self._file.errors as error:
             self._put_off(error, last)
             return
         self._failing_since = None

@@ -94,7 +94,9 @@ class _UnusableFile(sqlite3.DatabaseError):
 
 
 class JournalFile:
-    """Writes the file; for one thread.  Raises `sqlite3.Error` and OSError."""
+    """See `journal.EventStore`.  Raises `sqlite3.Error` and OSError."""
+
+    errors: Final = (sqlite3.Error, OSError)
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -117,6 +119,33 @@ class JournalFile:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def find(self, *, message_id: str | None, address: str | None, limit: int) -> list[Event]:
+        """Return the newest events of a Message-Id or of an address, the oldest first."""
+        query, key = (_BY_ADDRESS, address) if message_id is None else (_BY_MESSAGE_ID, message_id)
+        if key is not None:
+            key = key.encode("utf-8", "backslashreplace").decode()  # as `_clean` writes it
+        rows = _query(self._path, query, {"key": key, "limit": limit})
+        return [Event(*row) for row in reversed(rows)]
+
+    def count(self, since: float) -> dict[str, int]:
+        """Return how many events of each kind there were since a time."""
+        query = "SELECT kind, count(*) FROM events WHERE at >= :since GROUP BY kind"
+        return dict(_query(self._path, query, {"since": since}))
+
+    def totals(self, since: float, *, by: str) -> list[tuple[str, str, int]]:
+        """Return (name, kind, number of events) since a time; see `_TOTALS` for `by`."""
+        rows = _query(self._path, _TOTALS[by], {"since": since})
+        return [(name, kind, number) for name, kind, number in rows]
+
+    def series(self, since: float, step: float) -> list[tuple[int, str, int]]:
+        """Return (number of the step, kind, number of events) since a time, step by step."""
+        query = (
+            "SELECT CAST((at - :since) / :step AS INTEGER), kind, count(*) FROM events"
+            " WHERE at >= :since GROUP BY 1, 2 ORDER BY 1"
+        )
+        rows = _query(self._path, query, {"since": since, "step": step})
+        return [(index, kind, number) for index, kind, number in rows]
 
     def _write(self, events: Sequence[Event]) -> None:
         try:
@@ -220,38 +249,6 @@ def _lock(handle: int) -> None:
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.002)
-
-
-def find(path: str, *, message_id: str | None, address: str | None, limit: int) -> list[Event]:
-    """Return the newest events of a Message-Id or of an address, the oldest first."""
-    query, key = (_BY_ADDRESS, address) if message_id is None else (_BY_MESSAGE_ID, message_id)
-    if key is not None:
-        key = key.encode("utf-8", "backslashreplace").decode()  # as `_clean` writes it
-    rows = _query(path, query, {"key": key, "limit": limit})
-    return [Event(*row) for row in reversed(rows)]
-
-
-def count(path: str, since: float) -> dict[str, int]:
-    """Return how many events of each kind there were since a time."""
-    query = "SELECT kind, count(*) FROM events WHERE at >= :since GROUP BY kind"
-    return dict(_query(path, query, {"since": since}))
-
-
-def totals(path: str, since: float, *, by: str) -> list[tuple[str, str, int]]:
-    """Return (name, kind, number of events) since a time; see `_TOTALS` for `by`."""
-    return [
-        (name, kind, number) for name, kind, number in _query(path, _TOTALS[by], {"since": since})
-    ]
-
-
-def series(path: str, since: float, step: float) -> list[tuple[int, str, int]]:
-    """Return (number of the step, kind, number of events) since a time, step by step."""
-    query = (
-        "SELECT CAST((at - :since) / :step AS INTEGER), kind, count(*) FROM events"
-        " WHERE at >= :since GROUP BY 1, 2 ORDER BY 1"
-    )
-    rows = _query(path, query, {"since": since, "step": step})
-    return [(index, kind, number) for index, kind, number in rows]
 
 
 def _query(path: str, query: str, parameters: dict[str, Any]) -> list[Any]:

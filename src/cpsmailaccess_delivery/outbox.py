@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import transaction
@@ -16,30 +15,28 @@ from .announcer import Announcer
 from .delivery import MailboxDelivery
 from .errors import InvalidSettings, NoSuchEntry, OutboxClosed
 from .interfaces import IOutbox, Record
-from .journal import MAX_LAG, Journal
-from .key import KeySource
+from .journal import MAX_LAG
 from .limits import ALONE, Share
 from .message import DEFAULT_SIZE_LIMIT, LARGEST
 from .notices import Notices
+from .parts import open_parts
 from .processor import MAX_SESSIONS, QueueProcessorThread, own_host_name
 from .queue import Queue
 from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
-from .spool.maildir import Maildir
-from .spool.presence import Presence
 from .status import Status, status_of
-from .vault import Vault
 
 
 @implementer(IOutbox)
 class Outbox:
     """An outbox: its spool, its accounts, the utility that sends, and the processor.
 
-    `path`: directory of the spool, made when it is missing.
+    `path`: directory of the spool, made when it is missing; or ``postgresql://...``, a database
+    that `cpsmail schema upgrade` has made ready, and that several hosts may share.
     `transaction_manager`: whose transactions changes follow; the thread's by default.
     `size_limit`: bytes of the largest message that `send` takes.
     `key`: 32 bytes that seal the secrets; by default from ``CPSMAIL_KEY``, the systemd
-    credential ``cpsmail.key``, or the file ``PATH.key`` (made on first use).
+    credential ``cpsmail.key``, or, of a directory, the file ``PATH.key`` (made on first use).
     `schedule`, `helo_name`, `max_sessions`, `connections_per_relay`: see `processor`.
     `unclear`: ``retry`` or ``hold``, see `retry.Schedule`; None: what the schedule says.
     `witness`: an `ITransactionWitness`, of `witness.zodb` or `witness.sql`; without one, mails
@@ -62,26 +59,22 @@ class Outbox:
         unclear: str | None = None,
         witness: Any = None,
     ) -> None:
-        if isinstance(path, str) and "://" in path:
-            raise InvalidSettings(f"outbox {path!r}: this release knows directories only")
         if not 0 < size_limit <= LARGEST:
             raise InvalidSettings(f"size_limit={size_limit!r}: is from 1 to {LARGEST} bytes")
-        directory = Path(path).absolute()
         self._schedule = _with_policy(schedule or Schedule(), unclear)
         self._helo_name = helo_name
         self._max_sessions = max_sessions
         self._connections_per_relay = connections_per_relay
         self._processors: list[QueueProcessorThread] = []
         self._closed = False
-        self.presence = Presence(directory / "presence")
-        try:
-            self.spool = Maildir(directory, self.presence)
-        except BaseException:
-            self.presence.close()
-            raise
-        self.keys = KeySource(key, file=directory.with_name(directory.name + ".key"))
-        self.vault = Vault(directory / "accounts", self.keys, self.presence)
-        self.journal = Journal(directory / "journal.sqlite")
+        parts = open_parts(path, key)
+        self.presence = parts.presence
+        self.spool = parts.spool
+        self.keys = parts.keys
+        self.vault = parts.vault
+        self.journal = parts.journal
+        self._clock = parts.clock
+        self._feed = parts.feed
         self._announcer = Announcer()
         manager = transaction.manager if transaction_manager is None else transaction_manager
         self.witness = witness
@@ -94,9 +87,14 @@ class Outbox:
             announcer=self._announcer,
             size_limit=size_limit,
             witness=witness,
+            clock=self._clock,
         )
         self.queue = Queue(
-            self.spool, self.journal, notices=self._notices, announcer=self._announcer
+            self.spool,
+            self.journal,
+            self._clock,
+            notices=self._notices,
+            announcer=self._announcer,
         )
 
     def __repr__(self) -> str:
@@ -136,12 +134,23 @@ class Outbox:
             max_sessions=self._max_sessions,
             connections_per_relay=self._connections_per_relay,
             share=share,
+            clock=self._clock,
             announcer=self._announcer,
             witness=self.witness,
+            feed=self._feed,
             presence=self.presence,
         )
         self._processors.append(processor)
         return processor
+
+    def within(self, connection: Any) -> MailboxDelivery:
+        """Return a delivery whose mails are part of a transaction of the application's database.
+
+        For an outbox in that database: the mail is inserted on `connection`, of psycopg 3 or a
+        session of SQLAlchemy, and commits with it or not at all; nothing can be in doubt.
+        Savepoints are the database's.  Raises `InvalidSettings`.
+        """
+        return self.delivery.within(connection)
 
     def status(self, message_id: str) -> Status:
         """Return what became of the mail with this Message-Id.
@@ -199,7 +208,7 @@ class Outbox:
             reporting_mta=self._helo_name or own_host_name(),
             loop=no_loop,
             thread=no_loop,
-            clock=time.time,
+            clock=self._clock,
             changed=lambda were_full: None,
         )
 

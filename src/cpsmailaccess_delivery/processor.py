@@ -23,7 +23,6 @@ from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
 from .scheduler import Scheduler
 from .spool import forks
-from .spool.presence import Presence
 from .summary import Summary
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,8 @@ class QueueProcessorThread(threading.Thread):
     `share`: of several workers, the lanes that are this one's, and its part of the limits.
     `witness`: an `ITransactionWitness`, asked about what dead processes left in doubt.
     `clock`: seconds since the epoch.  `announcer`: tells what happens through zope.event.
-    `presence`: tells other processes that this one delivers.
+    `feed`: makes the spool for a run that does not end, when that is another one: see `parts`.
+    `presence`: an `IPresence`; tells other processes that this one delivers.
     """
 
     def __init__(
@@ -75,10 +75,12 @@ class QueueProcessorThread(threading.Thread):
         witness: Any = None,
         clock: Callable[[], float] = time.time,
         announcer: Announcer | None = None,
-        presence: Presence | None = None,
+        feed: Callable[[], Any] | None = None,
+        presence: Any = None,
     ) -> None:
         super().__init__(name="cpsmailaccess_delivery.QueueProcessorThread", daemon=True)
         self._spool = spool
+        self._feed = feed
         self._accounts = accounts
         self._journal = journal
         self.schedule = schedule or Schedule()
@@ -184,20 +186,27 @@ class QueueProcessorThread(threading.Thread):
         loop.set_default_executor(resolvers)
         if self._helo_name is None:
             self._helo_name = await loop.run_in_executor(None, own_host_name)
+        spool, share, part = self._spool, self._share, self._share.part
+        max_sessions = self._max_sessions
+        if self._feed is not None and not draining:
+            # It gives each worker lanes of its own: here as on other hosts.
+            spool, share, max_sessions = self._feed(), ALONE, share.part(max_sessions)
+            part = spool.part
         scheduler = Scheduler(
-            self._spool,
+            spool,
             self._accounts,
             self._journal,
             loop=loop,
             helo_name=self._helo_name,
             schedule=self.schedule,
-            max_sessions=self._max_sessions,
+            max_sessions=max_sessions,
             connections_per_relay=self._connections_per_relay,
             draining=draining,
             clock=self._clock,
             announcer=self._announcer,
-            share=self._share,
             witness=self._witness,
+            share=share,
+            part=part,
         )
         self.summary = scheduler.summary
         with self._lock:

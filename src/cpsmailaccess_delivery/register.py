@@ -85,14 +85,10 @@ class Register:
             known = self._read.get(key.id)
             if known is not None and known[0] == which:
                 return known[1]
-            page = _load(read_all(handle, status.st_size), key)
+            page = load_page(read_all(handle, status.st_size), key)
         finally:
             os.close(handle)
-        if page.generation < self._seen.get(key.id, 0):
-            raise Unusable(
-                "is an earlier state than this process has seen: were the accounts put back?"
-                " If that was you, restart it"
-            )
+        check_generation(page, self._seen.get(key.id, 0))
         self._seen[key.id] = page.generation
         self._read[key.id] = which, page
         return page
@@ -102,18 +98,16 @@ class Register:
 
         Durable but for its name.  Raises `Unusable`, OSError.
         """
-        page = self.page(key) or Page()
-        accounts = {name: new for name, new in {**page.accounts, **changed}.items() if new}
-        if accounts == page.accounts:
+        new = changed_page(self.page(key) or Page(), changed, self._seen.get(key.id, 0))
+        if new is None:
             return
-        new = Page(accounts, max(page.generation, self._seen.get(key.id, 0)) + 1)
         path = self._path(key)
         temporary = f"{path}.new"
         try:
             os.unlink(temporary)  # of one who died under the lock
         except FileNotFoundError:
             pass
-        write_new(temporary, _dump(new, key), sync=True)
+        write_new(temporary, dump_page(new, key), sync=True)
         os.replace(temporary, path)
 
     def forget(self, key: Key) -> None:
@@ -129,7 +123,25 @@ class Register:
         return f"{self._directory}/{_PREFIX}{key.id}"
 
 
-def _dump(page: Page, key: Key) -> bytes:
+def check_generation(page: Page, seen: int) -> None:
+    """Raises `Unusable` for a state before the generation that was seen."""
+    if page.generation < seen:
+        raise Unusable(
+            "is an earlier state than this process has seen: were the accounts put back?"
+            " If that was you, restart it"
+        )
+
+
+def changed_page(page: Page, changed: Mapping[str, list[str]], seen: int) -> Page | None:
+    """Return the page after `page` and all that were seen; None: nothing changes."""
+    accounts = {name: new for name, new in {**page.accounts, **changed}.items() if new}
+    if accounts == page.accounts:
+        return None
+    return Page(accounts, max(page.generation, seen) + 1)
+
+
+def dump_page(page: Page, key: Key) -> bytes:
+    """Return a register as it is kept."""
     from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
     document = {
@@ -143,7 +155,8 @@ def _dump(page: Page, key: Key) -> bytes:
     return _canonical(document | {"seal": base64.b64encode(nonce + tag).decode()}) + b"\n"
 
 
-def _load(data: bytes, key: Key) -> Page:
+def load_page(data: bytes, key: Key) -> Page:
+    """Return what a register lists.  Raises `Unusable`."""
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 

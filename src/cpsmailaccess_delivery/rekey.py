@@ -12,11 +12,10 @@ then: the key changes under the lock that they hold while they stage.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import VaultError
 from .key import Key, KeySource
-from .vault import Vault
 
 
 class Rekeyed(NamedTuple):
@@ -29,11 +28,11 @@ class Rekeyed(NamedTuple):
     needed: int
 
 
-def rekey(vault: Vault, keys: KeySource) -> Rekeyed:
+def rekey(vault: Any, keys: KeySource) -> Rekeyed:
     """Change the key, or finish a change that was cut short.
 
-    Raises `VaultError` and its children; accounts that cannot be opened stop it, and keep
-    the former key.
+    `vault`: of a directory, or of a database.  Raises `VaultError` and its children; accounts
+    that cannot be opened stop it, and keep the former key.
     """
     try:
         with vault.locked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ class _Relay:
 
 
 class Relays:
-    """Counts connections by relay (``Terms.relay``); `most`: of each.
+    """Counts connections by relay (``Terms.relay``); `most`: returns how many each may have.
 
     A lane that has none goes before one that wants another: while any waits, none gets
     a second.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: Callable[[], int]) -> None:
         self._most = most
         self._relays: dict[str, _Relay] = {}
 
@@ -38,7 +39,7 @@ class Relays:
         relay = self._relays.get(lane.terms.relay)
         if relay is None:
             return True
-        return relay.connections < self._most and not (lane.sessions.here and relay.waiting)
+        return relay.connections < self._most() and not (lane.sessions.here and relay.waiting)
 
     def take(self, lane: Lane) -> None:
         """The lane connects."""
@@ -69,7 +70,7 @@ class Relays:
     def next_waiting(self, name: str) -> Lane | None:
         """Return, once, who has waited longest for a relay that has room."""
         relay = self._relays.get(name)
-        if relay is None or not relay.waiting or relay.connections >= self._most:
+        if relay is None or not relay.waiting or relay.connections >= self._most():
             return None
         lane = next(iter(relay.waiting))
         del relay.waiting[lane]

@@ -49,7 +49,10 @@ _HEARTBEAT = 5.0
 
 
 class Scheduler:
-    """See the module.  Called in the loop's thread, but for what says otherwise."""
+    """See the module.  Called in the loop's thread, but for what says otherwise.
+
+    `part`: our part of a limit over all processors, which may change; `share`'s by default.
+    """
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Scheduler:
         draining: bool,
         announcer: Any,
         share: Share = ALONE,
+        part: Callable[[int], int] | None = None,
         witness: Any = None,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
@@ -101,6 +105,7 @@ class Scheduler:
         self._watch: Any = None  # of the accounts
         self._stopping = False
         self._checking = False
+        part = part or share.part
         files = _open_files()
         self._agenda = Agenda(loop, clock, self._due)
         self._recorder = Recorder(
@@ -121,7 +126,7 @@ class Scheduler:
         self._connections = Connections(
             self._lanes,
             most=min(share.part(max_sessions), max(1, files // _FILES_PER_SESSION)),
-            per_relay=share.part(connections_per_relay),
+            per_relay=lambda: part(connections_per_relay),
             loop=loop,
             put_to_work=self._put_to_work,
             changed=self.check_quiet,

@@ -2,7 +2,7 @@
 
 ::
 
-    outbox = "var/outbox"          # a relative path is relative to the file
+    outbox = "var/outbox"          # a relative path is relative to the file; or postgresql://...
     size_limit = 52428800          # bytes
     helo_name = "app.example.org"
     max_sessions = 200
@@ -34,6 +34,7 @@ from .address import ascii_host
 from .errors import InvalidAddress, InvalidSettings
 from .message import DEFAULT_SIZE_LIMIT
 from .outbox import Outbox
+from .parts import is_url, without_password
 from .processor import MAX_SESSIONS
 from .relays import CONNECTIONS_PER_RELAY
 from .retry import UNCLEAR_POLICIES, Schedule
@@ -51,7 +52,7 @@ _PREFIX: Final = "CPSMAIL_"
 class Settings:
     """What an `Outbox` is made from.  ``source``: the settings file, if there was one."""
 
-    outbox: Path
+    outbox: Path | str = field(repr=False)  # a URL may hold a password
     size_limit: int = DEFAULT_SIZE_LIMIT
     helo_name: str | None = None
     max_sessions: int = MAX_SESSIONS
@@ -61,6 +62,11 @@ class Settings:
     unclear: str = "retry"
     retry: Schedule = field(default_factory=Schedule)
     source: Path | None = None
+
+    @property
+    def location(self) -> str:
+        """Where the outbox is; a password in its URL is left out."""
+        return without_password(str(self.outbox))
 
     def open(self) -> Outbox:
         """Return the outbox.  Raises what `Outbox` does."""
@@ -97,6 +103,11 @@ def load_settings(
             values[key] = _checked(key, _parsed(key, text), f"environment variable {variable}")
     for key, text in (options or {}).items():
         values[key] = _checked(key, _parsed(key, text), f"option {key}")
+        if key == "outbox" and without_password(text) != text:
+            raise InvalidSettings(
+                "option outbox: everybody on this host sees a password in a command line: leave it"
+                " to ~/.pgpass, PGPASSFILE or the variable CPSMAIL_OUTBOX"
+            )
     if "outbox" not in values:
         raise InvalidSettings(
             "outbox: is not set: name its directory with --outbox, CPSMAIL_OUTBOX, or"
@@ -124,7 +135,7 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
         raise InvalidSettings(f"{path}: is nested too deep: there are no such settings") from None
     for key, value in content.items():
         value = _checked(key, value, str(path))
-        yield key, path.parent / value if key == "outbox" else value
+        yield key, path.parent / value if isinstance(value, Path) else value
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -157,9 +168,11 @@ def _checked(key: str, value: object, where: str) -> Any:
     return checked
 
 
-def _directory(value: object) -> Path | None:
-    if not isinstance(value, str) or not value or "://" in value or "\0" in value:
+def _location(value: object) -> Path | str | None:
+    if not isinstance(value, str) or not value or "\0" in value:
         return None
+    if is_url(value):
+        return value
     try:
         return Path(value).expanduser()
     except RuntimeError:  # no such user
@@ -214,7 +227,10 @@ def _unclear(value: object) -> str | None:
 _SECONDS: Final = (_number(0.001), "is a number of seconds over 0")
 
 _RULES: Final[dict[str, tuple[Callable[[object], Any], str]]] = {
-    "outbox": (_directory, "is the path of a directory; ~NAME a user's home"),
+    "outbox": (
+        _location,
+        "is the path of a directory, ~NAME a user's home; or postgresql://...",
+    ),
     "size_limit": (_whole, "is a whole number of bytes, at least 1"),
     "helo_name": (_helo_name, "is a host name, or an IP address in brackets"),
     "max_sessions": (_whole, "is a whole number of at least 1"),

@@ -13,14 +13,13 @@
                                                   leaves it to a witness, and `resolve`
                                                   publishes or removes
 
-Routes need no secret: `Vault.peek` needs no key, and no cryptography.
-Not here: who may change an account, transactions, and what ``password_from`` names.
+How accounts are read is in `sealed`.  Not here: who may change an account, transactions, and what
+``password_from`` names.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import secrets
@@ -34,21 +33,20 @@ from zope.interface import implementer
 
 from .account import Account
 from .envelope import digest
-from .errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
+from .errors import VaultError, WrongKey
 from .files import make_private, open_inside, refuse_link, sync_path, write_new
 from .interfaces import IAccountStore, Verdict
 from .key import Key, KeySource
-from .register import Page, Register, Unusable
-from .seal import MAX_SIZE, Stored, deletion, is_deletion, parse, seal, staged_mailbox, unseal
+from .register import Page, Register
+from .seal import MAX_SIZE, is_deletion, parse, seal, staged_mailbox
+from .sealed import ANNOUNCED, PUBLISHED, SealedAccounts, parsed
 from .watch import NotifyWatch, PollingWatch, watch_folders
 
 __all__ = ["Presence", "Vault"]
 
 log = logging.getLogger(__name__)
 
-_PUBLISHED: Final = ".account"
 _STAGED: Final = ".staged"
-_ANNOUNCED: Final = "+"  # in front of a version in the register: not in force yet
 _WITNESSED: Final = 0o1600
 
 
@@ -64,7 +62,7 @@ class Presence(Protocol):
 
 
 @implementer(IAccountStore)
-class Vault:
+class Vault(SealedAccounts):
     """See `IAccountStore`.  Thread-safe.
 
     ``directory`` is made by the first change.  Mailboxes are keys, as
@@ -74,70 +72,10 @@ class Vault:
     def __init__(
         self, directory: str | os.PathLike[str], key: KeySource, presence: Presence
     ) -> None:
-        self.location = os.fspath(directory)
-        self._keys = key
+        super().__init__(os.fspath(directory), key)
         self._presence = presence
         self._register = Register(self.location)
         self._staged: dict[str, int] = {}  # token -> process: a forked child commits nothing
-
-    def __repr__(self) -> str:
-        return f"<Vault {self.location}>"
-
-    def get(self, mailbox: str) -> Account:
-        """See `IAccountStore`."""
-        name = digest(mailbox) + _PUBLISHED
-        data = self._data(name, mailbox)
-        while data is not None:
-            try:
-                return self._open(self._parse(name, mailbox, data))
-            except VaultError:
-                before, data = data, self._data(name, mailbox)
-                if data == before:
-                    raise  # not because it was put again meanwhile
-        raise NoSuchAccount(f"no account {mailbox} in {self.location}: put one")
-
-    def peek(self, mailbox: str) -> Account | None:
-        """See `IAccountStore`.  Raises `BrokenSeal` when the file is no account's."""
-        stored = self._read(digest(mailbox) + _PUBLISHED, mailbox)
-        return stored.account if stored else None
-
-    def version(self, mailbox: str) -> str:
-        """See `IAccountStore`.  Each seal has a nonce of its own, so the bytes tell."""
-        data = self._data(digest(mailbox) + _PUBLISHED, mailbox)
-        return hashlib.blake2b(data, digest_size=8).hexdigest() if data is not None else ""
-
-    def mailboxes(self) -> Iterator[str]:
-        """See `IAccountStore`.  Files that cannot be read are logged: see `problems`."""
-        for name in self._names(_PUBLISHED):
-            try:
-                stored = self._read(name)
-            except VaultError as error:
-                log.error("%s", error)
-                continue
-            if stored:
-                yield stored.account.mailbox
-
-    def problems(self) -> Iterator[VaultError]:
-        """Open every account with the key, and yield what is wrong: for the doctor."""
-        for name in self._names(_PUBLISHED):
-            try:
-                stored = self._read(name)
-                if stored:
-                    self.get(stored.account.mailbox)
-            except NoSuchAccount:
-                continue
-            except VaultError as error:
-                yield error
-        try:
-            missing = self._missing()
-        except VaultError as error:
-            yield error
-            return
-        for name in missing:
-            yield VaultError(
-                f"{self._path(name)} was removed, but not by us: put that account again; if it"
-                " is to go, then remove it with `cpsmail`"
-            )
 
     def stage(self, mailbox: str, account: Account | None, transaction: str = "") -> str:
         """See `IAccountStore`.  Raises `VaultError`, `WrongKey`."""
@@ -149,12 +87,7 @@ class Vault:
             self._make()
             # A key that is current here is current until the file is there: see `reseal`.
             with self._register.locked(shared=True):
-                data = seal(account, self._current_key()) if account else deletion(mailbox)
-                if len(data) > MAX_SIZE:
-                    raise VaultError(
-                        f"account {mailbox}: has {len(data)} bytes of settings: shorten them"
-                    )
-                write_new(self._path(token), data)
+                write_new(self._path(token), self._sealed(mailbox, account))
         except OSError as error:
             raise self._cannot(f"write the account {mailbox}", error) from error
         self._staged[token] = os.getpid()
@@ -280,7 +213,7 @@ class Vault:
             raise self._cannot("watch the accounts", error) from error
 
     def _put_in_place(self, token: str) -> None:
-        path, target = self._path(token), self._path(token.partition("-")[0] + _PUBLISHED)
+        path, target = self._path(token), self._path(token.partition("-")[0] + PUBLISHED)
         if is_deletion(_read_file(path)):
             Path(target).unlink(missing_ok=True)
             sync_path(self.location)  # first: what says that it was wanted goes last
@@ -292,7 +225,7 @@ class Vault:
 
     def _overtaken(self, token: str) -> bool:
         """Tell whether the account was put again after this change was staged."""
-        target = self._path(token.partition("-")[0] + _PUBLISHED)
+        target = self._path(token.partition("-")[0] + PUBLISHED)
         try:
             return os.lstat(target).st_mtime_ns > os.lstat(self._path(token)).st_mtime_ns
         except FileNotFoundError:
@@ -319,20 +252,14 @@ class Vault:
         except OSError as error:
             raise self._cannot("list the accounts", error) from error
 
-    def _read(self, name: str, mailbox: str = "") -> Stored | None:
-        """Read one file as an account; None: there is none.  Raises as `_data`."""
-        data = self._data(name, mailbox)
-        return None if data is None else self._parse(name, mailbox, data)
+    def _published(self) -> list[str]:
+        return self._names(PUBLISHED)
 
-    def _parse(self, name: str, mailbox: str, data: bytes) -> Stored:
+    def _listed(self, key: Key) -> Page | None:
         try:
-            stored = parse(data)
-        except ValueError as error:
-            raise self._broken(name, mailbox, str(error)) from None
-        found = stored.account.mailbox
-        if found != mailbox and (mailbox or name != digest(found) + _PUBLISHED):
-            raise self._broken(name, mailbox, f"is the account of {found} under another's name")
-        return stored
+            return self._register.page(key)
+        except OSError as error:
+            raise self._cannot("read the register of accounts", error) from error
 
     def _data(self, name: str, mailbox: str) -> bytes | None:
         """Read one file; None: there is none.  Raises `VaultError`, `BrokenSeal`."""
@@ -347,48 +274,6 @@ class Vault:
                 raise self._broken(name, mailbox, "is no regular file") from None
             raise self._cannot(f"read {mailbox or name}", error) from error
 
-    def _open(self, stored: Stored) -> Account:
-        mailbox = stored.account.mailbox
-        key = self._key()
-        if key.id != stored.key_id:
-            key = self._keys.find(stored.key_id) or key
-        if key.id != stored.key_id:
-            raise WrongKey(
-                f"account {mailbox}: sealed with the key {stored.key_id:.16}, but {key.origin}"
-                f" holds {key.id}: give the former key back, or put the account again"
-                " with its password"
-            )
-        account = unseal(stored, key)
-        if account is None:
-            why = "was edited or damaged, its seal does not hold"
-            raise self._broken(digest(mailbox) + _PUBLISHED, mailbox, why)
-        self._check_last(stored, key)
-        return account
-
-    def _check_last(self, stored: Stored, key: Key) -> None:
-        """Raises `BrokenSeal` for a file that was put back: sealed by us, but not the last."""
-        mailbox = stored.account.mailbox
-        name = digest(mailbox)
-        listed = self._page(key).accounts.get(name)
-        if listed is None:
-            why = "was put back after its account was removed, or its register was lost"
-        elif not {stored.version, _ANNOUNCED + stored.version} & set(listed):
-            why = "is an older state of this account, put back after it was changed"
-        else:
-            return
-        raise self._broken(name + _PUBLISHED, mailbox, why)
-
-    def _page(self, key: Key) -> Page:
-        try:
-            return self._register.page(key) or Page()
-        except Unusable as error:
-            raise BrokenSeal(
-                f"the register of the accounts in {self.location} {error}; else remove"
-                f" register-{key.id} and put the accounts again with their passwords"
-            ) from None
-        except OSError as error:
-            raise self._cannot("read the register of accounts", error) from error
-
     # The register.  All under its lock.
 
     def _announce(self, tokens: Sequence[str]) -> None:
@@ -400,7 +285,7 @@ class Vault:
                 stored = parse(data)
                 by_name = news.setdefault(stored.key_id, {})
                 versions = by_name.setdefault(token.partition("-")[0], [])
-                versions.append(_ANNOUNCED + stored.version)
+                versions.append(ANNOUNCED + stored.version)
         for key_id, by_name in news.items():
             key = self._keys.find(key_id)
             if key is None:
@@ -413,32 +298,32 @@ class Vault:
     def _settle(self, names: Iterable[str]) -> None:
         """List of these accounts what is in force or announced, and nothing else."""
         names = set(names)
-        files = [name + _PUBLISHED for name in names]
+        files = [name + PUBLISHED for name in names]
         files += [name for name in self._names(_STAGED) if name.partition("-")[0] in names]
-        there = {name: _parsed(self._data(name, "")) for name in files}
+        there = {name: parsed(self._data(name, "")) for name in files}
         for key in self._keys.known():
             listed = self._page(key).accounts
             changed: dict[str, list[str]] = {name: [] for name in names}
             for file, stored in there.items():
                 if stored is not None and stored.key_id == key.id:
                     name = file[: len(digest(""))]
-                    if file.endswith(_PUBLISHED):
+                    if file.endswith(PUBLISHED):
                         changed[name].append(stored.version)
-                    elif _ANNOUNCED + stored.version in listed.get(name, ()):
-                        changed[name].append(_ANNOUNCED + stored.version)
+                    elif ANNOUNCED + stored.version in listed.get(name, ()):
+                        changed[name].append(ANNOUNCED + stored.version)
             self._register.write(key, changed)
 
     def _missing(self) -> list[str]:
         """Return the files of accounts that are listed and not there."""
         try:
             with self._register.locked(shared=True):
-                there = set(self._names(_PUBLISHED))
+                there = set(self._names(PUBLISHED))
                 return sorted(
-                    name + _PUBLISHED
+                    name + PUBLISHED
                     for key in self._keys.known()
                     for name, versions in self._page(key).accounts.items()
-                    if name + _PUBLISHED not in there
-                    and not all(version.startswith(_ANNOUNCED) for version in versions)
+                    if name + PUBLISHED not in there
+                    and not all(version.startswith(ANNOUNCED) for version in versions)
                 )
         except FileNotFoundError:
             return []  # nothing was ever put
@@ -452,7 +337,7 @@ class Vault:
                 name
                 for key in self._keys.known()
                 for name, versions in self._page(key).accounts.items()
-                if any(version.startswith(_ANNOUNCED) for version in versions)
+                if any(version.startswith(ANNOUNCED) for version in versions)
             }
             if unsettled:
                 with self._register.locked():
@@ -491,7 +376,7 @@ class Vault:
 
     def _reseal(self, key: Key, most: int) -> int:
         new: dict[str, bytes] = {}
-        for name in self._names(_PUBLISHED):
+        for name in self._names(PUBLISHED):
             stored = self._read(name)
             if stored is None or stored.key_id == key.id:
                 continue
@@ -499,15 +384,15 @@ class Vault:
             if len(new) == most:
                 break
         if not new:
-            for name in self._names(_PUBLISHED + ".new"):  # of one who died in between
+            for name in self._names(PUBLISHED + ".new"):  # of one who died in between
                 os.unlink(self._path(name))
             return 0
         listed = self._page(key).accounts
-        versions = {n.removesuffix(_PUBLISHED): parse(data).version for n, data in new.items()}
+        versions = {n.removesuffix(PUBLISHED): parse(data).version for n, data in new.items()}
         self._register.write(
             key,
             {
-                name: [*listed.get(name, ()), _ANNOUNCED + version]
+                name: [*listed.get(name, ()), ANNOUNCED + version]
                 for name, version in versions.items()
             },
         )
@@ -527,8 +412,8 @@ class Vault:
     def needs(self, key: Key) -> int:
         """Return how many accounts, and changes under way, are sealed with a key."""
         found = 0
-        for name in (*self._names(_PUBLISHED), *self._names(_STAGED)):
-            stored = _parsed(self._data(name, ""))
+        for name in (*self._names(PUBLISHED), *self._names(_STAGED)):
+            stored = parsed(self._data(name, ""))
             found += stored is not None and stored.key_id == key.id
         return found
 
@@ -545,43 +430,11 @@ class Vault:
         self._make()
         return self._register.locked()
 
-    def _current_key(self) -> Key:
-        """Return the key as it is now, not as it was when this process began."""
-        self._keys.reload()
-        return self._key()
-
-    def _key(self) -> Key:
-        key = self._keys.load()
-        if key is not None:
-            return key
-        if not self._names(_PUBLISHED):
-            return self._keys.make()
-        key = self._keys.load()  # made since, and then the first account
-        if key is None:
-            raise WrongKey(
-                f"the key of {self.location} is lost: there are accounts, but no key in"
-                f" {self._keys.where()}: restore it; or delete the accounts and put them"
-                " again with their passwords"
-            )
-        return key
-
-    def _broken(self, name: str, mailbox: str, why: str) -> BrokenSeal:
-        whose = f"account {mailbox}: " if mailbox else ""
-        return BrokenSeal(f"{whose}{self._path(name)} {why}: remove it and put the account again")
-
     def _cannot(self, what: str, error: OSError) -> VaultError:
         return VaultError(
             f"cannot {what} in {self.location}: {error.strerror}: see to the disk and its"
             " permissions"
         )
-
-
-def _parsed(data: bytes | None) -> Stored | None:
-    """Return what an account file holds; None: there is none, or it is something else."""
-    try:
-        return parse(data) if data is not None else None
-    except ValueError:
-        return None
 
 
 def _read_file(path: str) -> bytes:

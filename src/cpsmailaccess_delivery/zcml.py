@@ -45,17 +45,28 @@ from .interfaces import (
     Verdict,
 )
 from .outbox import Outbox
+from .parts import is_url
 from .retry import UNCLEAR_POLICIES
 
 #: zope.sendmail's own permission; defined here too, because its configuration may be absent.
 SEND_MAIL = "zope.SendMail"
 
 
+class QueuePath(Path):  # type: ignore[misc, unused-ignore]
+    """A path, relative to the package that is configured; or the URL of a back end."""
+
+    def fromUnicode(self, value: str) -> str:
+        url: str = value.strip()
+        return url if is_url(url) else str(super().fromUnicode(value))
+
+
 class IQueuePath(Interface):
     """Every directive names the spool that it belongs to."""
 
-    queuePath = Path(
-        title="Queue path", description="Directory of the spool; made when missing.", required=True
+    queuePath = QueuePath(
+        title="Queue path",
+        description="Directory of the spool, made when missing; or postgresql://...",
+        required=True,
     )
 
 
@@ -171,7 +182,7 @@ def smtp_account(
             with manager:
                 accounts.put(account)
 
-    path = os.path.realpath(queuePath)
+    path = _name_of(queuePath)
     _context.action(discriminator=("mail:smtpAccount", path, account.mailbox), callable=keep)
 
 
@@ -212,7 +223,7 @@ def queue_processor(
 def outbox_for(queue_path: str) -> Outbox:
     """Return the outbox of a queue path: one per registry, made on first use."""
     manager = getGlobalSiteManager()
-    path = os.path.realpath(queue_path)
+    path = _name_of(queue_path)
     outbox: Outbox | None = manager.queryUtility(IOutbox, path)
     if outbox is None:
         outbox = Outbox(path, witness=RegisteredWitness(path))
@@ -249,6 +260,11 @@ class RegisteredWitness:
         manager = getGlobalSiteManager()
         named = manager.queryUtility(ITransactionWitness, self._name)
         return manager.queryUtility(ITransactionWitness) if named is None else named
+
+
+def _name_of(queue_path: str) -> str:
+    """Return what all directives with one outbox have in common."""
+    return queue_path if is_url(queue_path) else os.path.realpath(queue_path)
 
 
 _ACCOUNT_FIELDS = {

@@ -39,7 +39,7 @@ DEFERRED = Outcome(State.DEFERRED, "450 4.2.1 later", NOW)
 REFUSED = Outcome(State.REFUSED, "550 5.1.1 nobody", NOW)
 UNCLEAR = Outcome(State.UNCLEAR, "", NOW)
 
-_DOUBTS = (doubts._IN_DOUBT, doubts._ASKED)
+_DOUBTS = (doubts.IN_DOUBT, doubts.ASKED)
 
 #: What may have become of a mail: not there, in doubt, or its state.
 ABSENT, DOUBT, QUEUED, HELD = "absent", "in doubt", "queued", "held"

@@ -47,7 +47,7 @@ from cpsmailaccess_delivery.errors import (
     WrongKey,
 )
 from cpsmailaccess_delivery.interfaces import LaneNote, Outcome, State
-from cpsmailaccess_delivery.journal_file import Event, JournalFile, count, find
+from cpsmailaccess_delivery.journal_file import Event, JournalFile
 from cpsmailaccess_delivery.key import Key, KeySource
 from cpsmailaccess_delivery.message import complete, find_message_id, to_bytes
 from cpsmailaccess_delivery.report import Action, Notice
@@ -437,13 +437,13 @@ def note(data: bytes) -> None:
 def journal(data: bytes) -> None:
     path = str(_file("journal.sqlite", data))
     with contextlib.suppress(sqlite3.Error, OSError):
-        find(path, message_id="a@b", address=None, limit=10)
+        JournalFile(path).find(message_id="a@b", address=None, limit=10)
     with contextlib.suppress(sqlite3.Error, OSError):
-        count(path, 0.0)
+        JournalFile(path).count(0.0)
     writer = JournalFile(path)
     try:
         writer.write([Event(1.0, "queued", message_id="a@b")])
-        assert find(path, message_id="a@b", address=None, limit=10)
+        assert JournalFile(path).find(message_id="a@b", address=None, limit=10)
     except (sqlite3.Error, OSError):
         pass
     finally:

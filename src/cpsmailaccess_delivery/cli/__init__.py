@@ -23,6 +23,7 @@ from .drain import drain
 from .output import complain
 from .queue import queue, show
 from .run import run
+from .schema import schema
 from .send import send
 from .stats import stats
 from .steer import cancel, hold, release, retry, settle
@@ -93,7 +94,7 @@ def _report(error: BaseException, verbose: bool) -> None:
 
 @click.group(cls=_Root, context_settings=_CONTEXT)
 @click.option("--config", metavar="FILE", help="Settings file (TOML).")
-@click.option("--outbox", metavar="DIR", help="Directory of the outbox.")
+@click.option("--outbox", metavar="DIR|URL", help="The outbox: a directory, or postgresql://...")
 @click.option(
     "--set",
     "assignments",
@@ -131,7 +132,7 @@ def cli(
 
 for _command in (
     run, drain, queue, show, trace, stats, retry, hold, release, cancel, settle, send, accounts,
-    doctor,
+    doctor, schema,
 ):  # fmt: skip
     cli.add_command(_command)
 

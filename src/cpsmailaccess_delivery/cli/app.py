@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
@@ -73,9 +74,9 @@ class App:
     def outbox(self, *, make: bool = False) -> Iterator[Outbox]:
         """Open the outbox.  Unless `make`, one that is not there is a mistyped path."""
         settings = self.settings()
-        if not make and not settings.outbox.is_dir():
+        if not make and isinstance(settings.outbox, Path) and not settings.outbox.is_dir():
             raise errors.InvalidSettings(
-                f"outbox {settings.outbox}: there is none; the first `cpsmail accounts set`,"
+                f"outbox {settings.location}: there is none; the first `cpsmail accounts set`,"
                 " `send` or `run` makes it"
             )
         with settings.open() as outbox:

@@ -11,20 +11,21 @@ import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from .. import journal_file
 from ..envelope import Envelope, Route
 from ..errors import OutboxError, SecretUnavailable
 from ..interfaces import State
+from ..journal_file import JournalFile
+from ..parts import is_url
 from ..password import resolve_secret
 from ..spool.names import parse
 from ..verdicts import DECIDED
 from ..wording import age
+from .findings import Finding, Level
+from .server_checks import check_server
 
 if TYPE_CHECKING:
     from ..outbox import Outbox
@@ -49,27 +50,9 @@ _DECISIONS: Final = {
 }
 
 
-class Level(StrEnum):
-    """How bad it is."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """``text``: what was seen.  ``advice``: what to do; "" when nothing is."""
-
-    check: str
-    level: Level
-    text: str
-    advice: str = ""
-
-
 def examine(outbox: Outbox) -> Iterator[Finding]:
     """Yield the findings of all checks; a check that breaks is a finding, too."""
-    for name, check in _CHECKS.items():
+    for name, check in (_ON_A_SERVER if is_url(outbox.location) else _CHECKS).items():
         try:
             for level, text, advice in check(outbox):
                 yield Finding(name, level, text, advice)
@@ -291,9 +274,9 @@ def _is_old(path: Path, root: Path) -> bool:
 
 
 def _check_processes(outbox: Outbox) -> _Findings:
-    ours = outbox.presence.token
-    names = (name for name in _names(Path(outbox.location) / "presence") if name != ours)
-    others = sum(outbox.presence.is_alive(name) for name in names if not name.startswith("."))
+    presence = outbox.presence
+    names = (name for name in _names(Path(outbox.location) / "presence") if name != presence.token)
+    others = sum(presence.is_alive(name) for name in names if not name.startswith("."))
     if others:
         yield Level.OK, f"{others} other processes have the outbox open", ""
     else:
@@ -306,7 +289,7 @@ def _check_processes(outbox: Outbox) -> _Findings:
 
 def _check_journal(outbox: Outbox) -> _Findings:
     try:
-        events = sum(journal_file.count(outbox.journal.path, 0.0).values())
+        events = sum(JournalFile(outbox.journal.path).count(0.0).values())
     except sqlite3.Error as error:
         yield Level.FAIL, f"{outbox.journal.path}: {error}", "remove it: no mail is affected"
     else:
@@ -351,4 +334,13 @@ _CHECKS: Final[dict[str, Callable[[Outbox], _Findings]]] = {
     "doubts": _check_doubts,
     "processes": _check_processes,
     "journal": _check_journal,
+}
+
+#: Of an outbox that a URL names.
+_ON_A_SERVER: Final[dict[str, Callable[[Outbox], _Findings]]] = {
+    "server": check_server,
+    "key": _check_key,
+    "passwords": _check_passwords,
+    "queue": _check_oldest,
+    "lanes": _check_lanes,
 }

@@ -9,7 +9,8 @@ import click
 from ..errors import OutboxError
 from ..wording import clean
 from .app import EX_NO, App, json_option, pass_app
-from .checks import Finding, Level, examine
+from .checks import examine
+from .findings import Finding, Level
 from .output import emit
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -25,7 +26,7 @@ def doctor(app: App, as_json: bool) -> int:
     """
     settings = app.settings()
     source = f"settings from {settings.source}" if settings.source else "no settings file"
-    findings = [Finding("settings", Level.OK, f"{source}; outbox {settings.outbox}")]
+    findings = [Finding("settings", Level.OK, f"{source}; outbox {settings.location}")]
     if not as_json:
         _print(findings[0])
     try:

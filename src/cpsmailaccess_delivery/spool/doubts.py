@@ -27,11 +27,11 @@ from .outcomes import NOTHING, DamagedSide, Side, SideFiles
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
-_IN_DOUBT: Final = (
+IN_DOUBT: Final = (
     "in doubt: a process died between the vote and the end of its transaction, and nobody can"
     " tell whether that committed; release it if it did, cancel it if not"
 )
-_ASKED: Final = (
+ASKED: Final = (
     "in doubt: a process died between the vote and the end of its transaction; whether that"
     " committed, the next processor that has the witness (the database) asks"
 )
@@ -48,7 +48,7 @@ class Doubts:
     def hold(self, name: str, entry: Entry, witnessed: bool) -> bool:
         """Move a file of tmp/ to the held mails; return whether this call did."""
         after = names.held(entry)
-        reason = _ASKED if witnessed else _IN_DOUBT
+        reason = ASKED if witnessed else IN_DOUBT
         try:
             # It may have been published, and tried: then its old name came back.
             outcomes = (self._sides.read(entry.id) or NOTHING).outcomes
@@ -109,7 +109,7 @@ class Doubts:
             self._mails.remove(entry, has_side=True)
             self._mails.free_key(entry, envelope)
             return None
-        return self._mails.hold(entry, _IN_DOUBT, sync=True)
+        return self._mails.hold(entry, IN_DOUBT, sync=True)
 
     def _is_asked(self, entry: Entry) -> bool:
         try:
@@ -117,4 +117,4 @@ class Doubts:
         except SpoolError as error:
             log.error("%s: stays held: %s", entry.id, error)
             return False
-        return side is not None and side.reason == _ASKED
+        return side is not None and side.reason == ASKED

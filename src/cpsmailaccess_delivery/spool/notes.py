@@ -41,7 +41,7 @@ class LaneNotes:
             return None
         path = self._directory / key
         try:
-            return _load(_read(path))
+            return load_note(_read(path))
         except FileNotFoundError:
             return None
         except (OSError, *_UNREADABLE) as error:
@@ -81,7 +81,8 @@ def _read(path: Path) -> bytes:
         return stream.read(_MAX_SIZE)
 
 
-def _load(data: bytes) -> LaneNote:
+def load_note(data: bytes) -> LaneNote:
+    """Return what a note says.  Raises ValueError, TypeError, KeyError, RecursionError."""
     fields = json.loads(data)
     note = LaneNote(
         route=str(fields["route"]),

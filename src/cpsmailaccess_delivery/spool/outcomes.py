@@ -106,7 +106,7 @@ class SideFiles:
         sync = sync or side.binding
         name, mode = self._scrap(entry_id), _SYNCED if sync else _NOTE
         try:
-            write_new(name, _dump(side), mode=mode, sync=sync, dir_fd=self._layout["tmp"])
+            write_new(name, dump_side(side), mode=mode, sync=sync, dir_fd=self._layout["tmp"])
             self._layout.move("tmp", name, "outcomes", entry_id)
             if sync:
                 os.fsync(self._layout["outcomes"])
@@ -135,7 +135,8 @@ class SideFiles:
             log.warning("outcomes/%s cannot be removed: %s", entry_id, error)
 
 
-def _dump(side: Side) -> bytes:
+def dump_side(side: Side) -> bytes:
+    """Return a side as it is stored: JSON, in ASCII."""
     outcomes = {address: _fields(outcome) for address, outcome in side.outcomes.items()}
     return json.dumps(
         {
@@ -160,6 +161,18 @@ def _load(data: bytes) -> Side:
         reason=str(fields["reason"]),
         outcomes={address: _outcome(*each) for address, each in fields["outcomes"].items()},
     )
+
+
+def load_side(text: str | None) -> Side:
+    """Return what `dump_side` wrote; None: nothing.  Raises `DamagedSide`."""
+    if text is None:
+        return NOTHING
+    try:
+        return _load(text.encode())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DamagedSide(
+            "what earlier attempts left is damaged: who has the mail already is unknown; cancel it"
+        ) from None
 
 
 def _fields(outcome: Outcome) -> list[object]:

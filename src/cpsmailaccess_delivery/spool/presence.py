@@ -15,8 +15,11 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from zope.interface import implementer
+
 from ..errors import SpoolError
 from ..files import make_private, open_inside, refuse_link
+from ..interfaces import IPresence
 from . import forks
 from .durable import spool_error
 
@@ -30,14 +33,17 @@ _FORGOTTEN: Final = 3600.0  # seconds: an unfinished file is only touched when t
 class Deliverer:
     """A living process that delivers: ``pid``; ``since``: seconds since the epoch.
 
-    ``here``: this one.  The number is for people: other containers may have the same.
+    ``here``: this one.  ``host``: of another machine, where that can be.  The number is for
+    people: other containers may have the same.
     """
 
     pid: int
     since: float
     here: bool
+    host: str = ""
 
 
+@implementer(IPresence)
 class Presence:
     """This process, as others that share `directory` see it.
 
@@ -82,10 +88,7 @@ class Presence:
         return False
 
     def delivers(self) -> None:
-        """Say that a processor runs in this process, until as many have said `rests`.
-
-        Never raises: it is for people only.
-        """
+        """See `IPresence`."""
         with self._lock:
             try:
                 _ = self.token  # after a fork there is another file
@@ -96,14 +99,14 @@ class Presence:
                 self._say(str(os.getpid()))
 
     def rests(self) -> None:
-        """Take one `delivers` back.  Never raises."""
+        """See `IPresence`."""
         with self._lock:
             self._processors = max(self._processors - 1, 0)
             if not self._processors:
                 self._say("")
 
     def deliverers(self) -> list[Deliverer]:
-        """Return the living processes that deliver, the oldest first."""
+        """See `IPresence`."""
         found = []
         for name in os.listdir(self._directory):
             if name.startswith("."):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final
 from AccessControl.class_init import InitializeClass
 from AccessControl.SecurityInfo import ClassSecurityInfo
 
+from ..spool.presence import Deliverer
 from ..wording import age, clean, moment, upcoming
 from . import processors
 from .chart import HEIGHT, KINDS, WIDTH, chart
@@ -58,7 +59,7 @@ class ProcessorTab:
             REQUEST,
             here=_here(outbox, now),
             others=[
-                {"pid": each.pid, "since": age(now - each.since), "when": moment(each.since)}
+                {"name": _name(each), "since": age(now - each.since), "when": moment(each.since)}
                 for each in outbox.presence.deliverers()
                 if not each.here
             ],
@@ -172,3 +173,7 @@ def _chart(outbox: Any, hour: list[tuple[int, str, int]], span: str, now: float)
         return time.strftime("%H:%M", time.localtime(since + index * seconds))
 
     return chart(series, steps, label, unit)
+
+
+def _name(deliverer: Deliverer) -> str:
+    return f"{deliverer.pid} on {deliverer.host}" if deliverer.host else str(deliverer.pid)

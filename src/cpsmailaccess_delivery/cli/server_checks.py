@@ -1,0 +1,46 @@
+"""What the doctor looks at when the outbox is on a server: see `checks`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .findings import Level
+
+if TYPE_CHECKING:
+    from ..outbox import Outbox
+
+#: Seconds between our clock and the server's that are worth a word.  It does no harm: see `Parts`.
+_DRIFT = 5.0
+
+
+def check_server(outbox: Outbox) -> Iterator[tuple[Level, str, str]]:
+    """Look at the server, its schema, its clock, and who works on it."""
+    from ..pg.schema import VERSION, found
+
+    begun = time.monotonic()
+    with outbox.spool.connections.use("ask for the version") as connection:
+        version, _ = found(connection)
+        (server,) = connection.execute("SHOW server_version").fetchone()
+        (durable,) = connection.execute("SHOW synchronous_commit").fetchone()
+        (fsync,) = connection.execute("SHOW fsync").fetchone()
+    milliseconds = (time.monotonic() - begun) * 1000
+    yield Level.OK, f"PostgreSQL {server} answers ({milliseconds:.1f} ms)", ""
+    if version < VERSION:
+        text = f"schema {version}, this release makes {VERSION}"
+        yield Level.WARN, text, "cpsmail schema upgrade"
+    else:
+        yield Level.OK, f"schema {version}", ""
+    if fsync == "off" or durable == "off":
+        text = f"fsync = {fsync}, synchronous_commit = {durable}: a crash loses committed mails"
+        yield Level.FAIL, text, "set both to on for this database"
+    drift = outbox.spool.connections.now() - time.time()
+    if abs(drift) > _DRIFT:
+        yield Level.WARN, f"the server's clock is {drift:+.0f} s from ours", "synchronise the hosts"
+    if workers := len(outbox.presence.deliverers()):
+        yield Level.OK, f"{workers} workers deliver", ""
+    else:
+        yield Level.WARN, "no worker delivers", "start `cpsmail run` on one host at least"
+    if number := len(outbox.spool.left_overs()):
+        yield Level.WARN, f"{number} mails are in doubt", "`cpsmail run` and `drain` hold them"

@@ -1,0 +1,16 @@
+"""The outbox on PostgreSQL: one that many machines feed, and many empty.
+
+::
+
+    backend      what `Outbox("postgresql://...")` is made of
+    connections  to the server: kept, given back, left behind by a fork; its clock
+    schema       tables, and how an older one becomes the present one
+    engine       pgqueuer: which mail is next for whom
+    mails        one mail and every change of it, as SQL
+    lease        the claim on one mail: a token that every change must show
+    leases       those of this process, kept alive
+    workers      who delivers, on all hosts
+    watch, feed  what has changed, for who looks; the next mails, for who delivers
+    vault, register, journal
+                 accounts, and what happened
+"""

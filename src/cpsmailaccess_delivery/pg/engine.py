@@ -1,0 +1,168 @@
+"""The engine: pgqueuer says which mail is next for whom, and when.  Nothing else knows it.
+
+A mail that a processor may take has a job: entrypoint its lane, payload and dedupe key its id,
+execute_after its due time.  Of pgqueuer: the table, `enqueue`, `dequeue`, `update_heartbeat`,
+`upgrade`.  Not its `QueueManager`: it buffers acknowledgements, and does not fence them.  A job
+ends in the statement that settles its mail, so that one cannot outlive the other.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Coroutine, Sequence
+from datetime import timedelta
+from typing import Any, Final, NamedTuple, TypeVar
+
+from pgqueuer.adapters.persistence.qb import (
+    QueryBuilderEnvironment,
+    QueryQueueBuilder,
+    QuerySchedulerBuilder,
+)
+from pgqueuer.adapters.persistence.queries import Queries
+from pgqueuer.domain.settings import DBSettings, Durability
+from pgqueuer.domain.types import Channel, JobId, QueueEntrypoint, QueueManagerId
+from pgqueuer.ports.repository import EntrypointExecutionParameter
+from psycopg import RawCursor
+from psycopg.rows import dict_row
+
+from .connections import Connection
+
+#: The schema of all our tables, and of the engine's.
+SCHEMA: Final = "cpsmail"
+
+#: The engine's log and statistics may be lost in a crash: our journal says what happened.
+SETTINGS: Final = DBSettings(
+    prefix="",
+    db_schema=SCHEMA,
+    durability=Durability.balanced,
+    channel=Channel("cpsmail_engine"),
+    function="fn_pgqueuer_changed",
+    statistics_table="pgqueuer_statistics",
+    queue_status_type="pgqueuer_status",
+    queue_table="pgqueuer",
+    queue_table_log="pgqueuer_log",
+    trigger="tg_pgqueuer_changed",
+    schedules_table="pgqueuer_schedules",
+)
+
+JOBS: Final = SETTINGS.qualified.queue_table
+LOG: Final = SETTINGS.qualified.queue_table_log
+
+#: The claim's cost grows with lanes and batch: see docs/scaling.rst.
+MOST_AT_ONCE: Final = 50
+
+_FARTHEST: Final = timedelta(days=365_000)
+_T = TypeVar("_T")
+
+
+class Job(NamedTuple):
+    """A mail that is next: its id, and its job."""
+
+    mail: str
+    id: int
+
+
+class _Driver:
+    """What `Queries` asks of a driver, on a connection without asyncio."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def fetch(self, query: str, *args: object) -> list[dict[str, object]]:
+        cursor = RawCursor(self._connection, row_factory=dict_row)
+        return cursor.execute(query, args or None).fetchall()
+
+    async def execute(self, query: str, *args: object) -> str:
+        cursor = RawCursor(self._connection)
+        return cursor.execute(query, args or None).statusmessage or ""
+
+
+def _queries(connection: Connection) -> Queries:
+    driver: Any = _Driver(connection)
+    return Queries(
+        driver,
+        qbe=QueryBuilderEnvironment(SETTINGS),
+        qbq=_BUILDER,
+        qbs=QuerySchedulerBuilder(SETTINGS),
+    )
+
+
+_BUILDER: Final = QueryQueueBuilder(SETTINGS)
+
+
+def _run(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run what never waits, since its driver does not."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        result: _T = end.value
+        return result
+    raise RuntimeError("the engine waits for something that is not its driver")
+
+
+def upgrade(connection: Connection) -> None:
+    """Make the engine's tables, or bring older ones up to date; safe to repeat.
+
+    Its trigger is off: each NOTIFY makes commits wait for each other, and we send our own.
+    """
+    queries = _queries(connection)
+    if _run(queries.schema_is_installed()):
+        _run(queries.apply_upgrade())
+    else:
+        _run(queries.install(create_schema=False))
+    connection.execute(f"ALTER TABLE {JOBS} DISABLE TRIGGER {SETTINGS.trigger}")
+
+
+def enqueue(connection: Connection, mails: Sequence[tuple[str, str, int, float]]) -> list[int]:
+    """Give each mail (id, lane, priority, seconds until it is due) a job; return the jobs."""
+    ids = _run(
+        _queries(connection).enqueue(
+            [lane for _, lane, _, _ in mails],
+            [mail.encode() for mail, _, _, _ in mails],
+            [priority for _, _, priority, _ in mails],
+            [_delay(seconds) for _, _, _, seconds in mails],
+            [mail for mail, _, _, _ in mails],
+        )
+    )
+    return [int(each) for each in ids]
+
+
+def dequeue(
+    connection: Connection, lanes: Sequence[str], worker: uuid.UUID, *, most: int, lease: float
+) -> list[Job]:
+    """Take what is next in these lanes.
+
+    `lease`: seconds of silence after which another worker's job is taken.
+    """
+    unlimited = EntrypointExecutionParameter(concurrency_limit=0)
+    jobs = _run(
+        _queries(connection).dequeue(
+            most,
+            {QueueEntrypoint(lane): unlimited for lane in lanes},
+            QueueManagerId(worker),
+            None,
+            timedelta(seconds=lease),
+        )
+    )
+    return [Job((job.payload or b"").decode("ascii", "replace"), int(job.id)) for job in jobs]
+
+
+def beat(connection: Connection, jobs: Sequence[int]) -> None:
+    """Say that the mails of these jobs are being delivered."""
+    if jobs:
+        _run(_queries(connection).update_heartbeat([JobId(job) for job in jobs]))
+
+
+def _delay(seconds: float) -> timedelta | None:
+    if seconds <= 0:
+        return None
+    return min(timedelta(seconds=min(seconds, 1e11)), _FARTHEST)
+
+
+#: For statements that settle a mail, see `mails`.  A job goes with its mail, or is free again.
+DELETE_JOB: Final = f"DELETE FROM {JOBS} WHERE id IN (SELECT job FROM mail)"
+FREE_JOB: Final = (
+    f"UPDATE {JOBS} SET status = 'queued', queue_manager_id = NULL, slot = NULL,"
+    " updated = now(), execute_after = greatest(now(), to_timestamp(%(due)s))"
+    " WHERE id IN (SELECT job FROM mail)"
+)

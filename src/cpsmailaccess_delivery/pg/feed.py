@@ -1,0 +1,438 @@
+"""What a processor delivers: the next mails of the lanes that are its own, leased ahead.
+
+::
+
+    a lane with mail that is due, and nobody's --take--> ours --dry for a while--> nobody's
+        the engine names its next mails --lease--> told --claim--> delivered
+                                                     `-- its lane waits: given back
+
+A lane belongs to one worker at a time, on whatever host.  So the limits of an account hold over
+all workers without a word between them, as they do over the workers of one host (`limits.Share`);
+and no two of them try for the same mail.  A worker that is silent for a lease loses lanes and
+mails to others.  The limits of a relay are shared out among the workers that live.
+
+Everything here happens in one thread, with one connection, beside the loop of the processor.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import select
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final
+
+import psycopg
+from zope.interface import implementer
+
+from ..errors import SpoolError
+from ..interfaces import Entry, IWatch
+from ..spool.postgres import PostgresSpool
+from .connections import Connection
+from .engine import JOBS, MOST_AT_ONCE, dequeue
+from .lanes import LANES
+from .lease import Lease
+from .mails import CHANNEL, CLAIM_MANY, DROP_JOBS, ENTRY, MAILS, TAKEABLE, entry_of, row_of
+
+log = logging.getLogger(__name__)
+
+#: Lanes that a worker has at most, and lanes that one question to the engine names: its cost is
+#: the product of lanes and batch.
+MOST_LANES: Final = 100
+_LANES_AT_ONCE: Final = 20
+
+#: Mails that are leased ahead: of one lane, of one worker.
+_LANE_AHEAD: Final = 100
+_AHEAD: Final = 1000
+
+#: Seconds between two looks when nothing is told, and when what is leased must be sent first.
+_LOOK: Final = 1.0
+_SOON: Final = 0.02
+
+#: Seconds after its last mail in which a lane stays ours: longer than an idle session lasts.
+_KEPT: Final = 15.0
+
+#: Seconds between two looks at the mails of lanes that wait, and how many are told in one.
+_AGE: Final = 60.0
+_AGE_STEP: Final = 1000
+
+#: The lanes with mail that is due, found by skipping through an index; and those of the dead.
+_ACTIVE: Final = f"""
+WITH RECURSIVE queued AS (
+    (SELECT entrypoint, execute_after FROM {JOBS} WHERE status = 'queued'
+     ORDER BY entrypoint, execute_after LIMIT 1)
+    UNION ALL
+    SELECT next.* FROM queued CROSS JOIN LATERAL (
+        SELECT entrypoint, execute_after FROM {JOBS}
+        WHERE status = 'queued' AND entrypoint > queued.entrypoint
+        ORDER BY entrypoint, execute_after LIMIT 1) next
+), active AS (
+    SELECT entrypoint AS lane FROM queued WHERE execute_after <= clock_timestamp()
+    UNION
+    SELECT entrypoint FROM {JOBS} WHERE status = 'picked'
+        AND heartbeat < clock_timestamp() - make_interval(secs => %(lease)s)
+)
+SELECT active.lane, coalesce(lanes.until > clock_timestamp(), false) AS taken
+FROM active LEFT JOIN {LANES} lanes ON lanes.lane = active.lane AND lanes.worker IS NOT NULL"""
+
+TAKE: Final = f"""
+INSERT INTO {LANES} (lane, worker, until)
+SELECT lane, %(worker)s, clock_timestamp() + make_interval(secs => %(lease)s)
+FROM unnest(%(lanes)s::text[]) each (lane)
+ON CONFLICT (lane) DO UPDATE SET worker = excluded.worker, until = excluded.until
+WHERE lanes.worker IS NULL OR lanes.until < clock_timestamp()
+RETURNING lane"""
+
+_RENEW: Final = f"""
+UPDATE {LANES} SET until = clock_timestamp() + make_interval(secs => %(lease)s)
+WHERE worker = %(worker)s AND until > clock_timestamp() RETURNING lane"""
+
+_GIVE_BACK: Final = f"""
+WITH mail AS (
+    UPDATE {MAILS} SET lease = NULL, leased_until = NULL
+    FROM unnest(%(ids)s::text[], %(leases)s::uuid[]) each (id, token)
+    WHERE mails.id = each.id AND mails.lease = each.token RETURNING mails.job
+)
+UPDATE {JOBS} SET status = 'queued', queue_manager_id = NULL, updated = now()
+WHERE id IN (SELECT job FROM mail)"""
+
+
+class Feed:
+    """The spool of one processor that runs for ever: see `ISpool`, and the module.
+
+    What is not about the next mail is the spool's own.
+    """
+
+    def __init__(self, spool: PostgresSpool) -> None:
+        self._spool = spool
+        self._ahead: dict[str, Lease] = {}
+        self._lock = threading.Lock()  # of what is leased ahead: the loop takes, the thread too
+        self.worker = uuid.uuid4()
+        self.workers = 1  # that live, this one counted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._spool, name)
+
+    def scan(self) -> Iterator[Entry]:
+        """See `ISpool`: nothing; what is due is told by the watch."""
+        return iter(())
+
+    def watch(self) -> FeedWatch:
+        """See `ISpool`: it tells of mails that are leased already."""
+        return FeedWatch(self, self._spool)
+
+    def claim(self, entry: Entry) -> Lease | None:
+        """See `ISpool`."""
+        with self._lock:
+            lease = self._ahead.pop(entry.id, None)
+        if lease is None:
+            return self._spool.claim(entry)
+        if lease.is_sure and lease.entry == entry:
+            return lease
+        lease.release()
+        return None
+
+    def part(self, limit: int) -> int:
+        """Return our part of a limit over all workers; at least 1."""
+        return max(1, limit // self.workers)
+
+    # For the thread
+
+    def lease(self, connection: Connection, lanes: Sequence[str]) -> list[Entry]:
+        """Lease the next mails of these lanes; return them, and whether there may be more."""
+        seconds = self._spool.leases.seconds
+        token = uuid.uuid4()
+        with connection.transaction():
+            jobs = dequeue(connection, lanes, self.worker, most=MOST_AT_ONCE, lease=seconds)
+            if not jobs:
+                return []
+            ids = [job.mail for job in jobs]
+            rows = connection.execute(
+                CLAIM_MANY, {"ids": ids, "lease": token, "seconds": seconds}, binary=True
+            ).fetchall()
+            if len(rows) < len(jobs):  # of the others some are leased elsewhere: named again later
+                connection.execute(DROP_JOBS, {"ids": ids, "jobs": [job.id for job in jobs]})
+        job_of = {job.mail: job.id for job in jobs}
+        entries = []
+        for found in rows:
+            row = row_of(found)
+            lease = self._spool.lease_of(row._replace(job=job_of[row.entry.id]), token)
+            if lease is not None:
+                with self._lock:
+                    self._ahead[lease.entry.id] = lease
+                entries.append(lease.entry)
+        return sorted(entries, key=lambda entry: (-entry.priority, entry.id))
+
+    def held(self) -> Counter[str]:
+        """Return how many mails are leased, by lane."""
+        return Counter(lease.entry.lane for lease in self._spool.leases.held())
+
+    def give_back(self, connection: Connection, lanes: Iterable[str] | None = None) -> None:
+        """Give back what is leased ahead of these lanes; None: of all."""
+        chosen = None if lanes is None else set(lanes)
+        with self._lock:
+            leases = [
+                lease
+                for lease in self._ahead.values()
+                if chosen is None or lease.entry.lane in chosen
+            ]
+            for lease in leases:
+                del self._ahead[lease.entry.id]
+        for lease in leases:
+            lease.leave()
+        if leases:
+            ids, tokens = [each.entry.id for each in leases], [each.token for each in leases]
+            connection.execute(_GIVE_BACK, {"ids": ids, "leases": tokens})
+
+
+@implementer(IWatch)
+class FeedWatch:
+    """See `IWatch`.  Raises `SpoolError` when the server cannot be reached now."""
+
+    def __init__(self, feed: Feed, spool: PostgresSpool) -> None:
+        self._feed = feed
+        self._spool = spool
+        self._seconds = spool.leases.seconds
+        self._told: deque[Entry] = deque()
+        self._lanes: dict[str, float] = {}  # ours, and when they last had mail (monotonic)
+        self._leaving: set[str] = set()  # of them: too many
+        self._waiting: set[str] = set()  # of them: their circuits are open
+        self._turn = 0
+        self._renew_at = 0.0  # monotonic, as all times here
+        self._seek_at = 0.0
+        self._age_at = 0.0
+        self._aged: dict[str, str] = {}  # by lane: the last id that was told because of its age
+        self._expired: set[str] = set()  # ids that were told since because their time is over
+        self._closed = False
+        connection = self._listen()
+        self._reader, self._writer = os.pipe()
+        self._ended, self._end = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._thread = threading.Thread(
+            target=self._run, args=[connection], name="cpsmail-feed", daemon=True
+        )
+        self._thread.start()
+
+    def fileno(self) -> int:
+        """See `IWatch`."""
+        return self._reader
+
+    def read(self) -> list[Entry]:
+        """See `IWatch`."""
+        try:
+            while os.read(self._reader, 4096):
+                pass
+        except BlockingIOError:
+            pass
+        told = []
+        while self._told:
+            told.append(self._told.popleft())
+        return told
+
+    def close(self) -> None:
+        """See `IWatch`.  Gives back what is leased ahead, and the lanes."""
+        if self._closed:
+            return
+        self._closed = True
+        os.write(self._end, b"!")
+        self._thread.join()
+        for fd in (self._reader, self._writer, self._ended, self._end):
+            os.close(fd)
+
+    def _listen(self) -> Connection:
+        connection = self._spool.connections.connect()
+        try:
+            connection.execute(f'LISTEN "{CHANNEL}"')
+        except psycopg.Error as error:
+            connection.close()
+            raise self._spool.connections.error("listen", error) from error
+        return connection
+
+    def _run(self, connection: Connection | None) -> None:
+        while not self._closed:
+            try:
+                if connection is None:
+                    connection = self._listen()
+                self._wait(connection, self._work(connection))
+            except (SpoolError, psycopg.Error) as error:
+                log.warning("no mail is taken for a while: %s", error)
+                if connection is not None:
+                    connection.close()
+                    connection = None
+                select.select([self._ended], [], [], _LOOK)
+            except Exception:  # a fault of ours: nothing spins on it, and it is not the end
+                log.exception("a fault in the feed; going on in a moment")
+                select.select([self._ended], [], [], _LOOK)
+        if connection is not None:
+            self._leave(connection)
+
+    def _wait(self, connection: Connection, seconds: float) -> None:
+        if seconds > 0:
+            select.select([connection.fileno(), self._ended], [], [], seconds)
+        if any(True for _ in connection.notifies(timeout=0)):
+            self._seek_at = 0.0
+
+    def _leave(self, connection: Connection) -> None:
+        try:
+            self._feed.give_back(connection)
+            values = {"worker": self._feed.worker}
+            connection.execute(
+                f"UPDATE {LANES} SET worker = NULL WHERE worker = %(worker)s", values
+            )
+            self._spool.workers.leave(connection, self._feed.worker)
+        except psycopg.Error as error:
+            log.warning("lanes are free in %.0f s: %s", self._seconds, error)
+        finally:
+            connection.close()
+
+    # One round
+
+    def _work(self, connection: Connection) -> float:
+        """Do what is to be done; return the seconds until there may be more."""
+        now = time.monotonic()
+        if now >= self._renew_at:
+            self._renew(connection)
+            self._renew_at = now + self._seconds / 3
+        if now >= self._seek_at:
+            self._look_at_notes(connection)
+            self._seek(connection, now)
+            self._tell_expired(connection)
+            self._seek_at = now + _LOOK
+        if now >= self._age_at:
+            self._tell_old(connection)
+            self._expired.clear()  # one that is still there is told again
+            self._age_at = now + _AGE
+        held = self._feed.held()
+        if sum(held.values()) >= _AHEAD:
+            return _SOON
+        for lane, count in held.items():
+            if count and lane in self._lanes:
+                self._lanes[lane] = now
+        fed = [lane for lane in self._lanes if lane not in self._leaving | self._waiting]
+        open_ = [lane for lane in fed if held[lane] < _LANE_AHEAD]
+        if not open_:
+            return _SOON if fed else max(0.0, self._seek_at - now)
+        more = False
+        for _ in range(math.ceil(len(open_) / _LANES_AT_ONCE)):
+            part = self._next_of(open_)
+            entries = self._feed.lease(connection, part)
+            self._tell(entries)
+            for entry in entries:
+                self._lanes[entry.lane] = now
+            more = more or len(entries) >= MOST_AT_ONCE
+        if more:
+            return 0.0
+        return _SOON if len(open_) < len(fed) else max(0.0, self._seek_at - now)
+
+    def _next_of(self, lanes: list[str]) -> list[str]:
+        start = self._turn % len(lanes)
+        part = (lanes + lanes)[start : start + min(_LANES_AT_ONCE, len(lanes))]
+        self._turn = start + len(part)
+        return part
+
+    def _renew(self, connection: Connection) -> None:
+        values = {"worker": self._feed.worker, "lease": self._seconds}
+        self._feed.workers = self._spool.workers.sign(connection, self._feed.worker, self._seconds)
+        kept = {row[0] for row in connection.execute(_RENEW, values)}
+        for lost in set(self._lanes) - kept:
+            log.warning("the lane %s is another worker's now: we were silent for too long", lost)
+            del self._lanes[lost]
+
+    def _seek(self, connection: Connection, now: float) -> None:
+        """Take lanes up to our share of those with mail; give back the others."""
+        rows = connection.execute(_ACTIVE, {"lease": self._seconds}).fetchall()
+        active = {lane for lane, _ in rows} | set(self._lanes)
+        share = min(MOST_LANES, max(1, math.ceil(len(active) / self._feed.workers)))
+        wanted = [lane for lane, taken in rows if not taken and lane not in self._lanes]
+        room = share - len(self._lanes)
+        if wanted and room > 0:
+            # Each worker begins elsewhere: two that seek at once do not want the same.
+            wanted.sort(key=lambda lane: hash((lane, self._feed.worker.int)))
+            values = {
+                "worker": self._feed.worker,
+                "lease": self._seconds,
+                "lanes": sorted(wanted[:room]),
+            }
+            for (lane,) in connection.execute(TAKE, values).fetchall():
+                self._lanes[lane] = now
+        held = self._feed.held()
+        surplus = len(self._lanes) - share
+        self._leaving = set(list(self._lanes)[:surplus]) if surplus > 0 else set()
+        dry = [
+            lane
+            for lane, last in self._lanes.items()
+            if not held[lane] and now - last > _KEPT and lane not in self._waiting
+        ]
+        if dry:
+            connection.execute(
+                f"UPDATE {LANES} SET worker = NULL WHERE worker = %s AND lane = ANY(%s)",
+                [self._feed.worker, dry],
+            )
+            for lane in dry:
+                del self._lanes[lane]
+
+    def _look_at_notes(self, connection: Connection) -> None:
+        """Feed no lane that waits: what is leased of it is given back."""
+        query = f"SELECT lane, note FROM {LANES} WHERE note IS NOT NULL AND worker = %s"
+        now = self._spool.connections.now()
+        waiting = {
+            lane
+            for lane, note in connection.execute(query, [self._feed.worker])
+            if _until(note) > now
+        }
+        if waiting - self._waiting:
+            self._feed.give_back(connection, waiting - self._waiting)
+        for lane in self._waiting - waiting:
+            self._aged.pop(lane, None)
+        self._waiting = waiting
+
+    def _tell_old(self, connection: Connection) -> None:
+        """Tell a lane that waits of its oldest mails: they may be late, or too old."""
+        query = (
+            f"SELECT {ENTRY} FROM {MAILS} WHERE lane = %s AND id > %s AND {TAKEABLE}"
+            " AND due <= %s ORDER BY id LIMIT %s"
+        )
+        for lane in self._waiting:
+            after, now = self._aged.get(lane, ""), self._spool.connections.now()
+            rows = connection.execute(query, [lane, after, now, _AGE_STEP]).fetchall()
+            entries = [entry_of(row) for row in rows]
+            if entries:
+                self._aged[lane] = entries[-1].id
+                self._tell(entries)
+
+    def _tell_expired(self, connection: Connection) -> None:
+        """Tell a lane that waits of its mails that are not to be sent any more."""
+        if not self._waiting:
+            return
+        query = (
+            f"SELECT {ENTRY} FROM {MAILS} WHERE lane = ANY(%s) AND expires > 0 AND expires <= %s"
+            f" AND {TAKEABLE} AND due <= %s AND id <> ALL(%s) LIMIT %s"
+        )
+        now = self._spool.connections.now()
+        values = [list(self._waiting), now, now, list(self._expired), _AGE_STEP]
+        entries = [entry_of(row) for row in connection.execute(query, values)]
+        self._expired.update(entry.id for entry in entries)
+        self._tell(entries)
+
+    def _tell(self, entries: list[Entry]) -> None:
+        if not entries:
+            return
+        self._told.extend(entries)
+        try:
+            os.write(self._writer, b"!")
+        except BlockingIOError:
+            pass  # full: it is readable
+
+
+def _until(note: str) -> float:
+    try:
+        return float(json.loads(note)["until"])
+    except (ValueError, TypeError, LookupError):
+        return 0.0

@@ -1,0 +1,246 @@
+"""The claim of one processor on one mail: a token in its row, good until a time.
+
+::
+
+    claim --beat, beat--> settle | release          the token still stands: done
+          \\-- no beat for a lease: another's claim  the token does not: nothing is changed
+
+The time is the server's.  Whoever was stopped or cut off for longer than that may have sent a
+mail that another one sends, too; but what he records afterwards changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Final
+
+from zope.interface import implementer
+
+from ..envelope import Envelope
+from ..errors import SpoolError
+from ..interfaces import Entry, ILease, Outcome, Settlement, State
+from ..spool import forks
+from ..spool.names import normal
+from ..spool.outcomes import Side
+from .connections import Connections
+from .engine import beat
+from .mails import MAILS, Mails, Row
+
+log = logging.getLogger("cpsmailaccess_delivery.spool")
+
+_GONE: Final = (State.ACCEPTED, State.CANCELLED)
+_SETTLED: Final = (State.DEFERRED, State.HELD, State.UNCLEAR, State.REFUSED)
+
+#: Of the length of a lease: how often it is renewed.
+_BEATS: Final = 3
+
+
+@implementer(ILease)
+class Lease:
+    """See `ILease`."""
+
+    __slots__ = (
+        "_before",
+        "_generation",
+        "_held",
+        "_leases",
+        "_message",
+        "_side",
+        "entry",
+        "envelope",
+        "job",
+        "outcomes",
+        "taken_at",
+        "token",
+    )
+
+    def __init__(
+        self, leases: Leases, row: Row, token: uuid.UUID, envelope: Envelope, side: Side
+    ) -> None:
+        self._leases = leases
+        self._generation = forks.generation()
+        self._before: Entry | None = None  # the entry as it was before `set_aside`
+        self._side = row.side
+        self._message = row.message
+        self._held = True
+        self.job = row.job
+        self.token = token
+        self.taken_at = time.monotonic()  # or renewed
+        self.entry = row.entry
+        self.envelope = envelope
+        self.outcomes: Mapping[str, Outcome] = side.outcomes
+
+    def __repr__(self) -> str:
+        return f"<Lease {self.entry.id}{'' if self._held else ' ended'}>"
+
+    @property
+    def message(self) -> bytes:
+        """See `ILease`.  A large one is read now.  Raises `SpoolError`."""
+        return self.read_message() if self._message is None else self._message
+
+    def forget_message(self) -> None:
+        """See `ILease`."""
+        self._message = b""
+
+    def read_message(self) -> bytes:
+        """See `ILease`.  Raises `SpoolError`."""
+        self._check()
+        return self._message or self._leases.mails.message(self.entry.id)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether nobody else can have it: it was renewed within its time, by our clock."""
+        return self._held and time.monotonic() - self.taken_at < self._leases.seconds
+
+    def settle(self, settlement: Settlement) -> Entry | None:
+        """See `ILease`."""
+        self._check()
+        mails, state = self._leases.mails, settlement.state
+        if state in _GONE or not settlement.keep:
+            if state is State.CANCELLED and not self.entry.attempts:
+                mails.free_key(self.entry.id)
+            self._is_done(mails.remove(self.entry.id, self.token))
+            return None
+        if state not in _SETTLED:
+            raise SpoolError(f"{self.entry.id}: a mail is not settled as {state}")
+        due, attempts = settlement.due, settlement.attempts
+        after = normal(self.entry._replace(state=state, due=due, attempts=attempts))
+        outcomes = {**self.outcomes, **settlement.outcomes}
+        side = Side(after.state, after.due, after.attempts, settlement.reason, outcomes)
+        return after if self._is_done(mails.record(after, side, self.token)) else None
+
+    def set_aside(self, reason: str) -> None:
+        """See `ILease`."""
+        self._check()
+        held = self.entry._replace(state=State.HELD, due=0.0)
+        side = Side(held.state, held.due, held.attempts, reason, self.outcomes)
+        if not self._leases.mails.set_aside(held, side, self.token):
+            self.leave()
+            raise SpoolError(f"{self.entry.id}: the lease was lost; another one has it")
+        self._before, self.entry = self.entry, held
+
+    def release(self) -> None:
+        """See `ILease`."""
+        if not self._is_ours():
+            return
+        before = self._before or self.entry
+        try:
+            self._leases.mails.release(before, self._side, self.token)
+        except SpoolError as error:  # as if we had died: it is free when its time is over
+            log.error("%s: free in %.0f s: %s", self.entry.id, self._leases.seconds, error)
+        self.leave()
+
+    def leave(self) -> None:
+        """See `ILease`.  What was set aside is nobody's at once."""
+        if not self._is_ours():
+            return
+        self._held = False
+        self._leases.forget(self)
+        if self._before is not None:
+            self._leases.expire(self)
+
+    def _is_ours(self) -> bool:
+        return self._held and self._generation == forks.generation()
+
+    def _check(self) -> None:
+        if not self._is_ours():
+            raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
+
+    def _is_done(self, done: bool) -> bool:
+        self._held = False
+        self._leases.forget(self)
+        if not done:
+            log.error(
+                "%s: its lease was lost: this process, its host or the network stood still for"
+                " more than %.0f s; another worker has the mail, which may be sent twice",
+                self.entry.id,
+                self._leases.seconds,
+            )
+        return done
+
+
+class Leases:
+    """The leases of this process: renewed by a thread, while there are any that last.
+
+    `seconds`: how long a lease is good after its last renewal.
+    """
+
+    def __init__(self, connections: Connections, mails: Mails, seconds: float) -> None:
+        self.mails = mails
+        self.seconds = seconds
+        self._connections = connections
+        self._begin()
+
+    def _begin(self) -> None:
+        self._generation = forks.generation()
+        self._held: dict[Lease, None] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    def add(self, lease: Lease) -> None:
+        """Renew a lease from now on."""
+        if self._generation != forks.generation():
+            self._begin()  # the parent's are the parent's
+        self._held[lease] = None
+        if self._thread is None:
+            with self._lock:
+                if self._thread is None and not self._closed.is_set():
+                    thread = threading.Thread(target=self._run, name="cpsmail-leases", daemon=True)
+                    thread.start()
+                    self._thread = thread
+
+    def held(self) -> list[Lease]:
+        """Return those that have not ended; from any thread."""
+        return list(self._held)
+
+    def forget(self, lease: Lease) -> None:
+        """Renew it no more."""
+        self._held.pop(lease, None)
+
+    def expire(self, lease: Lease) -> None:
+        """End a lease without a change of its mail.  Never raises."""
+        try:
+            with self._connections.use(f"leave {lease.entry.id}") as connection:
+                self.mails.free(connection, lease.entry.id, lease.token)
+        except SpoolError as error:
+            log.error("%s: free in %.0f s: %s", lease.entry.id, self.seconds, error)
+
+    def close(self) -> None:
+        """Renew nothing more.  Twice is fine."""
+        self._closed.set()
+        if self._thread is not None and self._generation == forks.generation():
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while not self._closed.wait(self.seconds / _BEATS):
+            try:
+                self.renew()
+            except SpoolError as error:
+                log.error("leases cannot be renewed: %s", error)
+
+    def renew(self) -> None:
+        """Renew those that were not claimed just now.  Raises `SpoolError`."""
+        begun = time.monotonic()
+        old = [
+            lease for lease in list(self._held) if begun - lease.taken_at >= self.seconds / _BEATS
+        ]
+        if not old:
+            return
+        query = (
+            f"UPDATE {MAILS} SET leased_until = clock_timestamp() + make_interval(secs => %s)"
+            " FROM unnest(%s::text[], %s::uuid[]) each (id, lease)"
+            " WHERE mails.id = each.id AND mails.lease = each.lease RETURNING mails.lease, mails.id"
+        )
+        ids, tokens = [lease.entry.id for lease in old], [lease.token for lease in old]
+        with self._connections.use("renew leases") as connection:
+            kept = set(connection.execute(query, [self.seconds, ids, tokens]))
+            renewed = [lease for lease in old if (lease.token, lease.entry.id) in kept]
+            beat(connection, [lease.job for lease in renewed if lease.job is not None])
+        for lease in renewed:
+            lease.taken_at = begun

@@ -1,0 +1,409 @@
+"""One mail in the database, and every change of it: what the files of a Maildir are there.
+
+The row is the mail; its job, in the engine's table, only says that it is next.  Who changes a
+mail shows the token of its lease, or finds that there is none: so a worker that was stopped for
+longer than its lease changes nothing when it goes on.
+
+What need not survive a crash of the server (a claim; a removal, until the next `sync`) does not
+wait for its disk: ``synchronous_commit`` is off for that one statement.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from sys import intern
+from typing import Any, Final, NamedTuple
+
+from ..envelope import Envelope, digest, format_block, parse_block
+from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
+from ..interfaces import Entry, Record, State
+from ..spool.outcomes import NOTHING, DamagedSide, Side, dump_side, load_side
+from .connections import Connection, Connections
+from .engine import DELETE_JOB, FREE_JOB, SCHEMA, enqueue
+
+log = logging.getLogger("cpsmailaccess_delivery.spool")
+
+MAILS: Final = f"{SCHEMA}.mails"
+KEYS: Final = f"{SCHEMA}.keys"
+CHANNEL: Final = "cpsmail"
+
+#: Bytes of the largest message that comes with its claim; a larger one is read when it is sent.
+INLINE: Final = 1024 * 1024
+
+#: States that nobody sees: before the commit; and of a transaction that a witness has seen abort.
+STAGED: Final = "staged"
+ABORTED: Final = "aborted"
+VISIBLE: Final = f"state NOT IN ('{STAGED}', '{ABORTED}')"
+
+_ID = re.compile(r"\d{10}\.M\d{6}R[0-9a-f]{6}\.[0-9a-f]{16}", re.ASCII)
+_PAGE: Final = 5_000
+_PER_NOTE: Final = 180  # ids: a NOTIFY takes 8,000 bytes
+
+ENTRY: Final = "id, lane, state, due, attempts, priority, expires"
+_WIDTH: Final = 7  # columns
+FREE: Final = "(leased_until IS NULL OR leased_until < clock_timestamp())"
+TAKEABLE: Final = "(state = 'queued' OR (state IN ('deferred', 'unclear') AND due > 0))"
+_LAZY: Final = "set_config('synchronous_commit', 'off', true)"
+_CLAIMED: Final = f"""{ENTRY}, block, CASE WHEN size <= {INLINE} THEN message END, side, job"""
+
+CLAIM: Final = f"""
+UPDATE {MAILS} SET lease = %(lease)s,
+    leased_until = clock_timestamp() + make_interval(secs => %(seconds)s)
+WHERE id = %(id)s AND state = %(state)s AND due = %(due)s AND attempts = %(attempts)s AND {FREE}
+RETURNING {_CLAIMED}, {_LAZY}"""
+
+#: Of those that the engine has named: who is a processor's to take, and nobody has.
+#: Timed with the engine's claim, in one transaction: neither ends before the other.
+CLAIM_MANY: Final = f"""
+UPDATE {MAILS} SET lease = %(lease)s,
+    leased_until = now() + make_interval(secs => %(seconds)s)
+WHERE id = ANY(%(ids)s) AND {FREE} AND {TAKEABLE}
+RETURNING {_CLAIMED}, {_LAZY}"""
+
+#: Jobs of mails that are gone, or a person's: the engine must not name them again.
+DROP_JOBS: Final = f"""
+WITH mail AS (
+    SELECT each.job FROM unnest(%(ids)s::text[], %(jobs)s::bigint[]) each (id, job)
+    LEFT JOIN {MAILS} mails ON mails.id = each.id
+    WHERE mails.id IS NULL OR mails.state IN ('held', 'refused')
+        OR (mails.state IN ('deferred', 'unclear') AND mails.due = 0)
+) {DELETE_JOB}"""
+
+_REMOVE: Final = f"""
+WITH mail AS (
+    DELETE FROM {MAILS} WHERE id = %(id)s AND lease = %(lease)s RETURNING job, {_LAZY}
+), done AS ({DELETE_JOB})
+SELECT count(*) FROM mail"""
+
+_RECORD: Final = f"""
+WITH mail AS (
+    UPDATE {MAILS} SET state = %(state)s, due = %(due)s, attempts = %(attempts)s, side = %(side)s,
+        lease = NULL, leased_until = NULL, settled_at = clock_timestamp(), doubt = false
+    WHERE id = %(id)s AND lease = %(lease)s RETURNING job
+), done AS ({{job}}), told AS (SELECT pg_notify('{CHANNEL}', %(id)s) FROM mail)
+SELECT count(*) FROM mail, told"""
+
+_RELEASE: Final = f"""
+WITH mail AS (
+    UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,
+        lease = NULL, leased_until = NULL
+    WHERE id = %(id)s AND lease = %(lease)s RETURNING job, {_LAZY}
+), done AS ({FREE_JOB})
+SELECT count(*) FROM mail"""
+
+
+class Row(NamedTuple):
+    """A mail that was claimed.  ``message``: None: too large to come along."""
+
+    entry: Entry
+    block: bytes
+    message: bytes | None
+    side: str | None
+    job: int | None
+
+
+def entry_of(row: Sequence[Any]) -> Entry:
+    """Return the entry in the first columns of a row, see `ENTRY`."""
+    entry_id, lane, state, due, attempts, priority, expires = row[:_WIDTH]
+    return Entry(entry_id, intern(lane), State(state), due, attempts, priority, expires)
+
+
+def row_of(row: Sequence[Any]) -> Row:
+    """Return what `CLAIM` returned."""
+    block, message, side, job = row[_WIDTH : _WIDTH + 4]
+    return Row(entry_of(row), block, message, side, job)
+
+
+def is_takeable(entry: Entry) -> bool:
+    """Tell whether a processor takes such a mail: now, or when it is due."""
+    if entry.state is State.QUEUED:
+        return True
+    return entry.state in (State.DEFERRED, State.UNCLEAR) and entry.due > 0
+
+
+class Mails:
+    """The rows that are visible, by their entries."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    # Looking
+
+    def scan(self) -> Iterator[Entry]:
+        """Yield the visible entries, the oldest first; no transaction stays open meanwhile."""
+        after = ""
+        query = f"SELECT {ENTRY} FROM {MAILS} WHERE id > %s AND {VISIBLE} ORDER BY id LIMIT {_PAGE}"
+        while True:
+            with self._connections.use("list the mails") as connection:
+                page = [entry_of(row) for row in connection.execute(query, [after])]
+            yield from page
+            if len(page) < _PAGE:
+                return
+            after = page[-1].id
+
+    def some(self, ids: Sequence[str]) -> list[Entry]:
+        """Return the entries of these ids, as they are now."""
+        with self._connections.use("look at mails") as connection:
+            return some(connection, ids)
+
+    def look_up(self, entry_id: str) -> Entry:
+        """Return an entry by its id.  Raises `NoSuchEntry`."""
+        found = self.some([entry_id]) if _ID.fullmatch(entry_id) else []
+        if not found:
+            raise NoSuchEntry(
+                f"{self._connections.location}: no mail has the id {entry_id!r}: delivered,"
+                " cancelled or never committed"
+            )
+        return found[0]
+
+    def find(self, message_id: str) -> list[Record]:
+        """Return the mails with this Message-Id."""
+        query = (
+            f"SELECT {ENTRY}, block, side, size FROM {MAILS}"
+            f" WHERE digest = %s AND {VISIBLE} ORDER BY id"
+        )
+        with self._connections.use("find a mail") as connection:
+            rows = connection.execute(query, [digest(message_id)]).fetchall()
+        records = []
+        for row in rows:
+            try:
+                record = record_of(row)
+            except InvalidEnvelope:
+                continue  # nobody knows its Message-Id
+            if record.envelope.message_id == message_id:
+                records.append(record)
+        return records
+
+    def load(self, entry: Entry) -> Record:
+        """Return a mail as it is now.  Raises `NoSuchEntry`, `InvalidEnvelope`."""
+        return record_of(self._read(entry.id, "block, side, size"))
+
+    def message(self, entry_id: str) -> bytes:
+        """Return the message of a mail.  Raises `NoSuchEntry`."""
+        message: bytes = self._read(entry_id, "message")[_WIDTH]
+        return message
+
+    def leased(self, entry: Entry) -> bool:
+        """Tell whether somebody has the lease of this entry."""
+        query = (
+            f"SELECT 1 FROM {MAILS} WHERE id = %s AND state = %s AND due = %s AND attempts = %s"
+            f" AND NOT {FREE}"
+        )
+        values = [entry.id, entry.state.value, entry.due, entry.attempts]
+        with self._connections.use("look at a lease") as connection:
+            return connection.execute(query, values).fetchone() is not None
+
+    def refused_before(self, when: float) -> Iterator[Entry]:
+        """Yield the mails that were refused, and settled, before a time."""
+        query = (
+            f"SELECT {ENTRY} FROM {MAILS} WHERE state = 'refused'"
+            " AND settled_at < to_timestamp(%s) ORDER BY settled_at LIMIT 1000"
+        )
+        with self._connections.use("look for refused mails") as connection:
+            entries = [entry_of(row) for row in connection.execute(query, [when])]
+        yield from (entry for entry in entries if entry.staged_at < when)
+
+    # What the holder of a lease does; False: the lease is another's now
+
+    def claim(self, entry: Entry, lease: uuid.UUID, seconds: float) -> Row | None:
+        """Take the lease of an entry, or None: gone, changed or leased."""
+        values = {
+            "id": entry.id,
+            "state": entry.state.value,
+            "due": entry.due,
+            "attempts": entry.attempts,
+            "lease": lease,
+            "seconds": seconds,
+        }
+        with self._connections.use(f"lease {entry.id}") as connection:
+            row = connection.execute(CLAIM, values, binary=True).fetchone()
+        return row_of(row) if row else None
+
+    def remove(self, entry_id: str, lease: uuid.UUID) -> bool:
+        """Remove a mail; safe against a crash of the server with the next `sync`."""
+        return self._settle(_REMOVE, {"id": entry_id, "lease": lease})
+
+    def free_key(self, entry_id: str) -> None:
+        """Free the key of a mail that was cancelled before its first attempt."""
+        with self._connections.use(f"free the key of {entry_id}") as connection:
+            connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry_id])
+
+    def record(self, after: Entry, side: Side, lease: uuid.UUID) -> bool:
+        """Write what an attempt left, durably, and end the lease."""
+        job = FREE_JOB if is_takeable(after) else DELETE_JOB
+        return self._settle(_RECORD.format(job=job), _values(after, side, lease))
+
+    def set_aside(self, entry: Entry, side: Side, lease: uuid.UUID) -> bool:
+        """Hold a mail, durably, for as long as its lease lasts, and longer."""
+        query = (
+            f"UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s"
+            " WHERE id = %(id)s AND lease = %(lease)s RETURNING 1"
+        )
+        return self._settle(query, _values(entry, side, lease))
+
+    def release(self, before: Entry, side: str | None, lease: uuid.UUID) -> bool:
+        """End a lease; the mail is as it was."""
+        values = {**_values(before, NOTHING, lease), "side": side}
+        return self._settle(_RELEASE, values)
+
+    def _settle(self, query: str, values: dict[str, Any]) -> bool:
+        with self._connections.use(f"settle {values['id']}") as connection:
+            row = connection.execute(query, values).fetchone()
+        return bool(row and row[0])
+
+    def free(self, connection: Connection, entry_id: str, lease: uuid.UUID) -> None:
+        """End a lease without a change of its mail or its job."""
+        query = f"UPDATE {MAILS} SET lease = NULL, leased_until = NULL WHERE id = %s AND lease = %s"
+        connection.execute(query, [entry_id, lease])
+
+    # What people do: the mail is theirs unless it is leased
+
+    def requeue(self, entry: Entry, *, unclear: bool) -> Entry:
+        """Make a mail due now."""
+        with self._connections.use(f"requeue {entry.id}") as connection:
+            with connection.transaction():
+                before, side = self._lock(connection, entry.id)
+                outcomes = side.outcomes
+                if unclear:
+                    outcomes = {r: o._replace(held=False) for r, o in outcomes.items()}
+                after = before._replace(state=State.QUEUED, due=0.0)
+                self._write(connection, after, replace(side, outcomes=outcomes))
+        return after
+
+    def hold(self, entry: Entry, reason: str) -> Entry:
+        """Set a mail aside."""
+        with self._connections.use(f"hold {entry.id}") as connection:
+            with connection.transaction():
+                before, side = self._lock(connection, entry.id)
+                after = before._replace(state=State.HELD, due=0.0)
+                self._write(connection, after, replace(side, reason=reason))
+        return after
+
+    def cancel(self, entry: Entry) -> Record:
+        """Remove a mail."""
+        with self._connections.use(f"cancel {entry.id}") as connection:
+            with connection.transaction():
+                before, _ = self._lock(connection, entry.id)
+                row = connection.execute(
+                    f"WITH mail AS (DELETE FROM {MAILS} WHERE id = %s RETURNING *),"
+                    f" done AS ({DELETE_JOB})"
+                    f" SELECT {ENTRY}, block, side, size FROM mail",
+                    [entry.id],
+                ).fetchone()
+                if not before.attempts:
+                    connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry.id])
+        assert row is not None  # noqa: S101 - locked above
+        try:
+            return record_of(row)
+        except InvalidEnvelope as error:  # to cancel it may be all that one can do
+            return Record(before, Envelope("", ()), {}, 0, str(error))
+
+    def _lock(self, connection: Connection, entry_id: str) -> tuple[Entry, Side]:
+        """Keep a mail as it is until the end of the transaction.  Raises as people are told."""
+        query = f"SELECT {ENTRY}, side, {FREE} FROM {MAILS} WHERE id = %s AND {VISIBLE} FOR UPDATE"
+        row = connection.execute(query, [entry_id]).fetchone()
+        if row is None:
+            raise NoSuchEntry(f"{self._connections.location}: {entry_id} is no longer there")
+        side, is_free = row[_WIDTH:]
+        if not is_free:
+            raise EntryBusy(f"{entry_id}: is being delivered right now; try again in a moment")
+        try:
+            return entry_of(row), load_side(side)
+        except DamagedSide:
+            return entry_of(row), NOTHING
+
+    def _write(self, connection: Connection, after: Entry, side: Side) -> None:
+        """Write a mail that `_lock` has; give it a job, or take it."""
+        side = replace(side, state=after.state, due=after.due, attempts=after.attempts)
+        values = {**_values(after, side, None), "note": after.id}
+        query = (
+            f"WITH mail AS (UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,"
+            " lease = NULL, leased_until = NULL, doubt = false, settled_at = clock_timestamp()"
+            f" WHERE id = %(id)s RETURNING job), done AS ({DELETE_JOB})"
+            f" SELECT pg_notify('{CHANNEL}', %(id)s)"
+        )
+        connection.execute(query, values)
+        if is_takeable(after):
+            give_jobs(connection, [after], 0.0)
+
+    def _read(self, entry_id: str, columns: str) -> Sequence[Any]:
+        query = f"SELECT {ENTRY}, {columns} FROM {MAILS} WHERE id = %s AND {VISIBLE}"
+        with self._connections.use(f"read {entry_id}") as connection:
+            row: Sequence[Any] | None = connection.execute(
+                query, [entry_id], binary=True
+            ).fetchone()
+        if row is None:
+            raise NoSuchEntry(
+                f"{self._connections.location}: no mail has the id {entry_id!r}: delivered,"
+                " cancelled or never committed"
+            )
+        return row
+
+
+def some(connection: Connection, ids: Sequence[str]) -> list[Entry]:
+    """Return the visible entries of these ids, the oldest first."""
+    query = f"SELECT {ENTRY} FROM {MAILS} WHERE id = ANY(%s) AND {VISIBLE} ORDER BY id"
+    return [entry_of(row) for row in connection.execute(query, [list(ids)])]
+
+
+def give_jobs(connection: Connection, entries: Sequence[Entry], now: float) -> None:
+    """Let the engine name these mails when they are due.  `now`: the server's time."""
+    jobs = enqueue(
+        connection, [(e.id, e.lane, e.priority, e.due - now if e.due else 0.0) for e in entries]
+    )
+    connection.execute(
+        f"UPDATE {MAILS} SET job = each.job"
+        " FROM unnest(%s::text[], %s::bigint[]) each (id, job) WHERE mails.id = each.id",
+        [[entry.id for entry in entries], jobs],
+    )
+
+
+def tell(connection: Connection, ids: Sequence[str]) -> None:
+    """Tell every watch of these mails, when the transaction commits."""
+    for start in range(0, len(ids), _PER_NOTE):
+        part = ",".join(ids[start : start + _PER_NOTE])
+        connection.execute("SELECT pg_notify(%s, %s)", [CHANNEL, part])
+
+
+def _values(after: Entry, side: Side, lease: uuid.UUID | None) -> dict[str, Any]:
+    return {
+        "id": after.id,
+        "state": after.state.value,
+        "due": after.due,
+        "attempts": after.attempts,
+        "side": dump_side(side).decode(),
+        "lease": lease,
+    }
+
+
+def record_of(row: Sequence[Any]) -> Record:
+    """Return the record in a row of `ENTRY`, block, side, size.  Raises `InvalidEnvelope`."""
+    entry, (block, side, size) = entry_of(row), row[_WIDTH:]
+    envelope, _ = parse_block(block)
+    try:
+        known = load_side(side)
+    except DamagedSide as error:
+        known = Side(reason=str(error))
+    reason = "" if entry.state is State.QUEUED else known.reason
+    return Record(entry, envelope, known.outcomes, size, reason)
+
+
+def insertion(
+    entry: Entry, envelope: Envelope, message: bytes, *, state: str, witnessed: bool
+) -> list[Any]:
+    """Return the values of `INSERT` for a new mail."""
+    return [
+        *(entry.id, entry.lane, state, entry.due, entry.attempts, entry.priority, entry.expires),
+        *(digest(envelope.message_id), format_block(envelope), message, len(message)),
+        *(state == STAGED, witnessed),
+    ]
+
+
+INSERT: Final = (
+    f"INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed)"
+    " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %b, %b, %s, %s, %s)"
+)

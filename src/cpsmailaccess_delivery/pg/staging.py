@@ -1,0 +1,389 @@
+"""From `stage` to `publish`, and what a crash in between leaves.
+
+::
+
+    stage        prepare                    publish
+    in memory -> a row, state staged   ->   queued, with a job; one transaction
+       |         (committed: durable)          `-- not reached: in doubt
+       | dead:      | in doubt after a while: held, doubt stays until somebody decides
+       | gone       |       |-- a witness: committed: queued; aborted: unseen, then gone
+       |            `-- publish comes after all: queued
+
+`PREPARE TRANSACTION` would do the same with the server's own means; it is refused beside NOTIFY,
+and was slower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..envelope import Envelope, format_block, parse_block
+from ..errors import InvalidEnvelope, KeyTaken, OutboxClosed, SpoolError
+from ..interfaces import Entry, Record, State, SweepReport, Verdict
+from ..spool import forks, names
+from ..spool.doubts import ASKED, IN_DOUBT
+from ..spool.outcomes import Side, dump_side
+from .connections import Connection, Connections
+from .mails import (
+    ABORTED,
+    ENTRY,
+    FREE,
+    INSERT,
+    KEYS,
+    MAILS,
+    STAGED,
+    entry_of,
+    give_jobs,
+    insertion,
+    record_of,
+    tell,
+)
+
+log = logging.getLogger("cpsmailaccess_delivery.spool")
+
+#: Seconds after which a staged mail is in doubt: from vote to finish it takes milliseconds.
+DOUBT_AFTER: Final = 300.0
+
+#: Seconds between two tries to publish what is committed.
+_LATE: Final = 1.0
+
+#: For so long nobody else commits a key; from the due time of its mail on.
+_KEPT: Final = "interval '30 days'"
+
+#: Which mails somebody has left between vote and finish; those of them that a witness knows.
+_LEFT: Final = (
+    f"doubt AND state = '{STAGED}' AND staged_at < clock_timestamp() - make_interval(secs => %s)"
+)
+_ASKABLE: Final = "doubt AND witnessed AND state = 'held'"
+_ABORTED_KEPT: Final = "interval '1 day'"
+
+
+@dataclass(slots=True)
+class _Staged:
+    entry: Entry
+    envelope: Envelope
+    message: bytes
+    generation: int
+    prepared: bool = False
+
+
+class Staging:
+    """The mails that this process has staged, and those that somebody has left in doubt.
+
+    `clock`: the server's, in seconds since the epoch.
+    """
+
+    def __init__(self, connections: Connections, clock: Callable[[], float]) -> None:
+        self._connections = connections
+        self._clock = clock
+        self._staged: dict[str, _Staged] = {}
+        self._closed = False
+        self._late: deque[list[_Staged]] = deque()  # committed, and not published yet
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def stage(self, envelope: Envelope, message: bytes) -> Entry:
+        """See `ISpool`.  Nothing is asked of the server."""
+        if self._closed:
+            raise OutboxClosed(f"outbox {self._connections.location}: was closed")
+        format_block(envelope)  # refuses what no spool could keep
+        entry = self.new_entry(envelope)
+        self._staged[entry.id] = _Staged(entry, envelope, bytes(message), forks.generation())
+        return entry
+
+    def new_entry(self, envelope: Envelope) -> Entry:
+        """Return the entry of a mail that comes in now."""
+        entry_id = names.new_id(self._clock(), os.urandom(3).hex(), envelope.message_id)
+        return names.first_entry(entry_id, envelope)
+
+    def prepare(self, entries: Sequence[Entry], *, witnessed: bool = False) -> None:
+        """See `ISpool`."""
+        staged = [self._mine(entry) for entry in entries]
+        if not staged:
+            return
+        # First: where the answer to the commit is lost, `discard` has something to remove.
+        for each in staged:
+            each.prepared = True
+        with self._connections.use("make mails durable") as connection:
+            with connection.transaction():
+                _take_keys(connection, staged)
+                _insert(connection, staged, state=STAGED, witnessed=witnessed)
+
+    def publish(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        mine = []
+        for entry in entries:
+            staged = self._staged.pop(entry.id, None)
+            if staged is None or staged.generation != forks.generation():
+                log.critical("%s: published, but not staged by this process", entry.id)
+            else:
+                mine.append(staged)
+        if not mine:
+            return
+        if not self._try_to_publish(mine):
+            self._publish_later(mine)
+
+    def _try_to_publish(self, staged: Sequence[_Staged]) -> bool:
+        for _ in range(2):  # a connection may have been lost since the vote
+            try:
+                self._publish(staged)
+                return True
+            except SpoolError as error:
+                failure = error
+        log.error("committed mails cannot be published now: %s; trying until they are", failure)
+        return False
+
+    def _publish_later(self, staged: list[_Staged]) -> None:
+        """Go on trying, as long as this process lives: it knows that they are committed."""
+        with self._lock:
+            self._late.append(staged)
+            if self._thread is None:
+                thread = threading.Thread(
+                    target=self._catch_up, name="cpsmail-publish", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no more threads, or the process ends
+                    ids = ", ".join(each.entry.id for each in staged)
+                    log.critical("committed, but in doubt in the database: %s: %s", ids, error)
+                    return
+                self._thread = thread
+
+    def _catch_up(self) -> None:
+        while not self._ended.wait(_LATE):
+            while self._late and self._try_to_publish(self._late[0]):
+                self._late.popleft()
+            with self._lock:
+                if not self._late:
+                    self._thread = None
+                    return
+
+    def _publish(self, staged: Sequence[_Staged]) -> None:
+        ids = [each.entry.id for each in staged]
+        now = self._clock()
+        with self._connections.use("publish mails") as connection, connection.transaction():
+            found = connection.execute(
+                f"UPDATE {MAILS} SET state = 'queued', due = each.due, side = NULL, doubt = false"
+                " FROM unnest(%s::float8[], %s::text[]) each (due, id)"
+                " WHERE mails.id = each.id AND doubt RETURNING mails.id",
+                [[each.entry.due for each in staged], ids],
+            ).fetchall()
+            there = {row[0] for row in found}
+            entries = [each.entry for each in staged if each.entry.id in there]
+            if entries:
+                _confirm_keys(connection, staged)
+                give_jobs(connection, entries, now)
+                tell(connection, [entry.id for entry in entries])
+        for missing in set(ids) - there:
+            log.critical("%s: published already, or cancelled by somebody while in doubt", missing)
+
+    def discard(self, entries: Sequence[Entry]) -> None:
+        """See `ISpool`."""
+        prepared = []
+        for entry in entries:
+            staged = self._staged.get(entry.id)
+            if staged is not None and staged.generation == forks.generation():
+                del self._staged[entry.id]
+                if staged.prepared:
+                    prepared.append(entry.id)
+        if not prepared:
+            return
+        try:
+            with self._connections.use("discard mails") as connection:
+                connection.execute(
+                    f"WITH gone AS (DELETE FROM {MAILS} WHERE id = ANY(%s) AND doubt RETURNING id)"
+                    f" DELETE FROM {KEYS} WHERE mail IN (SELECT id FROM gone)",
+                    [prepared],
+                )
+        except SpoolError as error:
+            log.error("%s: discarded mails may come back held: %s", ", ".join(prepared), error)
+
+    def insert(self, connection: Connection, envelope: Envelope, message: bytes) -> Entry:
+        """Put a mail into a transaction of the application's own: visible with its commit.
+
+        Raises `KeyTaken`, and what the database does.
+        """
+        entry = self.new_entry(envelope)
+        staged = [_Staged(entry, envelope, message, 0)]
+        _take_keys(connection, staged)
+        _insert(connection, staged, state=State.QUEUED, witnessed=False)
+        _confirm_keys(connection, staged)
+        give_jobs(connection, [entry], self._clock())
+        tell(connection, [entry.id])
+        return entry
+
+    def key_holder(self, key: str) -> str | None:
+        """See `ISpool`."""
+        query = f"SELECT message_id FROM {KEYS} WHERE digest = %s AND until > clock_timestamp()"
+        with self._connections.use("look for a key") as connection:
+            row = connection.execute(query, [_digest(key)], binary=True).fetchone()
+        return row[0].decode("utf-8", "surrogatepass") if row else None
+
+    def sweep(self) -> SweepReport:
+        """See `ISpool`: hold what has been staged for long, and forget old keys."""
+        held = []
+        with self._connections.use("sweep") as connection:
+            with connection.transaction():
+                for witnessed, reason in ((True, ASKED), (False, IN_DOUBT)):
+                    side = dump_side(Side(State.HELD, reason=reason)).decode()
+                    rows = connection.execute(
+                        f"UPDATE {MAILS} SET state = 'held', due = 0, side = %s WHERE id IN ("
+                        f"SELECT id FROM {MAILS} WHERE {_LEFT} AND witnessed = %s"
+                        " FOR UPDATE SKIP LOCKED) RETURNING id",
+                        [side, DOUBT_AFTER, witnessed],
+                    )
+                    held += [row[0] for row in rows]
+                if held:
+                    connection.execute(
+                        f"UPDATE {KEYS} SET until = clock_timestamp() + {_KEPT}"
+                        " WHERE mail = ANY(%s) AND until IS NULL",
+                        [held],
+                    )
+                    tell(connection, held)
+                connection.execute(f"DELETE FROM {KEYS} WHERE until < clock_timestamp()")
+                connection.execute(
+                    f"DELETE FROM {MAILS} WHERE doubt AND state = '{ABORTED}'"
+                    f" AND staged_at < clock_timestamp() - {_ABORTED_KEPT}"
+                )
+        return SweepReport(held=tuple(sorted(held)))
+
+    def doubts(self) -> list[tuple[Entry, str]]:
+        """See `ISpool`."""
+        query = f"SELECT {ENTRY}, block FROM {MAILS} WHERE {_ASKABLE} ORDER BY id"
+        with self._connections.use("look for mails in doubt") as connection:
+            rows = connection.execute(query, binary=True).fetchall()
+        found = []
+        for row in rows:
+            try:
+                found.append((entry_of(row), parse_block(row[-1])[0].token))
+            except InvalidEnvelope:
+                continue  # no token to ask with
+        return found
+
+    def resolve(self, entry: Entry, verdict: Verdict) -> Record | None:
+        """See `ISpool`.
+
+        What has aborted is kept, unseen, for a day: should its process have stood still rather
+        than died, and commit after all, `publish` finds it.
+        """
+        with self._connections.use(f"resolve {entry.id}") as connection:
+            with connection.transaction():
+                query = (
+                    f"SELECT {ENTRY}, block, side, size FROM {MAILS}"
+                    f" WHERE id = %s AND {_ASKABLE} AND {FREE} FOR UPDATE"
+                )
+                row = connection.execute(query, [entry.id], binary=True).fetchone()
+                if row is None:
+                    return None
+                record = record_of(row)
+                self._decide(connection, record, verdict)
+        return record
+
+    def _decide(self, connection: Connection, record: Record, verdict: Verdict) -> None:
+        entry = record.entry
+        if verdict is Verdict.COMMITTED:
+            entry = names.first_entry(entry.id, record.envelope)  # due when its sender wants it
+            connection.execute(
+                f"UPDATE {MAILS} SET state = 'queued', due = %s, side = NULL, doubt = false"
+                " WHERE id = %s",
+                [entry.due, entry.id],
+            )
+            give_jobs(connection, [entry], self._clock())
+        elif verdict is Verdict.ABORTED:
+            connection.execute(f"UPDATE {MAILS} SET state = '{ABORTED}' WHERE id = %s", [entry.id])
+            connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry.id])
+        else:
+            side = dump_side(Side(State.HELD, reason=IN_DOUBT)).decode()
+            connection.execute(
+                f"UPDATE {MAILS} SET witnessed = false, side = %s WHERE id = %s", [side, entry.id]
+            )
+        tell(connection, [entry.id])
+
+    def left_overs(self) -> list[str]:
+        """See `ISpool`."""
+        query = f"SELECT id FROM {MAILS} WHERE {_LEFT}"
+        with self._connections.use("look for mails in doubt") as connection:
+            return [row[0] for row in connection.execute(query, [DOUBT_AFTER])]
+
+    def close(self) -> None:
+        """Forget what is staged: its transaction cannot commit any more."""
+        self._closed = True
+        self._staged = {
+            entry_id: staged for entry_id, staged in self._staged.items() if staged.prepared
+        }
+        self._ended.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        for late in self._late:
+            if not self._try_to_publish(late):
+                ids = ", ".join(each.entry.id for each in late)
+                log.critical("committed, but in doubt in the database: %s", ids)
+        self._late.clear()
+
+    def _mine(self, entry: Entry) -> _Staged:
+        staged = self._staged.get(entry.id)
+        if staged is None or staged.generation != forks.generation():
+            raise SpoolError(
+                f"{self._connections.location}: {entry.id} was not staged by this process: a"
+                " transaction commits in the process that began it"
+            )
+        return staged
+
+
+def _take_keys(connection: Connection, staged: Sequence[_Staged]) -> None:
+    """Raises `KeyTaken`; who is about to commit the same one is waited for."""
+    for each in sorted(staged, key=lambda each: each.envelope.key):  # else two could deadlock
+        key = each.envelope.key
+        if not key:
+            continue
+        message_id = each.envelope.message_id.encode("utf-8", "surrogatepass")
+        connection.execute(
+            f"DELETE FROM {KEYS} WHERE digest = %s AND until < clock_timestamp()", [_digest(key)]
+        )
+        taken = connection.execute(
+            f"INSERT INTO {KEYS} (digest, mail, message_id) VALUES (%s, %s, %b)"
+            " ON CONFLICT DO NOTHING RETURNING 1",
+            [_digest(key), each.entry.id, message_id],
+        ).fetchone()
+        if taken is None:
+            raise KeyTaken(
+                f"idempotency_key={key!r}: another transaction has committed it, or is about to;"
+                " begin again, and send returns its Message-Id"
+            )
+
+
+def _confirm_keys(connection: Connection, staged: Sequence[_Staged]) -> None:
+    ids = [each.entry.id for each in staged if each.envelope.key]
+    if ids:
+        connection.execute(
+            f"UPDATE {KEYS} SET until = greatest(clock_timestamp(), to_timestamp(mails.due))"
+            f" + {_KEPT} FROM {MAILS} WHERE mails.id = keys.mail AND keys.mail = ANY(%s)",
+            [ids],
+        )
+
+
+def _insert(
+    connection: Connection, staged: Sequence[_Staged], *, state: str, witnessed: bool
+) -> None:
+    values: list[Any] = [
+        insertion(each.entry, each.envelope, each.message, state=state, witnessed=witnessed)
+        for each in staged
+    ]
+    if len(values) == 1:
+        connection.execute(INSERT, values[0])
+    else:
+        with connection.cursor() as cursor:
+            cursor.executemany(INSERT, values)
+
+
+def _digest(key: str) -> str:
+    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()

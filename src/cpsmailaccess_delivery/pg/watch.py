@@ -1,0 +1,138 @@
+"""How others learn what has changed: LISTEN, in a thread with a connection of its own.
+
+Who was not connected for a while does not know what he has missed: he looks again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import psycopg
+from zope.interface import implementer
+
+from ..errors import SpoolError
+from ..interfaces import Entry, IWatch
+from .connections import Connection, Connections
+
+log = logging.getLogger(__name__)
+
+#: Seconds until a connection that was lost is tried again.
+_RETRY: Final = 1.0
+
+
+@implementer(IWatch)
+class Watch:
+    """See `IWatch`.  Raises `SpoolError` when the server cannot be reached now.
+
+    `tell_of`: called in the thread with a connection and the payloads of the notifications;
+    returns the entries that are told, None: who reads is to look again.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        channel: str,
+        tell_of: Callable[[Connection, list[str]], list[Entry] | None],
+        on_close: Callable[[Watch], None] = lambda watch: None,
+    ) -> None:
+        self._connections = connections
+        self._channel = channel
+        self._tell_of = tell_of
+        self._on_close = on_close
+        self._told: deque[Entry] = deque()
+        self._stale = False
+        self._closed = False
+        connection = self._listen()
+        self._reader, self._writer = os.pipe()
+        self._ended, self._end = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._thread = threading.Thread(
+            target=self._run, args=[connection], name="cpsmail-listen", daemon=True
+        )
+        self._thread.start()
+
+    def fileno(self) -> int:
+        """See `IWatch`."""
+        return self._reader
+
+    def read(self) -> Iterable[Entry] | None:
+        """See `IWatch`."""
+        try:
+            while os.read(self._reader, 4096):
+                pass
+        except BlockingIOError:
+            pass
+        stale, self._stale = self._stale, False
+        told = []
+        while self._told:
+            told.append(self._told.popleft())
+        return None if stale else told
+
+    def close(self) -> None:
+        """See `IWatch`."""
+        if self._closed:
+            return
+        self._closed = True
+        os.write(self._end, b"!")
+        self._thread.join()
+        self._on_close(self)
+        for fd in (self._reader, self._writer, self._ended, self._end):
+            os.close(fd)
+
+    def _listen(self) -> Connection:
+        connection = self._connections.connect()
+        try:
+            connection.execute(f'LISTEN "{self._channel}"')
+        except psycopg.Error as error:
+            connection.close()
+            raise self._connections.error("listen", error) from error
+        return connection
+
+    def _run(self, connection: Connection | None) -> None:
+        try:
+            while not self._closed:
+                try:
+                    if connection is None:
+                        connection = self._listen()
+                        self._lost_count()
+                    self._wait(connection)
+                except (SpoolError, psycopg.Error) as error:
+                    log.warning("not told of changes for a while: %s", error)
+                    if connection is not None:
+                        connection.close()
+                        connection = None
+                    select.select([self._ended], [], [], _RETRY)
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _wait(self, connection: Connection) -> None:
+        ready, _, _ = select.select([connection.fileno(), self._ended], [], [])
+        if self._ended in ready:
+            return
+        told = [note.payload for note in connection.notifies(timeout=0)]
+        if not told:
+            return
+        entries = self._tell_of(connection, told)
+        if entries is None:
+            self._lost_count()
+        elif entries:
+            self._told.extend(entries)
+            self._wake()
+
+    def _lost_count(self) -> None:
+        self._stale = True
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._writer, b"!")
+        except BlockingIOError:
+            pass  # full: it is readable

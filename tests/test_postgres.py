@@ -1,0 +1,399 @@
+"""An outbox on PostgreSQL: the whole way of a mail, on a real server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy
+import sqlalchemy.orm
+import transaction
+from zope.component import getGlobalSiteManager
+from zope.interface.verify import verifyObject
+
+pytest.importorskip("psycopg", reason="needs the extra [postgres]")
+
+from cli_helpers import Site
+from conftest import KEY
+from cpsmailaccess_delivery import Account, Outbox, State
+from cpsmailaccess_delivery.errors import InvalidSettings, SpoolError, WrongKey
+from cpsmailaccess_delivery.interfaces import IMailDelivery, IOutbox, IPresence, Verdict
+from cpsmailaccess_delivery.journal import Event
+from cpsmailaccess_delivery.pg import vault as vault_module
+from cpsmailaccess_delivery.pg.connections import Connections
+from cpsmailaccess_delivery.pg.schema import VERSION, upgrade
+from cpsmailaccess_delivery.retry import Schedule
+from cpsmailaccess_delivery.testing import SMTPServer
+from postgres_helpers import wait_for
+
+ALICE, BOB = "alice@example.org", "bob@example.net"
+MESSAGE = b"From: alice@example.org\r\nSubject: hello\r\n\r\nhello\r\n"
+
+
+@pytest.fixture
+def relay() -> Iterator[SMTPServer]:
+    with SMTPServer() as server:
+        yield server
+
+
+def open_outbox(database: str, **settings: Any) -> Outbox:
+    schedule = Schedule(first=0.2, jitter=0.0)
+    return Outbox(
+        database, key=KEY, helo_name="client.example.org", **({"schedule": schedule} | settings)
+    )
+
+
+@pytest.fixture
+def outbox(database: str, relay: SMTPServer) -> Iterator[Outbox]:
+    with open_outbox(database) as made:
+        put(made, relay, ALICE)
+        yield made
+
+
+def put(outbox: Outbox, relay: SMTPServer, *mailboxes: str, **settings: Any) -> None:
+    with transaction.manager:
+        for mailbox in mailboxes:
+            outbox.accounts.put(
+                Account(
+                    mailbox=mailbox,
+                    host=relay.host,
+                    port=relay.port,
+                    security="plain",
+                    **settings,
+                )
+            )
+
+
+def send(outbox: Outbox, number: int = 1, sender: str = ALICE) -> list[str]:
+    with transaction.manager:
+        return [outbox.delivery.send(sender, [BOB], MESSAGE) for _ in range(number)]
+
+
+@pytest.mark.parametrize("way", ["drain", "run"])
+def test_from_send_to_accepted(outbox, relay, way):
+    (message_id,) = send(outbox)
+    assert outbox.status(message_id).state is State.QUEUED
+    processor = outbox.processor()
+    if way == "drain":
+        assert processor.run(forever=False).accepted == 1
+    else:
+        processor.start()
+        wait_for(lambda: relay.mails)
+        wait_for(lambda: not list(outbox.spool.scan()))
+        assert processor.stop()
+    assert [mail.recipients for mail in relay.mails] == [(BOB,)]
+    assert outbox.status(message_id).state is State.ACCEPTED
+    assert list(outbox.spool.scan()) == []
+
+
+def test_mails_that_come_in_while_it_runs(outbox, relay):
+    processor = outbox.processor()
+    processor.start()
+    for _ in range(5):
+        send(outbox, 20)
+    wait_for(lambda: len(relay.mails) == 100)
+    wait_for(lambda: not list(outbox.spool.scan()))
+    assert processor.stop()
+    assert len({mail.message_id for mail in relay.mails}) == 100
+
+
+@pytest.mark.parametrize("when", ["before the start", "while it waits"])
+def test_a_mail_expires_while_its_lane_waits(database, relay, when):
+    """It is refused then, not when the relay is back; that probe is an hour away."""
+    with open_outbox(database, schedule=Schedule(first=3600.0, jitter=0.0)) as outbox:
+        put(outbox, relay, ALICE)
+        relay.stop_accepting()
+        send(outbox)
+        outbox.processor().run(forever=False)
+        assert outbox.spool.lane_notes()
+        processor = outbox.processor()
+        if when == "while it waits":
+            processor.start()
+            wait_for(lambda: processor.scheduler is not None and processor.scheduler.lanes)
+        with transaction.manager:
+            expires = outbox.spool.connections.now() + 1.5
+            message_id = outbox.delivery.send(ALICE, [BOB], MESSAGE, expires=expires)
+        if when == "before the start":
+            processor.start()
+        wait_for(lambda: outbox.status(message_id).state is State.REFUSED, 30.0)
+        assert outbox.status(message_id).reason == "expired"
+        assert outbox.spool.connections.now() >= expires
+        assert processor.stop()
+        senders = [outbox.spool.load(entry).envelope.sender for entry in outbox.spool.scan()]
+        assert sorted(senders) == ["", ALICE, ALICE]  # a notice waits, too
+        assert relay.mails == []
+
+
+def test_who_delivers_is_told_to_other_hosts(outbox, database):
+    assert verifyObject(IPresence, outbox.presence)
+    assert outbox.presence.deliverers() == []
+    processor = outbox.processor()
+    processor.start()
+    with Outbox(database, key=KEY) as other:
+        (deliverer,) = wait_for(other.presence.deliverers)
+        assert (deliverer.pid, deliverer.host) == (os.getpid(), socket.gethostname())
+        assert deliverer.here
+        assert abs(deliverer.since - other.spool.connections.now()) < 60
+        assert processor.stop()
+        assert other.presence.deliverers() == []
+
+
+def test_what_happened_step_by_step(outbox):
+    now = outbox.spool.connections.now()
+    for at, kind in ((-50, "old"), (1, "accepted"), (59, "accepted"), (61, "refused")):
+        outbox.journal.record(Event(now + at, kind))
+    expected = [(0, "accepted", 2), (1, "refused", 1)]
+    assert outbox.journal.series(now, 60) == expected
+
+
+# Within the application's own transaction
+
+
+@pytest.mark.parametrize("ending", ["commit", "rollback", "savepoint", "crash"])
+@pytest.mark.parametrize("kind", ["psycopg", "sqlalchemy"])
+def test_a_mail_commits_with_the_database(outbox, relay, database, kind, ending):
+    engine = sqlalchemy.create_engine(database.replace("postgresql", "postgresql+psycopg"))
+    connection = engine.connect() if kind == "sqlalchemy" else psycopg.connect(database)
+    execute = connection.exec_driver_sql if kind == "sqlalchemy" else connection.execute
+    message_id = outbox.within(connection).send(ALICE, [BOB], MESSAGE, idempotency_key="k")
+    execute("SAVEPOINT here")
+    outbox.within(connection).send(ALICE, [BOB], MESSAGE)
+    if ending == "savepoint":
+        execute("ROLLBACK TO SAVEPOINT here")
+    assert list(outbox.spool.scan()) == []
+    if ending in ("commit", "savepoint"):
+        connection.commit()
+    elif ending == "crash":
+        with psycopg.connect(database, autocommit=True) as other:
+            other.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE state = 'idle in transaction'"
+            )
+        with pytest.raises((psycopg.Error, sqlalchemy.exc.DBAPIError)):
+            connection.commit()
+    with contextlib.suppress(sqlalchemy.exc.DBAPIError):
+        connection.close()
+    engine.dispose()
+    expected = {"commit": 2, "savepoint": 1}.get(ending, 0)
+    assert len(list(outbox.spool.scan())) == expected
+    assert outbox.spool.left_overs() == []
+    assert outbox.processor().run(forever=False).accepted == expected
+    assert len(relay.mails) == expected
+    assert outbox.spool.key_holder("k") == (message_id if expected else None)
+
+
+def test_within_a_session_of_sqlalchemy(outbox, database):
+    engine = sqlalchemy.create_engine(database.replace("postgresql", "postgresql+psycopg"))
+    with sqlalchemy.orm.Session(engine) as session, session.begin():
+        outbox.within(session).send(ALICE, [BOB], MESSAGE)
+    engine.dispose()
+    assert len(list(outbox.spool.scan())) == 1
+
+
+def test_within_refuses_what_would_not_follow(outbox, database, tmp_path):
+    with psycopg.connect(database, autocommit=True) as connection:
+        with pytest.raises(InvalidSettings, match="autocommit"):
+            outbox.within(connection).send(ALICE, [BOB], MESSAGE)
+        with connection.transaction():
+            outbox.within(connection).send(ALICE, [BOB], MESSAGE)
+    assert len(list(outbox.spool.scan())) == 1
+    with pytest.raises(InvalidSettings, match="psycopg 3"):
+        outbox.within(object())
+    with Outbox(tmp_path / "outbox") as maildir, pytest.raises(InvalidSettings, match="no data"):
+        maildir.within(object())
+
+
+def test_one_key_within_two_transactions(outbox, database):
+    with psycopg.connect(database) as first, psycopg.connect(database) as second:
+        outbox.within(first).send(ALICE, [BOB], MESSAGE, idempotency_key="k")
+        first.commit()
+        again = outbox.within(second).send(ALICE, [BOB], MESSAGE, idempotency_key="k")
+    assert again == outbox.spool.key_holder("k")
+    assert len(list(outbox.spool.scan())) == 1
+
+
+# What people and hosts see
+
+
+def test_two_outboxes_see_the_same(outbox, database, relay):
+    (message_id,) = send(outbox)
+    with open_outbox(database) as other:
+        assert other.status(message_id).state is State.QUEUED
+        other.queue.hold(message_id, "why")
+        assert outbox.status(message_id).reason == "why"
+        other.queue.retry(message_id)
+        assert outbox.processor().run(forever=False).accepted == 1
+        assert other.status(message_id).state is State.ACCEPTED
+        kinds = [event.kind for event in other.journal.events(address=BOB.upper())]
+        assert kinds == ["held", "retried", "accepted"]
+
+
+def test_another_key_opens_nothing(outbox, database):
+    with Outbox(database, key=bytes(32)) as other:
+        assert other.accounts.get(ALICE).mailbox == ALICE
+        with pytest.raises(WrongKey):
+            other.vault.get(ALICE)
+
+
+def test_no_key_is_made_for_one_host_alone(database):
+    account = Account(mailbox="*", host="h.example", username="x", password="x")
+    with Outbox(database) as keyless, pytest.raises(WrongKey, match="CPSMAIL_KEY"):
+        keyless.accounts.put(account)
+
+
+def test_hostile_text_is_kept(outbox, relay):
+    relay.on("TAKEN", reply=b"550 \xff\x00 no\r\n")
+    (message_id,) = send(outbox)
+    outbox.processor().run(forever=False)
+    status = outbox.status(message_id)
+    assert status.state is State.REFUSED
+    assert outbox.journal.events(message_id=message_id)
+
+
+def test_accounts_follow_the_transaction_and_a_watch_tells(outbox, relay):
+    watch = outbox.vault.watch()
+    before = outbox.vault.version(ALICE)
+    put(outbox, relay, ALICE, connections=3)
+    assert select.select([watch.fileno()], [], [], 30.0)[0]
+    assert watch.read() is None
+    watch.close()
+    assert outbox.vault.version(ALICE) != before
+    assert outbox.vault.get(ALICE).connections == 3
+    transaction.begin()
+    outbox.accounts.delete(ALICE)
+    transaction.abort()
+    assert list(outbox.vault.mailboxes()) == [ALICE]
+    assert outbox.vault.sweep() == ()
+    with transaction.manager:
+        outbox.accounts.delete(ALICE)
+    assert list(outbox.vault.mailboxes()) == []
+
+
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_a_change_of_an_account_in_doubt(outbox, relay, monkeypatch, verdict):
+    changed = outbox.vault.get(ALICE).replace(connections=7)
+    token = outbox.vault.stage(ALICE, changed, "T0k3n")
+    outbox.vault.prepare([token], witnessed=True)
+    monkeypatch.setattr(vault_module, "DOUBT_AFTER", 0.0)
+    assert outbox.vault.sweep() == ()
+    assert outbox.vault.doubts() == [(token, "T0k3n")]
+    assert outbox.vault.resolve(token, verdict) == ALICE
+    assert outbox.vault.resolve(token, verdict) == ""
+    committed = verdict is Verdict.COMMITTED
+    assert (outbox.vault.get(ALICE).connections == 7) == committed
+
+
+# The schema
+
+
+def test_upgrade_makes_repeats_and_leaves_what_is_newer(postgres):
+    url = postgres.new_database(empty=True)
+    connections = Connections(url)
+    with Outbox(url, key=KEY) as early, pytest.raises(SpoolError, match="schema upgrade"):
+        list(early.spool.scan())
+    assert upgrade(connections) == (0, VERSION)
+    with Outbox(url, key=KEY) as outbox:
+        assert list(outbox.spool.scan()) == []
+        assert upgrade(connections) == (VERSION, VERSION)
+        assert list(outbox.spool.scan()) == []
+    with connections.use("test") as connection:
+        connection.execute("INSERT INTO cpsmail.version VALUES (%s, %s)", [VERSION + 1, VERSION])
+    assert upgrade(connections) == (VERSION + 1, VERSION + 1)
+    with Outbox(url, key=KEY) as beside:  # of two releases side by side, the older one
+        assert list(beside.spool.scan()) == []
+    with connections.use("test") as connection:
+        connection.execute("INSERT INTO cpsmail.version VALUES (%s, %s)", [VERSION + 2] * 2)
+    with Outbox(url, key=KEY) as old, pytest.raises(SpoolError, match="upgrade the package"):
+        list(old.spool.scan())
+    connections.close()
+    postgres.drop_database(url)
+
+
+def test_two_upgrades_at_once(postgres):
+    url = postgres.new_database(empty=True)
+    done: list[Any] = []
+
+    def work() -> None:
+        connections = Connections(url)
+        done.append(upgrade(connections))
+        connections.close()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [(0, VERSION), (VERSION, VERSION), (VERSION, VERSION)]
+    postgres.drop_database(url)
+
+
+# The command line and ZCML
+
+
+def test_cpsmail_on_postgresql(database, relay, tmp_path):
+    site = Site(tmp_path)
+    site.environ |= {"CPSMAIL_OUTBOX": database, "CPSMAIL_KEY": KEY.hex()}
+    assert f"schema {VERSION} already" in site.run("schema", "upgrade").output
+    arguments = ["--host", relay.host, "--port", str(relay.port), "--security", "plain"]
+    site.run("accounts", "set", ALICE, *arguments)
+    site.run("send", "-f", ALICE, BOB, input=MESSAGE)
+    assert ALICE in site.run("queue").output
+    assert site.json("drain")["accepted"] == 1
+    assert len(relay.mails) == 1
+    findings = site.json("doctor", code=1)["findings"]
+    failed = [finding["text"] for finding in findings if finding["level"] == "fail"]
+    assert [text.partition(",")[0] for text in failed] == ["fsync = off"]  # as we start the server
+    assert {"server", "key", "queue", "lanes"} <= {finding["check"] for finding in findings}
+
+
+def test_a_directory_has_no_schema(tmp_path):
+    assert "has no schema" in Site(tmp_path).run("schema", "upgrade", code=78).output
+
+
+def test_no_password_is_shown(database, tmp_path):
+    site = Site(tmp_path)
+    site.environ["CPSMAIL_OUTBOX"] = database.replace("cpsmail@", "cpsmail:geheim@")
+    for command in ("doctor", "queue"):
+        assert "geheim" not in site.run(command, code=None).output
+    outbox = Outbox(site.environ["CPSMAIL_OUTBOX"])
+    assert "geheim" not in repr(outbox) + repr(outbox.spool) + repr(outbox.vault)
+    outbox.close()
+
+
+def test_zcml_takes_a_url(database):
+    from zope.configuration import xmlconfig
+
+    context = xmlconfig.string(
+        f"""<configure xmlns="http://namespaces.zope.org/zope"
+                xmlns:mail="http://namespaces.zope.org/mail">
+              <include package="cpsmailaccess_delivery" file="meta.zcml" />
+              <mail:mailboxDelivery name="pg" queuePath="{database}" />
+            </configure>"""
+    )
+    assert context is not None
+    delivery = getGlobalSiteManager().getUtility(IMailDelivery, "pg")
+    assert delivery.queuePath == database
+    getGlobalSiteManager().getUtility(IOutbox, database).close()
+    getGlobalSiteManager().__init__("base")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("mysql://x/y", "no back end"),
+        ("postgresql://h/d?lease=0", "3600"),
+        ("postgresql://h/d?lease=x", "3600"),
+        ("postgresql://h/d?nonsense=geheim", "libpq"),
+    ],
+)
+def test_urls_that_are_none(url, words):
+    with pytest.raises(InvalidSettings, match=words) as caught:
+        Outbox(url)
+    assert "geheim" not in str(caught.value)

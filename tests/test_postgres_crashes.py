@@ -1,0 +1,439 @@
+"""Crashes on PostgreSQL: of who commits, of workers, of the server, of connections."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import transaction
+
+pytest.importorskip("psycopg", reason="needs the extra [postgres]")
+
+from conftest import KEY
+from cpsmailaccess_delivery import Outbox, State
+from cpsmailaccess_delivery.envelope import parse_block
+from cpsmailaccess_delivery.errors import NoSuchEntry, OutboxError
+from cpsmailaccess_delivery.interfaces import Verdict
+from cpsmailaccess_delivery.pg import staging
+from cpsmailaccess_delivery.smtp.machine import WINDOW
+from cpsmailaccess_delivery.testing import SMTPServer
+from postgres_helpers import Server, wait_for
+from test_postgres import ALICE, BOB, MESSAGE, open_outbox, put, send
+
+LEASE = 2.0  # seconds
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def relay() -> Iterator[SMTPServer]:
+    with SMTPServer() as server:
+        yield server
+
+
+@pytest.fixture
+def outbox(database: str, relay: SMTPServer) -> Iterator[Outbox]:
+    with open_outbox(database) as made:
+        put(made, relay, ALICE)
+        yield made
+
+
+def script(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "postgres_scenes.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=HERE,
+    )
+
+
+@pytest.fixture
+def worker(database: str) -> Iterator[Any]:
+    """Starts `cpsmail run`; what still runs at the end is killed."""
+    started = []
+    environ = {
+        **os.environ,
+        "CPSMAIL_OUTBOX": f"{database}?lease={LEASE}",
+        "CPSMAIL_KEY": KEY.hex(),
+        "CPSMAIL_HELO_NAME": "client.example.org",
+    }
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "cpsmailaccess_delivery", "run", *arguments],
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+# Who commits dies
+
+
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [
+        ("before the vote", "nothing"),
+        ("inside the vote", "nothing"),
+        ("after the vote", "in doubt"),
+        ("inside the finish", "in doubt"),
+        ("after the finish", "queued"),
+    ],
+)
+def test_who_commits_dies(database, outbox, relay, monkeypatch, moment, left):
+    dying = script("commit", database, moment)
+    message_id = dying.communicate(timeout=60)[0].strip()
+    assert message_id
+    assert dying.returncode == -signal.SIGKILL
+    if left == "queued":
+        assert outbox.status(message_id).state is State.QUEUED
+        assert outbox.processor().run(forever=False).accepted == 1
+        assert len(relay.mails) == 1
+        return
+    with pytest.raises(NoSuchEntry):
+        outbox.status(message_id)
+    assert outbox.spool.sweep().held == ()  # it may be about to finish
+    monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
+    if left == "nothing":
+        assert list(outbox.spool.left_overs()) == []
+        assert outbox.spool.sweep().held == ()
+        return
+    (entry_id,) = outbox.spool.left_overs()
+    assert outbox.spool.sweep().held == (entry_id,)
+    status = outbox.status(message_id)
+    assert status.state is State.HELD
+    assert "in doubt" in status.reason
+    assert outbox.processor().run(forever=False).accepted == 0
+    outbox.queue.release(message_id)
+    assert outbox.processor().run(forever=False).accepted == 1
+    assert len(relay.mails) == 1
+
+
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_a_witness_decides(outbox, relay, monkeypatch, verdict):
+    entry = staged(outbox, witnessed=True)
+    monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
+    assert outbox.spool.sweep().held == (entry.id,)
+    ((held, token),) = outbox.spool.doubts()
+    assert (held.id, held.state, token) == (entry.id, State.HELD, "T0k3n")
+    record = outbox.spool.resolve(held, verdict)
+    assert record.envelope.message_id == "1@x"
+    assert outbox.spool.doubts() == []
+    assert outbox.spool.resolve(held, verdict) is None
+    found = [entry.state for entry in outbox.spool.scan()]
+    assert (
+        found
+        == {
+            Verdict.COMMITTED: [State.QUEUED],
+            Verdict.ABORTED: [],
+            Verdict.UNKNOWN: [State.HELD],
+        }[verdict]
+    )
+    accepted = outbox.processor().run(forever=False).accepted
+    assert accepted == (verdict is Verdict.COMMITTED)
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "held", "aborted"])
+def test_who_stood_still_finishes_after_all(outbox, monkeypatch, meanwhile):
+    """Not dead, only stopped between vote and finish: what it commits is not lost."""
+    entry = staged(outbox, witnessed=True)
+    if meanwhile != "nothing":
+        monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
+        outbox.spool.sweep()
+    if meanwhile == "aborted":
+        ((held, _),) = outbox.spool.doubts()
+        outbox.spool.resolve(held, Verdict.ABORTED)
+        assert list(outbox.spool.scan()) == []
+    outbox.spool.publish([entry])
+    assert list(outbox.spool.scan()) == [entry]
+    assert outbox.processor().run(forever=False).accepted == 1
+
+
+def test_what_a_person_has_decided_stays(outbox, monkeypatch, caplog):
+    entry = staged(outbox)
+    monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
+    outbox.spool.sweep()
+    outbox.queue.cancel(entry.id)
+    outbox.spool.publish([entry])
+    assert list(outbox.spool.scan()) == []
+    assert "cancelled by somebody while in doubt" in caplog.text
+
+
+def staged(outbox: Outbox, *, witnessed: bool = False) -> Any:
+    from cpsmailaccess_delivery.envelope import Envelope, Route
+
+    route = Route(mailbox=ALICE, host="127.0.0.1", port=25)
+    envelope = Envelope(ALICE, (BOB,), route, "1@x", token="T0k3n")
+    entry = outbox.spool.stage(envelope, MESSAGE)
+    outbox.spool.prepare([entry], witnessed=witnessed)
+    return entry
+
+
+# The server dies
+
+
+@pytest.fixture
+def own_server(postgres: Server) -> Iterator[Server]:
+    """The server of the session, started again when a test has left it dead."""
+    yield postgres
+    if not postgres.is_running():
+        postgres.start()
+
+
+def test_the_server_dies_under_load(own_server, database, relay):
+    """What `commit` has returned for is there; what it has refused is not, or in doubt."""
+    with open_outbox(database) as outbox:
+        put(outbox, relay, ALICE)
+    processes = [script("commits", database) for _ in range(2)]
+    acknowledged: list[str] = []
+    readers = [
+        threading.Thread(target=lambda p=p: acknowledged.extend(map(str.strip, p.stdout)))
+        for p in processes
+    ]
+    for reader in readers:
+        reader.start()
+    try:
+        wait_for(lambda: len(acknowledged) > 50)
+        own_server.kill()
+        before = len(acknowledged)
+        own_server.start()
+        wait_for(lambda: len(acknowledged) > before + 20)  # they go on by themselves
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for reader in readers:
+            reader.join()
+        for process in processes:
+            process.stdout.close()
+    with psycopg.connect(database) as connection:
+        rows = connection.execute("SELECT block, state FROM cpsmail.mails").fetchall()
+    states = {parse_block(block)[0].message_id: state for block, state in rows}
+    assert len(states) == len(rows)
+    assert set(acknowledged) <= set(states)
+    # Each process that was killed may have left one between vote and finish, or before a retry.
+    assert sum(states[message_id] == "staged" for message_id in acknowledged) <= 2
+
+
+def test_who_has_committed_publishes_when_the_server_is_back(own_server, outbox, monkeypatch):
+    staging_ = outbox.spool.staging
+    tried = threading.Event()
+    publish = staging_._publish
+
+    def fail(staged: Any) -> None:
+        own_server.kill() if own_server.is_running() else None
+        try:
+            publish(staged)
+        finally:
+            tried.set()
+
+    monkeypatch.setattr(staging_, "_publish", fail)
+    send(outbox)  # does not raise: other participants have committed
+    assert tried.is_set()
+    monkeypatch.setattr(staging_, "_publish", publish)
+    own_server.start()
+    wait_for(lambda: [e.state for e in outbox.spool.scan()] == [State.QUEUED])
+    assert outbox.processor().run(forever=False).accepted == 1
+
+
+def test_the_server_restarts_while_a_worker_delivers(own_server, database, relay):
+    with open_outbox(database) as outbox:
+        put(outbox, relay, ALICE, connections=2)
+        send(outbox, 150)
+        processor = outbox.processor()
+        processor.start()
+        wait_for(lambda: len(relay.mails) > 20)
+        own_server.kill()
+        own_server.start()
+        send(outbox, 10)
+        wait_for(lambda: not list(outbox.spool.scan()), 90.0)
+        assert processor.stop()
+    ids = [mail.message_id for mail in relay.mails]
+    assert len(set(ids)) == 160
+    # At most what was on its way when the server died was sent again.
+    assert len(ids) - 160 <= 40
+
+
+# Workers die, or stand still
+
+
+def test_a_worker_dies_before_it_sends(database, relay, worker):
+    with open_outbox(f"{database}?lease={LEASE}") as outbox:
+        put(outbox, relay, ALICE)
+        relay.on("GREETING", delay=60.0)
+        send(outbox, 3)
+        first = worker()
+        wait_for(lambda: all(outbox.spool.leased(entry) for entry in outbox.spool.scan()))
+        wait_for(lambda: relay.open_sessions)
+        second = worker()
+        wait_for(lambda: workers_of(database) == 2)
+        relay.forget()
+        first.kill()
+        died = time.monotonic()
+        wait_for(lambda: len(relay.mails) == 3)
+        assert time.monotonic() - died < 30.0  # its lease and a second, on a busy machine more
+        wait_for(lambda: not list(outbox.spool.scan()))
+        second.terminate()
+        assert second.wait(30) == 0
+    assert len(relay.mails) == 3
+
+
+def test_a_worker_dies_between_the_reply_and_the_record(database, relay, worker):
+    """The relay has taken the mails, nobody has written it down: each is sent twice at most."""
+    with open_outbox(f"{database}?lease={LEASE}") as outbox:
+        put(outbox, relay, ALICE)
+        ids = send(outbox, 5)
+        with removals_that_hang(database):
+            first = worker()
+            wait_for(lambda: relay.mails)
+            first.kill()
+            first.wait()
+        taken = len(relay.mails)
+        second = worker()
+        wait_for(lambda: not list(outbox.spool.scan()))
+        second.terminate()
+        second.wait(30)
+    received = [mail.message_id for mail in relay.mails]
+    assert set(received) == set(ids)
+    assert len(received) <= len(ids) + taken
+
+
+def test_a_worker_stands_still_for_longer_than_its_lease(database, relay, worker):
+    with open_outbox(f"{database}?lease={LEASE}") as outbox:
+        put(outbox, relay, ALICE, connections=1)
+        ids = send(outbox, 30)
+        first = worker()
+        wait_for(lambda: relay.mails)
+        first.send_signal(signal.SIGSTOP)
+        second = worker()
+        wait_for(lambda: not list(outbox.spool.scan()))
+        first.send_signal(signal.SIGCONT)
+        more = send(outbox, 5)
+        wait_for(lambda: set(more) <= {mail.message_id for mail in relay.mails})
+        wait_for(lambda: not list(outbox.spool.scan()))
+        for process in (first, second):
+            process.terminate()
+            assert process.wait(60) == 0
+        for message_id in ids + more:
+            assert outbox.status(message_id).state is State.ACCEPTED
+    received = [mail.message_id for mail in relay.mails]
+    assert set(received) == set(ids + more)
+    # Doubled is at most what one session had on its way when it was stopped.
+    assert len(received) - len(set(received)) <= WINDOW
+
+
+@contextmanager
+def removals_that_hang(database: str) -> Iterator[None]:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(
+            "CREATE FUNCTION cpsmail.hang() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN PERFORM pg_sleep(300); RETURN OLD; END $$"
+        )
+        connection.execute(
+            "CREATE TRIGGER hang BEFORE DELETE ON cpsmail.mails"
+            " FOR EACH ROW EXECUTE FUNCTION cpsmail.hang()"
+        )
+        try:
+            yield
+        finally:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE wait_event = 'PgSleep'"
+            )
+            connection.execute("DROP FUNCTION cpsmail.hang() CASCADE")
+
+
+def workers_of(database: str) -> int:
+    with psycopg.connect(database) as connection:
+        query = "SELECT count(*) FROM cpsmail.workers WHERE until > clock_timestamp()"
+        return connection.execute(query).fetchone()[0]
+
+
+# Connections are lost
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_connection_is_lost_at_each_statement(database, outbox, relay, monkeypatch, when):
+    """Of one send and its delivery: whatever is lost, the mail is sent once, or not at all.
+
+    Where the commit raised, nothing is sent; where it did not, the mail arrives.
+    """
+    execute = psycopg.Connection.execute
+    cut = Cut(database, when)
+
+    def execute_and_cut(self: Any, *arguments: Any, **more: Any) -> Any:
+        return cut(self, lambda: execute(self, *arguments, **more))
+
+    monkeypatch.setattr(psycopg.Connection, "execute", execute_and_cut)
+    monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
+    for number in range(1, 60):
+        transaction.abort()
+        relay.mails.clear()
+        outbox.spool.connections._failed_at = -10.0
+        cut.at = number
+        try:
+            (message_id,) = send(outbox)
+        except OutboxError:
+            message_id = ""
+        reached = not cut.at
+        cut.at = 0
+        outbox.spool.sweep()
+        held = [e for e in outbox.spool.scan() if e.state is State.HELD]
+        if not message_id:
+            # The answer to the database's own commit was lost: discarded again, or in doubt.
+            assert [e for e in outbox.spool.scan() if e not in held] == []
+        for entry in held:
+            outbox.queue.release(entry.id) if message_id else outbox.queue.cancel(entry.id)
+        outbox.processor().run(forever=False)
+        assert len(relay.mails) == bool(message_id), (number, when)
+        if not reached:
+            break
+    else:
+        pytest.fail("it never ended")
+    assert number > 5
+
+
+class Cut:
+    """Ends the connection before or after one statement: the `at`-th from when that is set."""
+
+    def __init__(self, database: str, when: str) -> None:
+        self.at = 0
+        self._database = database
+        self._when = when
+
+    def __call__(self, connection: Any, execute: Any) -> Any:
+        if not self.at or connection.info.dbname == "":
+            return execute()
+        self.at -= 1
+        if self.at:
+            return execute()
+        self.at = 0
+        if self._when == "before":
+            self._end(connection)
+            return execute()
+        result = execute()
+        self._end(connection)
+        return result
+
+    def _end(self, connection: Any) -> None:
+        process = connection.info.backend_pid
+        with psycopg.connect(self._database, autocommit=True) as other:
+            other.execute("SELECT pg_terminate_backend(%s, 5000)", [process])

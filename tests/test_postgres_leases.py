@@ -1,0 +1,292 @@
+"""Leases on PostgreSQL: fenced, renewed, lost; what others may do with a mail meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+
+import pytest
+
+pytest.importorskip("psycopg", reason="needs the extra [postgres]")
+
+from cpsmailaccess_delivery.errors import SpoolError
+from cpsmailaccess_delivery.interfaces import Settlement, State
+from cpsmailaccess_delivery.pg.connections import Connections
+from cpsmailaccess_delivery.pg.engine import JOBS
+from cpsmailaccess_delivery.pg.feed import TAKE, Feed
+from cpsmailaccess_delivery.pg.mails import MAILS
+from cpsmailaccess_delivery.spool.postgres import PostgresSpool
+from postgres_helpers import wait_for
+from spool_contract import ACCEPTED, DEFERRED, MESSAGE, envelope, queue, settle, told
+
+Make = Callable[..., PostgresSpool]
+
+
+@pytest.fixture
+def make(database: str) -> Iterator[Make]:
+    made = []
+
+    def make(lease: float = 30.0) -> PostgresSpool:
+        made.append(PostgresSpool(Connections(database), lease=lease))
+        return made[-1]
+
+    yield make
+    for spool in made:
+        spool.close()
+
+
+def jobs(spool: PostgresSpool) -> list[tuple[str, str]]:
+    with spool.connections.use("look") as connection:
+        rows = connection.execute(f"SELECT dedupe_key, status::text FROM {JOBS} ORDER BY id")
+        return rows.fetchall()
+
+
+def expire(spool: PostgresSpool) -> None:
+    """As if every holder had been silent for longer than its lease."""
+    with spool.connections.use("expire") as connection:
+        connection.execute(f"UPDATE {MAILS} SET leased_until = clock_timestamp() - interval '1 s'")
+        connection.execute(f"UPDATE {JOBS} SET heartbeat = now() - interval '1 day'")
+        connection.execute("UPDATE cpsmail.lanes SET until = clock_timestamp() - interval '1 s'")
+
+
+@pytest.mark.parametrize("state", [State.ACCEPTED, State.DEFERRED, State.REFUSED, State.CANCELLED])
+def test_who_lost_his_lease_changes_nothing(make, state, caplog):
+    stale, living = make(), make()
+    entry = queue(stale)
+    lost = stale.claim(entry)
+    expire(stale)
+    lease = living.claim(entry)
+    assert lease is not None
+    before = living.load(entry)
+    settlement = Settlement(state, outcomes={"bob@example.net": ACCEPTED}, due=5.0, attempts=1)
+    with caplog.at_level(logging.ERROR):
+        assert lost.settle(settlement) is None
+    assert "may be sent twice" in caplog.text
+    lost.release()
+    assert living.load(entry) == before
+    assert living.leased(entry)
+    assert lease.settle(Settlement(State.DEFERRED, due=9.0, attempts=1)).attempts == 1
+    assert jobs(living) == [(entry.id, "queued")]
+
+
+def test_who_lost_his_lease_cannot_set_aside(make):
+    spool = make()
+    entry = queue(spool)
+    lost = spool.claim(entry)
+    expire(spool)
+    lease = make().claim(entry)
+    with pytest.raises(SpoolError, match="lost"):
+        lost.set_aside("why")
+    lost.release()
+    assert spool.leased(entry)
+    lease.release()
+    assert not spool.leased(entry)
+
+
+def test_his_own_claim_is_another_one(make):
+    """A worker that lost a mail and claims it again is fenced from its former self."""
+    spool = make()
+    entry = queue(spool)
+    lost = spool.claim(entry)
+    expire(spool)
+    again = spool.claim(entry)
+    assert lost.settle(Settlement(State.ACCEPTED)) is None
+    assert spool.leased(entry)
+    assert again.settle(Settlement(State.ACCEPTED)) is None
+    assert list(spool.scan()) == []
+
+
+def test_a_lease_is_renewed_while_its_holder_lives(make):
+    spool = make(lease=1.0)
+    entry = queue(spool)
+    lease = spool.claim(entry)
+    first = lease.taken_at
+    wait_for(lambda: lease.taken_at > first + 1.5)
+    assert make().claim(entry) is None
+    assert lease.settle(Settlement(State.ACCEPTED)) is None
+
+
+def test_a_lease_ends_when_its_holder_is_silent(make):
+    spool = make(lease=1.0)
+    entry = queue(spool)
+    spool.claim(entry)
+    spool.leases.close()  # renews no more: as a process that stands still
+    other = make()
+    lease = wait_for(lambda: other.claim(entry), 10.0)
+    assert lease.message == MESSAGE
+
+
+# Jobs: the engine names a mail as long as a processor may take it
+
+
+@pytest.mark.parametrize(
+    ("settlement", "expected"),
+    [
+        (Settlement(State.ACCEPTED), []),
+        (Settlement(State.CANCELLED), []),
+        (Settlement(State.DEFERRED, due=5.0, attempts=1), ["queued"]),
+        (Settlement(State.UNCLEAR, due=5.0, attempts=1), ["queued"]),
+        (Settlement(State.UNCLEAR, attempts=1), []),
+        (Settlement(State.HELD, attempts=1), []),
+        (Settlement(State.REFUSED, attempts=1), []),
+    ],
+)
+def test_a_job_goes_with_its_mail(make, settlement, expected):
+    spool = make()
+    entry = queue(spool)
+    assert jobs(spool) == [(entry.id, "queued")]
+    spool.claim(entry).settle(settlement)
+    assert [status for _, status in jobs(spool)] == expected
+
+
+def test_hold_takes_the_job_and_requeue_gives_one(make):
+    spool = make()
+    entry = queue(spool)
+    held = spool.hold(entry, "why")
+    assert jobs(spool) == []
+    spool.requeue(held)
+    assert jobs(spool) == [(entry.id, "queued")]
+    spool.cancel(entry)
+    assert jobs(spool) == []
+
+
+# The feed of a worker
+
+
+def watch_of(spool: PostgresSpool):
+    feed = Feed(spool)
+    return feed, feed.watch()
+
+
+def test_the_feed_tells_what_it_has_leased(make):
+    spool = make()
+    entries = {queue(spool, f"{n}@x") for n in range(5)}
+    feed, watch = watch_of(spool)
+    assert set(told(watch, 5)) == entries
+    other = make()
+    assert all(other.leased(entry) for entry in entries)
+    for entry in entries:
+        lease = feed.claim(entry)
+        assert lease.message == MESSAGE
+        assert lease.settle(Settlement(State.ACCEPTED)) is None
+    watch.close()
+    assert jobs(spool) == []
+    assert list(spool.scan()) == []
+
+
+def test_the_feed_gives_back_what_is_not_sent(make):
+    spool = make()
+    entry = queue(spool)
+    _, watch = watch_of(spool)
+    assert told(watch) == [entry]
+    watch.close()
+    assert not spool.leased(entry)
+    assert jobs(spool) == [(entry.id, "queued")]
+    _, watch = watch_of(make())
+    assert told(watch) == [entry]
+    watch.close()
+
+
+def test_two_feeds_share_no_lane(make):
+    spool = make()
+    queue(spool, "1@x")
+    _, first = watch_of(spool)
+    assert len(told(first)) == 1
+    _, second = watch_of(make())
+    with spool.connections.use("wait") as connection:
+        query = "SELECT count(*) FROM cpsmail.workers"
+        wait_for(lambda: connection.execute(query).fetchone() == (2,))
+    more = [queue(spool, f"{n}@x") for n in range(2, 12)]
+    assert set(told(first, 10)) == set(more)
+    assert second.read() == []
+    first.close()  # the lane is free: the other takes it
+    assert len(told(second, 11)) == 11
+    second.close()
+
+
+def test_a_feed_takes_what_a_dead_worker_had(make):
+    spool = make()
+    entry = queue(spool)
+    dead, watch = watch_of(spool)
+    assert told(watch) == [entry]
+    expire(spool)
+    _, living = watch_of(make())
+    assert told(living) == [entry]
+    lost = dead.claim(entry)  # it does not know yet; what it records is not taken
+    assert lost is None or lost.settle(Settlement(State.ACCEPTED)) is None
+    assert list(spool.scan()) == [entry]
+    living.close()
+    watch.close()
+
+
+def test_what_is_leased_ahead_for_too_long_is_not_sent(make, monkeypatch):
+    """Paused between lease and claim, for longer than the lease: another one may have it."""
+    spool = make()
+    entry = queue(spool)
+    feed, watch = watch_of(spool)
+    assert told(watch) == [entry]
+    expire(spool)
+    other = make().claim(entry)
+    assert other is not None
+    for lease in spool.leases.held():
+        if lease.token != other.token:
+            lease.taken_at -= 31.0
+    assert feed.claim(entry) is None
+    other.release()
+    watch.close()
+
+
+def test_a_deferred_mail_comes_again_when_it_is_due(make):
+    spool = make()
+    entry = queue(spool)
+    feed, watch = watch_of(spool)
+    told(watch)
+    due = spool.connections.now() + 1.0
+    after = feed.claim(entry).settle(Settlement(State.DEFERRED, due=due, attempts=1))
+    assert told(watch) == [after]
+    assert spool.connections.now() >= due
+    watch.close()
+
+
+def test_held_mails_are_not_fed(make):
+    spool = make()
+    spool.hold(queue(spool, "a@x"), "why")
+    settle(spool, queue(spool, "b@x"), State.REFUSED, outcomes={"bob@example.net": DEFERRED})
+    entry = queue(spool, "c@x")
+    _, watch = watch_of(spool)
+    assert told(watch) == [entry]
+    watch.close()
+
+
+def test_a_large_message_does_not_come_with_its_claim(make):
+    spool = make()
+    message = b"A: b\n\n" + b"x" * 2_000_000
+    staged = spool.stage(envelope(), message)
+    spool.prepare([staged])
+    spool.publish([staged])
+    lease = spool.claim(staged)
+    assert lease._message is None
+    assert lease.message == message
+    lease.release()
+
+
+def test_higher_priority_first(make):
+    spool = make()
+    low = queue(spool, "a@x", priority=2)
+    high = queue(spool, "b@x", priority=8)
+    _, watch = watch_of(spool)
+    assert told(watch, 2) == [high, low]
+    watch.close()
+
+
+def test_of_two_that_seek_at_once_one_gets_the_lane(make):
+    spool = make()
+    values = {"lanes": ["0123456789abcdef"], "lease": 30.0}
+    with spool.connections.use("take") as connection:
+        first = connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall()
+        second = connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall()
+    assert (first, second) == ([("0123456789abcdef",)], [])
+    expire(spool)
+    with spool.connections.use("take") as connection:
+        assert connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall() == first

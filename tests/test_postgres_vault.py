@@ -1,0 +1,243 @@
+"""The accounts on PostgreSQL: what was put back, edited or cut short is told; another key."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Callable, Iterator
+
+import pytest
+
+pytest.importorskip("psycopg", reason="needs the extra [postgres]")
+
+from zope.interface.verify import verifyObject
+
+from cli_helpers import Site
+from conftest import PASSWORD
+from cpsmailaccess_delivery import Account
+from cpsmailaccess_delivery.envelope import digest
+from cpsmailaccess_delivery.errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
+from cpsmailaccess_delivery.interfaces import IAccountStore, Verdict
+from cpsmailaccess_delivery.key import KeySource
+from cpsmailaccess_delivery.pg.connections import Connections
+from cpsmailaccess_delivery.pg.vault import PostgresVault
+from cpsmailaccess_delivery.rekey import rekey
+
+ALICE = "alice@example.org"
+KEY, OTHER = b"\x01" * 32, b"\x02" * 32
+NAME = digest(ALICE) + ".account"
+
+Make = Callable[..., PostgresVault]
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    for name in ("CPSMAIL_KEY", "CPSMAIL_FORMER_KEY", "CREDENTIALS_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def make(database: str) -> Iterator[Make]:
+    made = []
+
+    def make(key: bytes | None = KEY) -> PostgresVault:
+        made.append(Connections(database))
+        return PostgresVault(made[-1], KeySource(key))
+
+    yield make
+    for connections in made:
+        connections.close()
+
+
+@pytest.fixture
+def vault(make: Make) -> PostgresVault:
+    return make()
+
+
+def account(mailbox: str = ALICE, password: str = PASSWORD) -> Account:
+    return Account(mailbox=mailbox, host="smtp.example.org", username="a", password=password)
+
+
+def put(vault: PostgresVault, *accounts: Account) -> None:
+    tokens = [vault.stage(each.mailbox, each) for each in accounts]
+    vault.prepare(tokens)
+    vault.publish(tokens)
+
+
+def delete(vault: PostgresVault, mailbox: str = ALICE) -> None:
+    token = vault.stage(mailbox, None)
+    vault.prepare([token])
+    vault.publish([token])
+
+
+def query(vault: PostgresVault, text: str, *values: object) -> list[tuple[object, ...]]:
+    with vault._connections.use("meddle") as connection:
+        cursor = connection.execute(text.encode(), values, binary=True)
+        return cursor.fetchall() if cursor.description else []
+
+
+def problems(vault: PostgresVault) -> list[str]:
+    return [str(problem) for problem in vault.problems()]
+
+
+def test_contract(vault):
+    assert verifyObject(IAccountStore, vault)
+
+
+def test_round_trip(make, vault):
+    put(vault, account(), account("bob@example.org", "other"))
+    other = make()
+    assert other.get(ALICE).secret.reveal() == PASSWORD
+    assert sorted(other.mailboxes()) == [ALICE, "bob@example.org"]
+    assert problems(other) == []
+    delete(other)
+    with pytest.raises(NoSuchAccount):
+        vault.get(ALICE)
+    assert problems(vault) == []
+    put(vault, account(password="again"))
+    assert other.get(ALICE).secret.reveal() == "again"
+
+
+def test_older_row_of_an_account_put_back(make, vault):
+    put(vault, account(password="former"))
+    [(former,)] = query(vault, "SELECT data FROM cpsmail.accounts")
+    put(vault, account())
+    query(vault, "UPDATE cpsmail.accounts SET data = %s", former)
+    for each in (vault, make()):
+        with pytest.raises(BrokenSeal, match="older state"):
+            each.get(ALICE)
+        assert len(problems(each)) == 1
+
+
+def test_removed_account_put_back(make, vault):
+    put(vault, account())
+    [(former,)] = query(vault, "SELECT data FROM cpsmail.accounts")
+    delete(vault)
+    query(vault, "INSERT INTO cpsmail.accounts (name, data) VALUES (%s, %s)", NAME, former)
+    with pytest.raises(BrokenSeal, match="put back after its account was removed"):
+        make().get(ALICE)
+
+
+def test_removed_by_hand(vault):
+    put(vault, account(), account("bob@example.org"))
+    query(vault, "DELETE FROM cpsmail.accounts WHERE name = %s", NAME)
+    [problem] = problems(vault)
+    assert NAME in problem
+    assert "was removed, but not by us" in problem
+
+
+def test_accounts_and_register_put_back_are_told_to_processes_that_run(make, vault):
+    put(vault, account(password="former"))
+    [(row,)] = query(vault, "SELECT data FROM cpsmail.accounts")
+    [(register,)] = query(vault, "SELECT data FROM cpsmail.registers")
+    put(vault, account())
+    assert vault.get(ALICE).secret.reveal() == PASSWORD
+    query(vault, "UPDATE cpsmail.accounts SET data = %s", row)
+    query(vault, "UPDATE cpsmail.registers SET data = %s", register)
+    with pytest.raises(BrokenSeal, match="earlier state"):
+        vault.get(ALICE)
+    with pytest.raises(BrokenSeal, match="earlier state"):  # before the vote, not after it
+        vault.prepare([vault.stage(ALICE, account())])
+
+
+def test_a_register_that_is_damaged_is_told_before_the_vote(make, vault):
+    put(vault, account())
+    query(vault, "UPDATE cpsmail.registers SET data = %s", b"{}")
+    fresh = make()
+    with pytest.raises(BrokenSeal, match="register"):
+        fresh.get(ALICE)
+    with pytest.raises(BrokenSeal, match="register"):
+        fresh.prepare([fresh.stage(ALICE, account())])
+
+
+def test_what_a_witness_resolves_is_listed(make, vault):
+    token = vault.stage(ALICE, account(), "transaction")
+    vault.prepare([token], witnessed=True)
+    query(vault, "UPDATE cpsmail.account_changes SET staged_at = now() - interval '1 hour'")
+    other = make()
+    assert other.doubts() == [(token, "transaction")]
+    assert other.resolve(token, Verdict.COMMITTED) == ALICE
+    assert other.get(ALICE).secret.reveal() == PASSWORD
+    assert problems(vault) == []
+
+
+def test_a_change_that_is_rolled_back_changes_no_register(make, vault, monkeypatch):
+    put(vault, account(password="former"))
+    token = vault.stage(ALICE, account())
+    vault.prepare([token])
+    monkeypatch.setattr(vault, "_put_in_place", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        vault.publish([token])
+    monkeypatch.undo()
+    assert vault.get(ALICE).secret.reveal() == "former"
+    put(vault, account())
+    assert make().get(ALICE).secret.reveal() == PASSWORD
+
+
+# Another key
+
+
+def text(key: bytes) -> str:
+    return base64.b64encode(key).decode()
+
+
+def test_rekey_seals_all_anew(make, vault, monkeypatch):
+    mailboxes = [f"user{number}@example.org" for number in range(120)]
+    put(vault, *map(account, mailboxes))
+    monkeypatch.setenv("CPSMAIL_FORMER_KEY", text(KEY))
+    changed = make(OTHER)
+    assert changed.get(mailboxes[0]).secret.reveal() == PASSWORD  # both work meanwhile
+    put(changed, account())
+    done = rekey(changed, changed._keys)
+    assert (done.resealed, done.needed) == (120, 0)
+    monkeypatch.delenv("CPSMAIL_FORMER_KEY")
+    alone = make(OTHER)
+    assert {alone.get(each).secret.reveal() for each in (ALICE, *mailboxes)} == {PASSWORD}
+    assert problems(alone) == []
+    assert len(query(vault, "SELECT key FROM cpsmail.registers")) == 1
+    with pytest.raises(WrongKey):
+        make(KEY).get(ALICE)
+
+
+def test_rekey_keeps_the_former_key_for_what_is_in_doubt(make, vault, monkeypatch):
+    vault.prepare([vault.stage(ALICE, account())], witnessed=True)
+    monkeypatch.setenv("CPSMAIL_FORMER_KEY", text(KEY))
+    changed = make(OTHER)
+    assert rekey(changed, changed._keys).needed == 1
+
+
+def test_rekey_without_a_new_key_says_what_to_do(vault):
+    put(vault, account())
+    with pytest.raises(WrongKey, match="CPSMAIL_FORMER_KEY"):
+        rekey(vault, vault._keys)
+    assert vault.get(ALICE).secret.reveal() == PASSWORD
+
+
+def test_a_row_that_was_put_back_is_not_sealed_anew(make, vault, monkeypatch):
+    put(vault, account(password="former"))
+    [(former,)] = query(vault, "SELECT data FROM cpsmail.accounts")
+    put(vault, account())
+    query(vault, "UPDATE cpsmail.accounts SET data = %s", former)
+    monkeypatch.setenv("CPSMAIL_FORMER_KEY", text(KEY))
+    changed = make(OTHER)
+    with pytest.raises(BrokenSeal, match="older state"):
+        rekey(changed, changed._keys)
+
+
+def test_without_the_key_nothing_can_be_put(make, vault):
+    put(vault, account())
+    keyless = make(None)
+    with pytest.raises(VaultError, match="CPSMAIL_KEY"):
+        keyless.stage(ALICE, account())
+
+
+def test_rekey_by_the_command(database, tmp_path, vault):
+    put(vault, account())
+    site = Site(tmp_path)
+    new = secrets.token_bytes(32)
+    site.environ |= {
+        "CPSMAIL_OUTBOX": database,
+        "CPSMAIL_KEY": text(new),
+        "CPSMAIL_FORMER_KEY": text(KEY),
+    }
+    assert "1 accounts are sealed anew" in site.run("accounts", "rekey").output
