@@ -78,6 +78,8 @@ setup(
             "psycopg[binary] >= 3.2",
             "pytest >= 8",
             "pytest-xdist >= 3.6",
+            # examples/compose.yaml is read by a test.
+            "PyYAML >= 6",
             "RelStorage[sqlite3] >= 4",
             "ruff >= 0.6",
             "SQLAlchemy >= 2",
