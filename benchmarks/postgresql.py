@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from postgres_server import Server, why_none
-
 from . import ours
 from .child import Child, Parent, call
 
@@ -24,6 +22,8 @@ LEASE = 5
 @contextmanager
 def database(directory: Path, **parameters: Any) -> Iterator[str]:
     """Give the URL of an empty outbox on a server that ends with it.  Raises RuntimeError."""
+    from postgres_server import Server, why_none  # in tests/, which make bench says
+
     if reason := why_none():
         raise RuntimeError(reason)
     directory.chmod(0o755)  # the server is another user

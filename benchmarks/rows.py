@@ -522,7 +522,7 @@ ROWS = (
     ),
     Row(
         "pg-killed",
-        f"PostgreSQL: a worker is killed; until another sends its mails, lease {postgresql.LEASE} s",
+        f"PostgreSQL: a worker is killed, lease {postgresql.LEASE} s: until another sends",
         "s",
         _pg_killed,
         contenders=OURS,
