@@ -82,6 +82,7 @@ class Recorder:
         self._unsynced = 0
         self._sync_timer: asyncio.TimerHandle | None = None
         self._syncing: asyncio.Future[None] | None = None
+        self._closed = False
 
     @property
     def full(self) -> bool:
@@ -125,6 +126,7 @@ class Recorder:
 
     def close(self) -> None:
         """Sync; give back the leases of what cannot be recorded.  When the thread is done."""
+        self._closed = True  # what `flush` recorded asks for no thread any more
         try:
             self._spool.sync()
         except SpoolError as error:
@@ -192,7 +194,7 @@ class Recorder:
         if self._sync_timer is not None:
             self._sync_timer.cancel()
             self._sync_timer = None
-        if self._syncing is None and self._unsynced:
+        if self._syncing is None and self._unsynced and not self._closed:
             self._unsynced = 0
             self._syncing = self._loop.run_in_executor(self._thread, self._spool.sync)
             self._syncing.add_done_callback(self._synced)
