@@ -47,7 +47,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	@benchmarks/install-postfix || echo "without Postfix"
-	@$(BIN)/python -m benchmarks --rounds $(ROUNDS) --scale $(SCALE) --limit $(LIMIT) \
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks --rounds $(ROUNDS) --scale $(SCALE) --limit $(LIMIT) \
 		--directory $(BENCH_DIR) $(ROWS)
 
 soak: $(VENV)/.test

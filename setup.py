@@ -49,8 +49,13 @@ setup(
         "zope.sendmail >= 6",
     ],
     extras_require={
-        # What `make bench` needs besides Debian's package postfix.
-        "bench": ["matplotlib >= 3.8", "trustme >= 1.1"],
+        # What `make bench` needs besides Debian's packages postfix and postgresql-15.
+        "bench": [
+            "matplotlib >= 3.8",
+            "pgqueuer >= 1.6, < 2",
+            "psycopg[binary] >= 3.2",
+            "trustme >= 1.1",
+        ],
         # What `make run` and applications' own tests need: certificates made on the spot; and
         # the Zope that `make run` starts.
         "demo": [
@@ -78,6 +83,8 @@ setup(
             "psycopg[binary] >= 3.2",
             "pytest >= 8",
             "pytest-xdist >= 3.6",
+            # examples/compose.yaml is read by a test.
+            "PyYAML >= 6",
             "RelStorage[sqlite3] >= 4",
             "ruff >= 0.6",
             "SQLAlchemy >= 2",

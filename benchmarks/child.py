@@ -74,6 +74,11 @@ class Child:
         finally:
             self.end()
 
+    def kill(self) -> None:
+        """Kill it, as the kernel would."""
+        self._process.kill()
+        self.end()
+
     def end(self) -> None:
         try:
             self._process.stdin.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import ours, postfix, zope_sendmail
+from . import ours, postfix, postgresql, zope_sendmail
 from .child import call
 from .sink import Sink
 
@@ -301,6 +302,73 @@ def _large(bench: Bench, who: str) -> Result:
     return {**result, "value": result["rss"] / 2**20, "rate": result["seconds"]}
 
 
+# PostgreSQL
+
+
+def _pg_commit(bench: Bench, who: str) -> Result:
+    with postgresql.database(bench.place()) as url:
+        rates = call("postgresql", "commits", place=url, size=4096, count=bench.number(1000, 100))
+    return {"value": rates["one"], **rates}
+
+
+def _pg_drain(bench: Bench, *, lanes: int) -> Result:
+    mails = bench.number(5000, lanes)
+    with (
+        postgresql.database(bench.place()) as url,
+        Sink(lanes=lanes, size=4096) as sink,
+    ):
+        contender = postgresql.Contender(url, ports=sink.ports)
+        contender.fill([(number, number % lanes) for number in range(mails)])
+        started = contender.start()
+        finished = sink.wait(mails, bench.limit)
+        usage = contender.finish()
+        return _drained(sink.report(), usage, started, mails, mails, finished)
+
+
+def _pg_lanes(bench: Bench, who: str) -> Result:
+    few, many = (_pg_drain(bench, lanes=lanes) for lanes in (20, 500))
+    return {**many, "ratio": many["value"] / few["value"], "few": few["value"]}
+
+
+def _pg_claim(bench: Bench, who: str) -> Result:
+    """Ten lanes that nobody asks for, and twenty with what is claimed."""
+    dead, live, claims = 10, 20, bench.number(100, 5)
+    waiting = bench.number(100_000, 1000)
+    with postgresql.database(bench.place()) as url:
+        contender = postgresql.Contender(url, ports=[9] * (dead + live), size=1024)
+        contender.fill([(number, number % dead) for number in range(waiting)])
+        contender.fill([(number, dead + number % live) for number in range(claims * 50)])
+        times = sorted(contender.claims(list(range(dead, dead + live)), claims))
+    return {"value": _percentile(times, 50) * 1e3, "p99": _percentile(times, 99) * 1e3}
+
+
+def _pg_killed(bench: Bench, who: str) -> Result:
+    """Kill the worker that has the only lane, while the other looks for work."""
+    mails = bench.number(400, 40)
+    with (
+        postgresql.database(bench.place(), lease=postgresql.LEASE) as url,
+        Sink(latency=0.01) as sink,
+    ):
+        contender = postgresql.Contender(url, ports=sink.ports, connections=1)
+        contender.fill([(number, 0) for number in range(mails)])
+        started = contender.start(1)
+        begun = sink.wait(1, bench.limit)
+        contender.start(1)
+        killed = contender.kill()
+        finished = sink.wait(mails, bench.limit + postgresql.LEASE)
+        usage = contender.finish()
+        report = sink.report(times=True)
+    after = [when for when in report["times"].values() if when > killed + postgresql.LEASE / 2]
+    result = _drained(report, usage, started, mails, mails, begun and finished)
+    explained = min(result["duplicate"], 8)  # of the session that was cut: what it had on its way
+    return {
+        **result,
+        "value": min(after, default=math.nan) - killed,
+        "duplicate": result["duplicate"] - explained,
+        "again": explained,
+    }
+
+
 def _rate(who: str) -> Callable[[Callable[[str, str], float]], float]:
     return lambda of: of("ours", "value") / (of(who, "value") or float("nan"))
 
@@ -414,5 +482,51 @@ ROWS = (
         ),
         more_is_better=False,
         once=True,
+    ),
+    Row(
+        "pg-commit",
+        "PostgreSQL: commit, one mail per transaction",
+        "mails/s",
+        _pg_commit,
+        contenders=OURS,
+        targets=(
+            Target("mails/s", _own("value"), 400),
+            Target("mails/s with 100 per transaction", _own("hundred"), 5000),
+        ),
+    ),
+    Row(
+        "pg-drain",
+        "PostgreSQL: drain 5,000 x 4 KiB, 20 lanes, 2 workers",
+        "mails/s",
+        lambda bench, who: _pg_drain(bench, lanes=20),
+        contenders=OURS,
+        targets=(Target("mails/s", _own("value"), 1500),),
+    ),
+    Row(
+        "pg-lanes",
+        "the same over 500 lanes",
+        "mails/s",
+        _pg_lanes,
+        contenders=OURS,
+        targets=(Target("of the rate with 20", _own("ratio"), 0.7),),
+    ),
+    Row(
+        "pg-claim",
+        "PostgreSQL: claim 50 mails of 20 lanes beside 100,000 in dead lanes, p50 (p99)",
+        "ms",
+        _pg_claim,
+        contenders=OURS,
+        targets=(Target("ms", _own("value"), 10, at_least=False),),
+        more_is_better=False,
+        once=True,
+    ),
+    Row(
+        "pg-killed",
+        f"PostgreSQL: a worker is killed, lease {postgresql.LEASE} s: until another sends",
+        "s",
+        _pg_killed,
+        contenders=OURS,
+        targets=(Target("s", _own("value"), postgresql.LEASE + 1, at_least=False),),
+        more_is_better=False,
     ),
 )

@@ -2,149 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import psycopg
 import pytest
 
-from cpsmailaccess_delivery.pg.connections import Connections
-from cpsmailaccess_delivery.pg.schema import upgrade
-
-DEADLINE = 60.0  # seconds until a test gives up waiting
-
-_BINARIES = (Path("/usr/lib/postgresql/15/bin"), *Path("/usr/lib/postgresql").glob("*/bin"))
-
-#: Nothing here outlives the machine, so nothing waits for its disk; the death of the server's
-#: processes loses nothing all the same.
-_SETTINGS = {
-    "fsync": "off",
-    "listen_addresses": "127.0.0.1",
-    "max_connections": "200",
-    "shared_buffers": "32MB",
-    "autovacuum": "off",
-}
-
-
-class Server:
-    """A cluster of its own on a free port, run by a user who is not root."""
-
-    def __init__(self, binaries: Path) -> None:
-        self._binaries = binaries
-        self.directory = Path(tempfile.mkdtemp(prefix="cpsmail-postgres-"))
-        self.port = _free_port()
-        self._as_user: list[str] = []
-        if os.geteuid() == 0:
-            self._as_user = ["runuser", "-u", "postgres", "--"]
-            shutil.chown(self.directory, "postgres")
-        self._databases = 0
-        self._clean: list[str] = []  # databases with the schema and nothing in it
-        data = str(self.directory / "data")
-        self._call("initdb", "-D", data, "-U", "cpsmail", "--auth=trust", "-E", "UTF8", "--no-sync")
-        with self.psql_settings().open("a") as stream:
-            stream.writelines(f"{name} = '{value}'\n" for name, value in _SETTINGS.items())
-            stream.write(f"port = {self.port}\nunix_socket_directories = '{self.directory}'\n")
-        self.start()
-        connections = Connections(self.url("postgres"))
-        upgrade(connections)
-        connections.close()
-        self._do('ALTER DATABASE postgres RENAME TO "template"', "template1")
-
-    def psql_settings(self) -> Path:
-        return self.directory / "data" / "postgresql.conf"
-
-    def url(self, database: str) -> str:
-        return f"postgresql://cpsmail@127.0.0.1:{self.port}/{database}"
-
-    def new_database(self, *, empty: bool = False) -> str:
-        """Return the URL of a new database, with the schema unless it shall be empty."""
-        if self._clean and not empty:
-            return self._clean.pop()
-        self._databases += 1
-        name = f"test{self._databases}"
-        self._do(f"CREATE DATABASE {name} TEMPLATE {'template0' if empty else 'template'}")
-        return self.url(name)
-
-    def drop_database(self, url: str) -> None:
-        self._do(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
-
-    def clean(self, url: str) -> None:
-        """Empty a database, for the next test: many times faster than to make one."""
-        name = url.rpartition("/")[2]
-        self._do(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            f" WHERE datname = '{name}' AND pid <> pg_backend_pid()"
-        )
-        with psycopg.connect(url) as connection:
-            tables = connection.execute(
-                "SELECT tablename FROM pg_tables WHERE schemaname = 'cpsmail'"
-                " AND tablename <> 'version'"
-            ).fetchall()
-            for (table,) in tables:
-                connection.execute(f"DELETE FROM cpsmail.{table}")
-        self._clean.append(url)
-
-    def start(self) -> None:
-        log = str(self.directory / "log")
-        self._call("pg_ctl", "-D", str(self.directory / "data"), "-w", "-l", log, "start")
-
-    def kill(self) -> None:
-        """Let the server die at once, as in an accident."""
-        lines = (self.directory / "data" / "postmaster.pid").read_text().splitlines()
-        os.kill(int(lines[0]), signal.SIGKILL)
-        deadline = time.monotonic() + DEADLINE
-        while _is_there(int(lines[0])):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def is_running(self) -> bool:
-        try:
-            psycopg.connect(self.url("template1"), connect_timeout=5).close()
-        except psycopg.OperationalError:
-            return False
-        return True
-
-    def stop(self) -> None:
-        self._call("pg_ctl", "-D", str(self.directory / "data"), "-m", "immediate", "-w", "stop")
-
-    def remove(self) -> None:
-        try:
-            self.stop()
-        finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _do(self, statement: str, database: str = "template1") -> None:
-        with psycopg.connect(self.url(database), autocommit=True) as connection:
-            connection.execute(statement)
-
-    def _call(self, program: str, *arguments: str) -> None:
-        done = subprocess.run(
-            [*self._as_user, str(self._binaries / program), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if program == "initdb" else subprocess.DEVNULL,
-            stderr=subprocess.PIPE if program == "initdb" else subprocess.DEVNULL,
-            timeout=DEADLINE,
-            cwd="/",
-            check=False,
-        )
-        assert done.returncode == 0, (program, done.stdout, done.stderr)
+from postgres_server import DEADLINE, Server, why_none
 
 
 def start_server() -> Server:
     """Start one, or skip: in CI that is a failure."""
-    found = next((path for path in _BINARIES if (path / "initdb").exists()), None)
-    if found is None:
-        pytest.skip("PostgreSQL is not installed (Debian: postgresql-15)")
-    if os.geteuid() == 0 and shutil.which("runuser") is None:
-        pytest.skip("PostgreSQL does not run as root, and there is no runuser")
-    return Server(found)
+    if reason := why_none():
+        pytest.skip(reason)
+    return Server()
 
 
 def wait_for(condition: Callable[[], object], seconds: float = DEADLINE) -> object:
@@ -164,18 +34,3 @@ def databases(server: Server, *, empty: bool = False) -> Iterator[str]:
         server.drop_database(url)
     else:
         server.clean(url)
-
-
-def _is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

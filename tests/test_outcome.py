@@ -18,8 +18,8 @@ SESSION_PHASES = [phase for phase in Phase if phase not in MAIL_PHASES]
 
 
 def judged(phase: Phase, code: int) -> tuple[str, str]:
-    verdict = classify(phase, Reply(code, "text"))
-    return str(verdict.state), str(verdict.trouble)
+    meaning = classify(phase, Reply(code, "text"))
+    return str(meaning.state), str(meaning.trouble)
 
 
 @pytest.mark.parametrize("code", [200, 250, 252, 299])
@@ -107,9 +107,9 @@ CERTIFICATE = ssl.SSLCertVerificationError(1, "certificate verify failed")
 )
 @pytest.mark.parametrize("phase", list(Phase))
 def test_silence(phase, error, trouble):
-    verdict = classify(phase, error=error)
+    meaning = classify(phase, error=error)
     if phase is Phase.BODY:
-        assert verdict.state is State.UNCLEAR
+        assert meaning.state is State.UNCLEAR
     else:
-        assert verdict.state is State.DEFERRED
-        assert verdict.trouble is trouble
+        assert meaning.state is State.DEFERRED
+        assert meaning.trouble is trouble

@@ -869,6 +869,35 @@ def test_a_full_disk_stops_sending_until_there_is_room(outbox, server, monkeypat
     assert len(server.mails) == 200  # each once
 
 
+def test_what_is_recorded_at_the_very_end_is_no_fault(outbox, server, monkeypatch, caplog):
+    """The disk has room again when the processor stops: its last records ask for a sync."""
+    monkeypatch.setattr(recorder, "_UNSETTLED", 3600.0)
+    monkeypatch.setattr(recorder, "_SYNC_SOON", 0.0)
+    put(outbox, server)
+    full = threading.Event()
+    full.set()
+    remove, flush = Mails.remove, recorder.Recorder.flush
+
+    def removed(self, entry, *, has_side):
+        if full.is_set():
+            raise SpoolError("no space left on device")
+        remove(self, entry, has_side=has_side)
+
+    def flushed(self):
+        full.clear()
+        flush(self)
+
+    monkeypatch.setattr(Mails, "remove", removed)
+    monkeypatch.setattr(recorder.Recorder, "flush", flushed)
+    send(outbox)
+    processor = outbox.processor()
+    processor.start()
+    server.wait_for(1, DEADLINE)
+    assert processor.stop(timeout=DEADLINE)
+    assert list(outbox.spool.scan()) == []
+    assert "in the delivery loop" not in caplog.text
+
+
 def test_a_lane_that_is_made_while_stopping_sends_nothing(outbox, server):
     put(outbox, server)
     server.on("TAKEN", delay=1.0, times=1)

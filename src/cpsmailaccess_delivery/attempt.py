@@ -142,7 +142,7 @@ def worst(outcomes: Mapping[str, Outcome]) -> State:
 
 
 #: Every recipient was accepted: nothing to remember but the journal's line.
-ACCEPTED = Settlement(State.ACCEPTED)
+ALL_ACCEPTED: Final = Settlement(State.ACCEPTED)
 
 
 #: Of a recipient of which nothing is known.

@@ -16,14 +16,14 @@ import math
 from collections.abc import Callable, Mapping
 
 from .aging import Aging
-from .attempt import ACCEPTED, LARGE, Attempt
+from .attempt import ALL_ACCEPTED, LARGE, Attempt
 from .circuit import Circuit
 from .connections import Connections
 from .envelope import Route, lane_key
 from .errors import VaultError
 from .interfaces import Entry, LaneNote, Outcome, Settlement, State
 from .limits import asks_for_less
-from .outcome import Trouble, Verdict
+from .outcome import Meaning, Trouble
 from .ready import Ready
 from .recorder import Recorder
 from .results import account_trouble, relayed_of, settlement_of, weigh, were_too_many
@@ -220,7 +220,7 @@ class Lane:
             if mail.wish is not None:
                 mail.relayed = relayed_of(mail, results, outcomes)
             self._tell(mail, outcomes, mail.lease.entry.attempts + 1)
-            self._recorder.settle(mail, ACCEPTED)
+            self._recorder.settle(mail, ALL_ACCEPTED)
         except Exception as error:  # a fault of ours; what the relay took is not sent again
             self._recorder.set_aside(mail, error)
 
@@ -268,7 +268,7 @@ class Lane:
         mail: Attempt,
         results: Mapping[str, Result],
         outcomes: Mapping[str, Outcome],
-        failed: Mapping[str, Verdict],
+        failed: Mapping[str, Meaning],
         now: float,
     ) -> None:
         """Settle a mail that is not new, or that the relay did not take for all."""
@@ -298,7 +298,7 @@ class Lane:
             chance=shared.chance(),
             at_once=were_too_many(results, failed),
         )
-        if any(verdict.state is State.UNCLEAR for verdict in failed.values()):
+        if any(meaning.state is State.UNCLEAR for meaning in failed.values()):
             # A relay that hangs up must not make others unclear, too.
             self.sessions.careful = True
         if settlement.state is State.DEFERRED:

@@ -42,20 +42,20 @@ class Trouble(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Meaning:
     """What an event means for the mail, and whose trouble it is."""
 
     state: State
     trouble: Trouble = Trouble.NONE
 
 
-ACCEPTED: Final = Verdict(State.ACCEPTED)
-REFUSED: Final = Verdict(State.REFUSED, Trouble.MAIL)
-UNCLEAR: Final = Verdict(State.UNCLEAR, Trouble.RELAY)
-_DEFERRED_MAIL: Final = Verdict(State.DEFERRED, Trouble.MAIL)
-_DEFERRED_ACCOUNT: Final = Verdict(State.DEFERRED, Trouble.ACCOUNT)
-_DEFERRED_LOGIN: Final = Verdict(State.DEFERRED, Trouble.LOGIN)
-_DEFERRED_RELAY: Final = Verdict(State.DEFERRED, Trouble.RELAY)
+TAKEN: Final = Meaning(State.ACCEPTED)
+REFUSED: Final = Meaning(State.REFUSED, Trouble.MAIL)
+UNCLEAR: Final = Meaning(State.UNCLEAR, Trouble.RELAY)
+_DEFERRED_MAIL: Final = Meaning(State.DEFERRED, Trouble.MAIL)
+_DEFERRED_ACCOUNT: Final = Meaning(State.DEFERRED, Trouble.ACCOUNT)
+_DEFERRED_LOGIN: Final = Meaning(State.DEFERRED, Trouble.LOGIN)
+_DEFERRED_RELAY: Final = Meaning(State.DEFERRED, Trouble.RELAY)
 
 _BODY: Final = Phase.BODY
 _MAIL_PHASES: Final = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.BODY)
@@ -78,7 +78,7 @@ _BAD_TLS_SETTINGS: Final = ("NO_CERTIFICATE_OR_CRL_FOUND", "WRONG_VERSION_NUMBER
 
 def classify(
     phase: Phase, reply: Reply | None = None, error: BaseException | None = None
-) -> Verdict:
+) -> Meaning:
     """Return what a reply, or its absence, means in a phase.
 
     `reply`: the relay's answer; None when the connection failed first.  `error`: what
@@ -88,7 +88,7 @@ def classify(
         return _classify_silence(phase, error)
     code = reply.code
     if phase is _BODY and 200 <= code < 300:
-        return ACCEPTED
+        return TAKEN
     if code == _ENCRYPTION_NEEDED:
         return _DEFERRED_ACCOUNT
     if code in _LOGIN_CODES or (phase is Phase.AUTH and 500 <= code < 600):
@@ -104,7 +104,7 @@ def classify(
     return _DEFERRED_MAIL
 
 
-def _classify_silence(phase: Phase, error: BaseException | None) -> Verdict:
+def _classify_silence(phase: Phase, error: BaseException | None) -> Meaning:
     if phase is Phase.BODY:
         return UNCLEAR
     if isinstance(error, ssl.SSLCertVerificationError | RelayNotAllowed):

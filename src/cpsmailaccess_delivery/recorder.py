@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from .attempt import ACCEPTED, Attempt
+from .attempt import ALL_ACCEPTED, Attempt
 from .errors import SpoolError
 from .interfaces import Settlement, State
 from .notices import Notices
@@ -82,6 +82,7 @@ class Recorder:
         self._unsynced = 0
         self._sync_timer: asyncio.TimerHandle | None = None
         self._syncing: asyncio.Future[None] | None = None
+        self._closed = False
 
     @property
     def full(self) -> bool:
@@ -95,7 +96,7 @@ class Recorder:
 
     def settle(self, attempt: Attempt, settlement: Settlement) -> None:
         """Record a settlement; what cannot be written keeps its lease and is tried again."""
-        if settlement is ACCEPTED:  # once per mail, nearly
+        if settlement is ALL_ACCEPTED:  # once per mail, nearly
             self.summary.accepted += 1
             if not attempt.relayed:
                 self._record(attempt, settlement)
@@ -125,6 +126,7 @@ class Recorder:
 
     def close(self) -> None:
         """Sync; give back the leases of what cannot be recorded.  When the thread is done."""
+        self._closed = True  # what `flush` recorded asks for no thread any more
         try:
             self._spool.sync()
         except SpoolError as error:
@@ -192,7 +194,7 @@ class Recorder:
         if self._sync_timer is not None:
             self._sync_timer.cancel()
             self._sync_timer = None
-        if self._syncing is None and self._unsynced:
+        if self._syncing is None and self._unsynced and not self._closed:
             self._unsynced = 0
             self._syncing = self._loop.run_in_executor(self._thread, self._spool.sync)
             self._syncing.add_done_callback(self._synced)

@@ -6,24 +6,23 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from .attempt import ACCEPTED, FOR_A_PERSON, Attempt, expired_of, may_be_tried, worst
+from .attempt import ALL_ACCEPTED, FOR_A_PERSON, Attempt, expired_of, may_be_tried, worst
 from .dsn import SUCCESS, wants
 from .interfaces import Outcome, Settlement, State
-from .outcome import ACCEPTED as TAKEN
-from .outcome import Phase, Trouble, Verdict, classify
+from .outcome import TAKEN, Meaning, Phase, Trouble, classify
 from .report import EXPIRED, GIVEN_UP
 from .retry import Schedule
 from .smtp.events import Result
 
-_ALL_ACCEPTED: Final = frozenset({State.ACCEPTED})
+_ONLY_ACCEPTED: Final = frozenset({State.ACCEPTED})
 _ACCEPTED: Final = State.ACCEPTED
 _UNCLEAR: Final = State.UNCLEAR
 
 
 def weigh(
     attempt: Attempt, results: Mapping[str, Result], now: float, *, doubts: int = 2
-) -> tuple[dict[str, Outcome], dict[str, Verdict]]:
-    """Return the outcomes of this attempt, by recipient, and the verdicts on those not accepted.
+) -> tuple[dict[str, Outcome], dict[str, Meaning]]:
+    """Return the outcomes of this attempt, by recipient, and the meanings on those not accepted.
 
     `doubts`: after so many attempts that ended unclear, a recipient waits for a person.
     """
@@ -36,22 +35,22 @@ def weigh(
         if result is last and outcome is not None:  # all whom the end of data was for
             outcomes[recipient] = outcome
             continue
-        verdict = classify(result.phase, result.reply, result.error)
+        meaning = classify(result.phase, result.reply, result.error)
         before = earlier[recipient].doubts if recipient in earlier else 0
-        if verdict is TAKEN:
+        if meaning is TAKEN:
             outcomes[recipient] = this = Outcome(_ACCEPTED, result.text, now, before)
             if not earlier:
                 last, outcome = result, this
             continue
-        failed[recipient] = verdict
-        if verdict.state is _UNCLEAR:
+        failed[recipient] = meaning
+        if meaning.state is _UNCLEAR:
             before += 1
-        held = verdict.state is _UNCLEAR and before >= doubts
-        outcomes[recipient] = Outcome(verdict.state, result.text, now, before, held)
+        held = meaning.state is _UNCLEAR and before >= doubts
+        outcomes[recipient] = Outcome(meaning.state, result.text, now, before, held)
     return outcomes, failed
 
 
-def account_trouble(results: Mapping[str, Result], failed: Mapping[str, Verdict]) -> Result | None:
+def account_trouble(results: Mapping[str, Result], failed: Mapping[str, Meaning]) -> Result | None:
     """Return a result that shows that the account must be mended, not the mail.
 
     Only when it is so for every recipient: then the mail was not really tried, and nothing
@@ -60,14 +59,14 @@ def account_trouble(results: Mapping[str, Result], failed: Mapping[str, Verdict]
     if len(failed) < len(results):
         return None
     found = None
-    for recipient, verdict in failed.items():
-        if verdict.trouble not in (Trouble.ACCOUNT, Trouble.LOGIN):
+    for recipient, meaning in failed.items():
+        if meaning.trouble not in (Trouble.ACCOUNT, Trouble.LOGIN):
             return None
         found = results[recipient]
     return found
 
 
-def were_too_many(results: Mapping[str, Result], failed: Mapping[str, Verdict]) -> bool:
+def were_too_many(results: Mapping[str, Result], failed: Mapping[str, Meaning]) -> bool:
     """Whether the relay took some recipients, and all others were only too many for one mail.
 
     RFC 5321 section 4.5.3.1.10: 452, or 552 of old relays; they go in a next transaction,
@@ -76,12 +75,12 @@ def were_too_many(results: Mapping[str, Result], failed: Mapping[str, Verdict]) 
     if len(failed) == len(results):
         return False
     left = False
-    for recipient, verdict in failed.items():
+    for recipient, meaning in failed.items():
         result = results[recipient]
         code = result.reply.code if result.reply else 0
         if result.phase is Phase.RCPT and code in (452, 552):
             left = True
-        elif verdict.state is not State.REFUSED:
+        elif meaning.state is not State.REFUSED:
             return False
     return left
 
@@ -120,8 +119,8 @@ def settlement_of(
     the deferred ones of the same mail are.
     """
     earlier: Mapping[str, Outcome] = attempt.lease.outcomes
-    if not earlier and {outcome.state for outcome in outcomes.values()} == _ALL_ACCEPTED:
-        return ACCEPTED
+    if not earlier and {outcome.state for outcome in outcomes.values()} == _ONLY_ACCEPTED:
+        return ALL_ACCEPTED
     known = {**earlier, **outcomes}
     attempts = attempt.entry.attempts + 1
     state = worst(known)

@@ -170,8 +170,8 @@ class Sessions:
         if self.working:  # it wants fewer of us
             self.want_fewer(close=False)
             return
-        verdict = classify(failure.phase, failure.reply, failure.error)
-        self._lane.circuit.open(verdict.trouble, explain(session.account, failure))
+        meaning = classify(failure.phase, failure.reply, failure.error)
+        self._lane.circuit.open(meaning.trouble, explain(session.account, failure))
 
     def _wants_one(self) -> bool:
         count, terms, now = self.here, self._lane.terms, self._shared.now()

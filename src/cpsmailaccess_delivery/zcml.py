@@ -56,7 +56,7 @@ class QueuePath(Path):  # type: ignore[misc, unused-ignore]
     """A path, relative to the package that is configured; or the URL of a back end."""
 
     def fromUnicode(self, value: str) -> str:
-        url: str = value.strip()
+        url = os.path.expandvars(value.strip())  # as paths are
         return url if is_url(url) else str(super().fromUnicode(value))
 
 

@@ -1,0 +1,120 @@
+"""This project on PostgreSQL: a server of its own, with Debian's settings, on the same disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from . import ours
+from .child import Child, Parent, call
+
+#: Worker processes of a drain.
+WORKERS = 2
+
+#: Seconds of silence after which a worker's mails are another's.
+LEASE = 5
+
+
+@contextmanager
+def database(directory: Path, **parameters: Any) -> Iterator[str]:
+    """Give the URL of an empty outbox on a server that ends with it.  Raises RuntimeError."""
+    from postgres_server import Server, why_none  # in tests/, which make bench says
+
+    if reason := why_none():
+        raise RuntimeError(reason)
+    directory.chmod(0o755)  # the server is another user
+    server = Server({}, parent=directory)
+    try:
+        query = "&".join(f"{name}={quote(str(value))}" for name, value in parameters.items())
+        yield server.new_database() + (f"?{query}" if query else "")
+    finally:
+        server.remove()
+
+
+class Contender(ours.Contender):
+    """See `ours.Contender`.  `url`: of the outbox."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(Path("."), **options)
+        self._base["place"] = url
+        self._workers: list[Child] = []
+
+    def start(self, workers: int = WORKERS) -> float:
+        """Start some workers; return when their processes began."""
+        began = time.monotonic()
+        new = [Child("ours", "process", **self._base) for _ in range(workers)]
+        for child in new:
+            child.line()
+        self._workers += new
+        return began
+
+    def kill(self) -> float:
+        """Kill the worker that was started first; return when."""
+        child = self._workers.pop(0)
+        child.kill()
+        return time.monotonic()
+
+    def finish(self) -> dict[str, Any]:
+        """Stop; return CPU and peak memory of the workers, and what is left."""
+        usages = [child.finish() for child in self._workers]
+        return {
+            "cpu": sum(usage["cpu"] for usage in usages),
+            "rss": max(usage["rss"] for usage in usages),
+            "left": call("postgresql", "count", place=self._base["place"]),
+        }
+
+    def claims(self, lanes: list[int], count: int) -> list[float]:
+        """Lease the next mails of these lanes, so many times; return the seconds of each."""
+        taken: list[float] = call("postgresql", "claims", lanes=lanes, count=count, **self._base)
+        return taken
+
+
+def count(parent: Parent, place: str) -> int:
+    """Return how many mails there are."""
+    with ours._outbox(place) as outbox:
+        return sum(1 for _ in outbox.spool.scan())
+
+
+def commits(parent: Parent, place: str, size: int, count: int) -> dict[str, float]:
+    """Return durable mails a second, one in a transaction and a hundred."""
+    import transaction
+
+    ours.fill(parent, place, [ours._ACCOUNT], size, [])
+    rates = {}
+    with ours._outbox(place) as outbox:
+        for name, batch, number in (("one", 1, count), ("hundred", 100, count * 5)):
+            begun = time.perf_counter()
+            for start in range(0, number, batch):
+                with transaction.manager:
+                    for each in range(start, min(start + batch, number)):
+                        ours._send(outbox, each, 0, size)
+            rates[name] = number / (time.perf_counter() - begun)
+        there = sum(1 for _ in outbox.spool.scan())
+    return {**rates, "missing": count * 6 - there}
+
+
+def claims(
+    parent: Parent, place: str, accounts: list[Any], size: int, lanes: list[int], count: int
+) -> list[float]:
+    """Ask as a worker does that has these lanes."""
+    from cpsmailaccess_delivery.envelope import Route, lane_key
+    from cpsmailaccess_delivery.pg.feed import Feed
+
+    chosen = (accounts[lane] for lane in lanes)
+    keys = [lane_key(Route(each["mailbox"], each["host"], each["port"])) for each in chosen]
+    taken = []
+    with ours._outbox(place) as outbox:
+        feed, connection = Feed(outbox.spool), outbox.spool.connections.connect()
+        for _ in range(count):
+            begun = time.perf_counter()
+            entries = feed.lease(connection, keys)
+            taken.append(time.perf_counter() - begun)
+            if not entries:
+                raise RuntimeError("there was nothing to claim")
+        feed.give_back(connection)
+        connection.close()
+    return taken
