@@ -424,6 +424,9 @@ class ITransit(Interface):
     def keep_keys(notes: Iterable[KeyNote]) -> None:
         """Keep keys, durably; one that somebody has stays his.  Raises `SpoolError`."""
 
+    def close() -> None:
+        """Let others move mails to this spool.  Twice is fine; all the rest works again."""
+
 
 class IPresence(Interface):
     """The processes that deliver, as others see them."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
-from .interfaces import Entry, KeyNote, Record, Settlement, State
+from .interfaces import KeyNote, Record, Settlement, State
 from .journal import Event
 from .spool.keys import KEPT, digest_of
 
@@ -76,6 +76,12 @@ class Mover:
         Mails that come in meanwhile are moved, too.  Raises `SpoolError`, `VaultError` and their
         children: what was moved until then is.
         """
+        try:
+            return self._move()
+        finally:
+            self._transit.close()
+
+    def _move(self) -> Moved:
         moved, waited = self._moved, time.monotonic()
         self._source.spool.sweep()  # what dead processes left is moved as it is held
         self._drop_strays()
@@ -106,13 +112,17 @@ class Mover:
                 self._transit.dismiss([entry_id])
 
     def _pass(self) -> bool:
-        """Move what a listing shows; return whether somebody is delivering some of it."""
-        busy = False
+        """Move what a listing shows; return whether some of it may be moved soon."""
+        refused: set[str] = set()
         batch = _Batch()
         for entry in self._source.spool.scan():
-            lease = self._claim(entry)
+            if not entry.lane:
+                why = "was not queued by us: let a processor deliver it there"
+                self._moved.left[entry.id] = why
+                continue
+            lease = self._source.spool.claim(entry)
             if lease is None:
-                busy = busy or self._source.spool.leased(entry)
+                refused.add(entry.id)
                 continue
             try:
                 self._add(batch, lease)
@@ -124,25 +134,26 @@ class Mover:
                 self._carry(batch)
                 batch = _Batch()
         self._carry(batch)
-        return busy
+        return bool(refused) and self._are_busy(refused)
 
-    def _claim(self, entry: Entry) -> Any:
-        if not entry.lane:
-            self._moved.left[entry.id] = "was not queued by us: let a processor deliver it there"
-            return None
-        lease = self._source.spool.claim(entry)
-        if lease is None and not self._source.spool.leased(entry):
+    def _are_busy(self, refused: set[str]) -> bool:
+        """Say what is with mails that gave no lease; return whether they may give one soon."""
+        busy = False
+        for entry in self._source.spool.scan():
+            if entry.id not in refused:
+                continue
             try:
-                self._source.spool.load(self._source.spool.look_up(entry.id))
-                why = "changed meanwhile; or what is known of it is damaged: see `cpsmail show`"
+                why = "is being delivered"
+                if not self._source.spool.leased(entry):
+                    self._source.spool.load(entry)
+                    why = "what is known of it is damaged, or it changes all the time"
+                busy = True
             except NoSuchEntry:
-                return None  # delivered
+                continue  # delivered
             except InvalidEnvelope as error:
                 why = f"cannot be read: {error}"
             self._moved.left[entry.id] = why
-        elif lease is None:
-            self._moved.left[entry.id] = "is being delivered"
-        return lease
+        return busy
 
     def _add(self, batch: _Batch, lease: Any) -> None:
         record: Record = self._source.spool.load(lease.entry)

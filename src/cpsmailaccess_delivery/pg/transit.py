@@ -67,6 +67,9 @@ class Transit:
         with self._connections.use("forget mails that arrived") as connection:
             connection.execute(_DISMISS, [list(ids)])
 
+    def close(self) -> None:
+        """See `ITransit`: of several at once each has other mails, by their leases."""
+
     def key_notes(self) -> Iterator[KeyNote]:
         """See `ITransit`."""
         after = ""

@@ -32,7 +32,7 @@ _SIDE: Final = ".side"
 
 @implementer(ITransit)
 class Transit:
-    """See `ITransit`.  For one thread of one process, until that closes the spool."""
+    """See `ITransit`.  For one thread of one process at a time, until it closes this."""
 
     def __init__(self, layout: Layout, keys: Keys) -> None:
         self._layout = layout
@@ -131,7 +131,7 @@ class Transit:
         self._keys.keep(notes)
 
     def close(self) -> None:
-        """Let others move.  Twice is fine."""
+        """See `ITransit`."""
         if self._lock >= 0:
             lock, self._lock = self._lock, -1
             os.close(lock)
