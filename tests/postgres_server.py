@@ -38,18 +38,23 @@ def why_none() -> str:
 class Server:
     """A cluster of its own on a free port, run by a user who is not root.
 
-    `settings`: of postgresql.conf.  `parent`: where its directory is made.
+    `settings`: of postgresql.conf.  `parent`: where its directory is made.  `namespace`: the
+    network namespace it listens in, at all addresses; its socket is there for everybody.
     """
 
     def __init__(
-        self, settings: Mapping[str, str] = FOR_TESTS, *, parent: Path | None = None
+        self,
+        settings: Mapping[str, str] = FOR_TESTS,
+        *,
+        parent: Path | None = None,
+        namespace: str = "",
     ) -> None:
         self._binaries = next(path for path in _BINARIES if (path / "initdb").exists())
         self.directory = Path(tempfile.mkdtemp(prefix="cpsmail-postgres-", dir=parent))
         self.port = _free_port()
-        self._as_user: list[str] = []
+        self._as_user = ["ip", "netns", "exec", namespace] if namespace else []
         if os.geteuid() == 0:
-            self._as_user = ["runuser", "-u", "postgres", "--"]
+            self._as_user += ["runuser", "-u", "postgres", "--"]
             shutil.chown(self.directory, "postgres")
         self._databases = 0
         self._clean: list[str] = []  # databases with the schema and nothing in it
@@ -58,9 +63,13 @@ class Server:
         with self.psql_settings().open("a") as stream:
             stream.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
             stream.write(f"port = {self.port}\nunix_socket_directories = '{self.directory}'\n")
-            stream.write("listen_addresses = '127.0.0.1'\nmax_connections = 200\n")
+            stream.write(f"listen_addresses = '{'*' if namespace else '127.0.0.1'}'\n")
+            stream.write("max_connections = 200\n")
+        if namespace:
+            with (self.directory / "data" / "pg_hba.conf").open("a") as stream:
+                stream.write("host all all 10.0.0.0/8 trust\n")
         self.start()
-        connections = Connections(self.url("postgres"))
+        connections = Connections(self.local_url("postgres"))
         upgrade(connections)
         connections.close()
         self._do('ALTER DATABASE postgres RENAME TO "template"', "template1")
@@ -68,8 +77,12 @@ class Server:
     def psql_settings(self) -> Path:
         return self.directory / "data" / "postgresql.conf"
 
-    def url(self, database: str) -> str:
-        return f"postgresql://cpsmail@127.0.0.1:{self.port}/{database}"
+    def url(self, database: str, host: str = "127.0.0.1") -> str:
+        return f"postgresql://cpsmail@{host}:{self.port}/{database}"
+
+    def local_url(self, database: str) -> str:
+        """Return a URL that reaches it from any namespace of this machine."""
+        return f"postgresql://cpsmail@/{database}?host={self.directory}&port={self.port}"
 
     def new_database(self, *, empty: bool = False) -> str:
         """Return the URL of a new database, with the schema unless it shall be empty."""
@@ -90,7 +103,7 @@ class Server:
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             f" WHERE datname = '{name}' AND pid <> pg_backend_pid()"
         )
-        with psycopg.connect(url) as connection:
+        with psycopg.connect(self.local_url(name)) as connection:
             tables = connection.execute(
                 "SELECT tablename FROM pg_tables WHERE schemaname = 'cpsmail'"
                 " AND tablename <> 'version'"
@@ -114,7 +127,7 @@ class Server:
 
     def is_running(self) -> bool:
         try:
-            psycopg.connect(self.url("template1"), connect_timeout=5).close()
+            psycopg.connect(self.local_url("template1"), connect_timeout=5).close()
         except psycopg.OperationalError:
             return False
         return True
@@ -129,7 +142,7 @@ class Server:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _do(self, statement: str, database: str = "template1") -> None:
-        with psycopg.connect(self.url(database), autocommit=True) as connection:
+        with psycopg.connect(self.local_url(database), autocommit=True) as connection:
             connection.execute(statement)
 
     def _call(self, program: str, *arguments: str) -> None:
