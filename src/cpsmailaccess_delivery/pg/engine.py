@@ -160,9 +160,9 @@ def _delay(seconds: float) -> timedelta | None:
 
 
 #: For statements that settle a mail, see `mails`.  A job goes with its mail, or is free again.
-DELETE_JOB: Final = f"DELETE FROM {JOBS} WHERE id IN (SELECT job FROM mail)"
+DELETE_JOB: Final = f"DELETE FROM {JOBS} WHERE id IN (SELECT job FROM mail)"  # noqa: S608
 FREE_JOB: Final = (
-    f"UPDATE {JOBS} SET status = 'queued', queue_manager_id = NULL, slot = NULL,"
+    f"UPDATE {JOBS} SET status = 'queued', queue_manager_id = NULL, slot = NULL,"  # noqa: S608
     " updated = now(), execute_after = greatest(now(), to_timestamp(%(due)s))"
     " WHERE id IN (SELECT job FROM mail)"
 )

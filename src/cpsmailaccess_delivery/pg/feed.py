@@ -79,7 +79,7 @@ WITH RECURSIVE queued AS (
         AND heartbeat < clock_timestamp() - make_interval(secs => %(lease)s)
 )
 SELECT active.lane, coalesce(lanes.until > clock_timestamp(), false) AS taken
-FROM active LEFT JOIN {LANES} lanes ON lanes.lane = active.lane AND lanes.worker IS NOT NULL"""
+FROM active LEFT JOIN {LANES} lanes ON lanes.lane = active.lane AND lanes.worker IS NOT NULL"""  # noqa: S608
 
 TAKE: Final = f"""
 INSERT INTO {LANES} (lane, worker, until)
@@ -87,11 +87,11 @@ SELECT lane, %(worker)s, clock_timestamp() + make_interval(secs => %(lease)s)
 FROM unnest(%(lanes)s::text[]) each (lane)
 ON CONFLICT (lane) DO UPDATE SET worker = excluded.worker, until = excluded.until
 WHERE lanes.worker IS NULL OR lanes.until < clock_timestamp()
-RETURNING lane"""
+RETURNING lane"""  # noqa: S608
 
 _RENEW: Final = f"""
 UPDATE {LANES} SET until = clock_timestamp() + make_interval(secs => %(lease)s)
-WHERE worker = %(worker)s AND until > clock_timestamp() RETURNING lane"""
+WHERE worker = %(worker)s AND until > clock_timestamp() RETURNING lane"""  # noqa: S608
 
 _GIVE_BACK: Final = f"""
 WITH mail AS (
@@ -100,7 +100,7 @@ WITH mail AS (
     WHERE mails.id = each.id AND mails.lease = each.token RETURNING mails.job
 )
 UPDATE {JOBS} SET status = 'queued', queue_manager_id = NULL, updated = now()
-WHERE id IN (SELECT job FROM mail)"""
+WHERE id IN (SELECT job FROM mail)"""  # noqa: S608
 
 
 class Feed:
@@ -284,7 +284,8 @@ class FeedWatch:
             self._feed.give_back(connection)
             values = {"worker": self._feed.worker}
             connection.execute(
-                f"UPDATE {LANES} SET worker = NULL WHERE worker = %(worker)s", values
+                f"UPDATE {LANES} SET worker = NULL WHERE worker = %(worker)s",  # noqa: S608
+                values,
             )
             self._spool.workers.leave(connection, self._feed.worker)
         except psycopg.Error as error:
@@ -372,7 +373,7 @@ class FeedWatch:
         ]
         if dry:
             connection.execute(
-                f"UPDATE {LANES} SET worker = NULL WHERE worker = %s AND lane = ANY(%s)",
+                f"UPDATE {LANES} SET worker = NULL WHERE worker = %s AND lane = ANY(%s)",  # noqa: S608
                 [self._feed.worker, dry],
             )
             for lane in dry:
@@ -380,7 +381,7 @@ class FeedWatch:
 
     def _look_at_notes(self, connection: Connection) -> None:
         """Feed no lane that waits: what is leased of it is given back."""
-        query = f"SELECT lane, note FROM {LANES} WHERE note IS NOT NULL AND worker = %s"
+        query = f"SELECT lane, note FROM {LANES} WHERE note IS NOT NULL AND worker = %s"  # noqa: S608
         now = self._spool.connections.now()
         waiting = {
             lane
@@ -396,7 +397,7 @@ class FeedWatch:
     def _tell_old(self, connection: Connection) -> None:
         """Tell a lane that waits of its oldest mails: they may be late, or too old."""
         query = (
-            f"SELECT {ENTRY} FROM {MAILS} WHERE lane = %s AND id > %s AND {TAKEABLE}"
+            f"SELECT {ENTRY} FROM {MAILS} WHERE lane = %s AND id > %s AND {TAKEABLE}"  # noqa: S608
             " AND due <= %s ORDER BY id LIMIT %s"
         )
         for lane in self._waiting:
@@ -412,7 +413,7 @@ class FeedWatch:
         if not self._waiting:
             return
         query = (
-            f"SELECT {ENTRY} FROM {MAILS} WHERE lane = ANY(%s) AND expires > 0 AND expires <= %s"
+            f"SELECT {ENTRY} FROM {MAILS} WHERE lane = ANY(%s) AND expires > 0 AND expires <= %s"  # noqa: S608
             f" AND {TAKEABLE} AND due <= %s AND id <> ALL(%s) LIMIT %s"
         )
         now = self._spool.connections.now()

@@ -17,16 +17,16 @@ from .engine import LOG, SCHEMA
 EVENTS: Final = f"{SCHEMA}.events"
 _COLUMNS: Final = "at, kind, entry, message_id, mailbox, sender, recipient, attempt, reply, relay"
 _NEWEST: Final = "ORDER BY at DESC, id DESC LIMIT %(limit)s"
-_BY_MESSAGE_ID: Final = f"SELECT {_COLUMNS} FROM {EVENTS} WHERE message_id = %(key)s {_NEWEST}"
+_BY_MESSAGE_ID: Final = f"SELECT {_COLUMNS} FROM {EVENTS} WHERE message_id = %(key)s {_NEWEST}"  # noqa: S608
 _BY_ADDRESS: Final = f"""
 SELECT {_COLUMNS} FROM (
     (SELECT * FROM {EVENTS} WHERE lower(sender) = lower(%(key)s) {_NEWEST}) UNION
     (SELECT * FROM {EVENTS} WHERE lower(recipient) = lower(%(key)s) {_NEWEST})
-) found {_NEWEST}"""
+) found {_NEWEST}"""  # noqa: S608
 _INSERT: Final = f"""
 INSERT INTO {EVENTS} ({_COLUMNS}) SELECT * FROM unnest(
     %s::float8[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[],
-    %s::int[], %s::text[], %s::text[])"""
+    %s::int[], %s::text[], %s::text[])"""  # noqa: S608
 _GROUPS: Final = ("mailbox", "relay")
 _MOST_ATTEMPTS: Final = 2**31 - 1
 
@@ -44,7 +44,7 @@ class EventTable:
         rows = [row for event in events if (row := _clean(event)) is not None]
         if not rows:
             return
-        with self._connections.use("write the journal") as connection:
+        with self._connections.use("write the journal") as connection:  # noqa: SIM117
             with connection.transaction():
                 connection.execute("SET LOCAL synchronous_commit = off")
                 connection.execute(_INSERT, [list(column) for column in zip(*rows, strict=True)])
@@ -55,9 +55,9 @@ class EventTable:
         And the engine's own log, which nobody reads.
         """
         with self._connections.use("prune the journal") as connection:
-            connection.execute(f"DELETE FROM {LOG} WHERE created < now() - interval '1 day'")
+            connection.execute(f"DELETE FROM {LOG} WHERE created < now() - interval '1 day'")  # noqa: S608
             return connection.execute(
-                f"DELETE FROM {EVENTS} WHERE id IN"
+                f"DELETE FROM {EVENTS} WHERE id IN"  # noqa: S608
                 f" (SELECT id FROM {EVENTS} WHERE at < %s LIMIT %s)",
                 [before, most],
             ).rowcount
@@ -73,20 +73,20 @@ class EventTable:
 
     def count(self, since: float) -> dict[str, int]:
         """Return how many events of each kind there were since a time."""
-        query = f"SELECT kind, count(*) FROM {EVENTS} WHERE at >= %(since)s GROUP BY kind"
+        query = f"SELECT kind, count(*) FROM {EVENTS} WHERE at >= %(since)s GROUP BY kind"  # noqa: S608
         return dict(self._query(query, {"since": since}))
 
     def totals(self, since: float, *, by: str) -> list[tuple[str, str, int]]:
         """Return (mailbox or relay, kind, number of events) since a time."""
         if by not in _GROUPS:
             raise KeyError(by)
-        query = f"SELECT {by}, kind, count(*) FROM {EVENTS} WHERE at >= %(since)s GROUP BY 1, 2"
+        query = f"SELECT {by}, kind, count(*) FROM {EVENTS} WHERE at >= %(since)s GROUP BY 1, 2"  # noqa: S608
         return self._query(query, {"since": since})
 
     def series(self, since: float, step: float) -> list[tuple[int, str, int]]:
         """Return (number of the step, kind, number of events) since a time, step by step."""
         query = (
-            "SELECT trunc((at - %(since)s) / %(step)s)::bigint, kind, count(*)"
+            "SELECT trunc((at - %(since)s) / %(step)s)::bigint, kind, count(*)"  # noqa: S608
             f" FROM {EVENTS} WHERE at >= %(since)s GROUP BY 1, 2 ORDER BY 1"
         )
         return self._query(query, {"since": since, "step": step})

@@ -30,7 +30,7 @@ class LaneNotes:
         if not _KEY.match(key):
             return None
         with self._connections.use("read a lane's note") as connection:
-            row = connection.execute(f"SELECT note FROM {LANES} WHERE lane = %s", [key]).fetchone()
+            row = connection.execute(f"SELECT note FROM {LANES} WHERE lane = %s", [key]).fetchone()  # noqa: S608
         return _note(key, row[0]) if row else None
 
     def write(self, key: str, note: LaneNote | None) -> None:
@@ -38,18 +38,19 @@ class LaneNotes:
         with self._connections.use("keep a lane's note") as connection:
             if note is None:
                 connection.execute(
-                    f"UPDATE {LANES} SET note = NULL WHERE lane = %s AND note IS NOT NULL", [key]
+                    f"UPDATE {LANES} SET note = NULL WHERE lane = %s AND note IS NOT NULL",  # noqa: S608
+                    [key],
                 )
             else:
                 connection.execute(
-                    f"INSERT INTO {LANES} (lane, note) VALUES (%s, %s)"
+                    f"INSERT INTO {LANES} (lane, note) VALUES (%s, %s)"  # noqa: S608
                     " ON CONFLICT (lane) DO UPDATE SET note = excluded.note",
                     [key, json.dumps(asdict(note))],
                 )
 
     def all(self) -> dict[str, LaneNote]:
         """Return the notes by lane key."""
-        query = f"SELECT lane, note FROM {LANES} WHERE note IS NOT NULL"
+        query = f"SELECT lane, note FROM {LANES} WHERE note IS NOT NULL"  # noqa: S608
         with self._connections.use("read the lanes' notes") as connection:
             rows = connection.execute(query).fetchall()
         return {key: note for key, text in rows if (note := _note(key, text)) is not None}

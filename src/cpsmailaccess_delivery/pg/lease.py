@@ -237,7 +237,7 @@ class Leases:
         if not old:
             return
         query = (
-            f"UPDATE {MAILS} SET leased_until = clock_timestamp() + make_interval(secs => %s)"
+            f"UPDATE {MAILS} SET leased_until = clock_timestamp() + make_interval(secs => %s)"  # noqa: S608
             " FROM unnest(%s::text[], %s::uuid[]) each (id, lease)"
             " WHERE mails.id = each.id AND mails.lease = each.lease RETURNING mails.lease, mails.id"
         )

@@ -56,7 +56,7 @@ CLAIM: Final = f"""
 UPDATE {MAILS} SET lease = %(lease)s,
     leased_until = clock_timestamp() + make_interval(secs => %(seconds)s)
 WHERE id = %(id)s AND state = %(state)s AND due = %(due)s AND attempts = %(attempts)s AND {FREE}
-RETURNING {_CLAIMED}, {_LAZY}"""
+RETURNING {_CLAIMED}, {_LAZY}"""  # noqa: S608
 
 #: Of those that the engine has named: who is a processor's to take, and nobody has.
 #: Timed with the engine's claim, in one transaction: neither ends before the other.
@@ -64,7 +64,7 @@ CLAIM_MANY: Final = f"""
 UPDATE {MAILS} SET lease = %(lease)s,
     leased_until = now() + make_interval(secs => %(seconds)s)
 WHERE id = ANY(%(ids)s) AND {FREE} AND {TAKEABLE}
-RETURNING {_CLAIMED}, {_LAZY}"""
+RETURNING {_CLAIMED}, {_LAZY}"""  # noqa: S608
 
 #: Jobs of mails that are gone, or a person's: the engine must not name them again.
 DROP_JOBS: Final = f"""
@@ -73,13 +73,13 @@ WITH mail AS (
     LEFT JOIN {MAILS} mails ON mails.id = each.id
     WHERE mails.id IS NULL OR mails.state IN ('held', 'refused')
         OR (mails.state IN ('deferred', 'unclear') AND mails.due = 0)
-) {DELETE_JOB}"""
+) {DELETE_JOB}"""  # noqa: S608
 
 _REMOVE: Final = f"""
 WITH mail AS (
     DELETE FROM {MAILS} WHERE id = %(id)s AND lease = %(lease)s RETURNING job, {_LAZY}
 ), done AS ({DELETE_JOB})
-SELECT count(*) FROM mail"""
+SELECT count(*) FROM mail"""  # noqa: S608
 
 _RECORD: Final = f"""
 WITH mail AS (
@@ -87,7 +87,7 @@ WITH mail AS (
         lease = NULL, leased_until = NULL, settled_at = clock_timestamp(), doubt = false
     WHERE id = %(id)s AND lease = %(lease)s RETURNING job
 ), done AS ({{job}}), told AS (SELECT pg_notify('{CHANNEL}', %(id)s) FROM mail)
-SELECT count(*) FROM mail, told"""
+SELECT count(*) FROM mail, told"""  # noqa: S608
 
 _RELEASE: Final = f"""
 WITH mail AS (
@@ -95,7 +95,7 @@ WITH mail AS (
         lease = NULL, leased_until = NULL
     WHERE id = %(id)s AND lease = %(lease)s RETURNING job, {_LAZY}
 ), done AS ({FREE_JOB})
-SELECT count(*) FROM mail"""
+SELECT count(*) FROM mail"""  # noqa: S608
 
 
 class Row(NamedTuple):
@@ -138,7 +138,7 @@ class Mails:
     def scan(self) -> Iterator[Entry]:
         """Yield the visible entries, the oldest first; no transaction stays open meanwhile."""
         after = ""
-        query = f"SELECT {ENTRY} FROM {MAILS} WHERE id > %s AND {VISIBLE} ORDER BY id LIMIT {_PAGE}"
+        query = f"SELECT {ENTRY} FROM {MAILS} WHERE id > %s AND {VISIBLE} ORDER BY id LIMIT {_PAGE}"  # noqa: S608
         while True:
             with self._connections.use("list the mails") as connection:
                 page = [entry_of(row) for row in connection.execute(query, [after])]
@@ -165,7 +165,7 @@ class Mails:
     def find(self, message_id: str) -> list[Record]:
         """Return the mails with this Message-Id."""
         query = (
-            f"SELECT {ENTRY}, block, side, size FROM {MAILS}"
+            f"SELECT {ENTRY}, block, side, size FROM {MAILS}"  # noqa: S608
             f" WHERE digest = %s AND {VISIBLE} ORDER BY id"
         )
         with self._connections.use("find a mail") as connection:
@@ -192,7 +192,7 @@ class Mails:
     def leased(self, entry: Entry) -> bool:
         """Tell whether somebody has the lease of this entry."""
         query = (
-            f"SELECT 1 FROM {MAILS} WHERE id = %s AND state = %s AND due = %s AND attempts = %s"
+            f"SELECT 1 FROM {MAILS} WHERE id = %s AND state = %s AND due = %s AND attempts = %s"  # noqa: S608
             f" AND NOT {FREE}"
         )
         values = [entry.id, entry.state.value, entry.due, entry.attempts]
@@ -202,7 +202,7 @@ class Mails:
     def refused_before(self, when: float) -> Iterator[Entry]:
         """Yield the mails that were refused, and settled, before a time."""
         query = (
-            f"SELECT {ENTRY} FROM {MAILS} WHERE state = 'refused'"
+            f"SELECT {ENTRY} FROM {MAILS} WHERE state = 'refused'"  # noqa: S608
             " AND settled_at < to_timestamp(%s) ORDER BY settled_at LIMIT 1000"
         )
         with self._connections.use("look for refused mails") as connection:
@@ -232,7 +232,7 @@ class Mails:
     def free_key(self, entry_id: str) -> None:
         """Free the key of a mail that was cancelled before its first attempt."""
         with self._connections.use(f"free the key of {entry_id}") as connection:
-            connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry_id])
+            connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry_id])  # noqa: S608
 
     def record(self, after: Entry, side: Side, lease: uuid.UUID) -> bool:
         """Write what an attempt left, durably, and end the lease."""
@@ -242,7 +242,7 @@ class Mails:
     def set_aside(self, entry: Entry, side: Side, lease: uuid.UUID) -> bool:
         """Hold a mail, durably, for as long as its lease lasts, and longer."""
         query = (
-            f"UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s"
+            f"UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s"  # noqa: S608
             " WHERE id = %(id)s AND lease = %(lease)s RETURNING 1"
         )
         return self._settle(query, _values(entry, side, lease))
@@ -259,12 +259,12 @@ class Mails:
         """
         values = {**_values(before, NOTHING, lease), "side": side}
         query = (
-            f"WITH mail AS (UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,"
+            f"WITH mail AS (UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,"  # noqa: S608
             " lease = NULL, leased_until = NULL"
             f" WHERE id = %(id)s AND lease = %(lease)s RETURNING job), done AS ({DELETE_JOB})"
             " SELECT count(*) FROM mail"
         )
-        with self._connections.use(f"put back {before.id}") as connection:
+        with self._connections.use(f"put back {before.id}") as connection:  # noqa: SIM117
             with connection.transaction():
                 row = connection.execute(query, values).fetchone()
                 done = bool(row and row[0])
@@ -280,14 +280,14 @@ class Mails:
 
     def free(self, connection: Connection, entry_id: str, lease: uuid.UUID) -> None:
         """End a lease without a change of its mail or its job."""
-        query = f"UPDATE {MAILS} SET lease = NULL, leased_until = NULL WHERE id = %s AND lease = %s"
+        query = f"UPDATE {MAILS} SET lease = NULL, leased_until = NULL WHERE id = %s AND lease = %s"  # noqa: S608
         connection.execute(query, [entry_id, lease])
 
     # What people do: the mail is theirs unless it is leased
 
     def requeue(self, entry: Entry, *, unclear: bool) -> Entry:
         """Make a mail due now."""
-        with self._connections.use(f"requeue {entry.id}") as connection:
+        with self._connections.use(f"requeue {entry.id}") as connection:  # noqa: SIM117
             with connection.transaction():
                 before, side = self._lock(connection, entry.id)
                 outcomes = side.outcomes
@@ -299,7 +299,7 @@ class Mails:
 
     def hold(self, entry: Entry, reason: str) -> Entry:
         """Set a mail aside."""
-        with self._connections.use(f"hold {entry.id}") as connection:
+        with self._connections.use(f"hold {entry.id}") as connection:  # noqa: SIM117
             with connection.transaction():
                 before, side = self._lock(connection, entry.id)
                 after = before._replace(state=State.HELD, due=0.0)
@@ -308,18 +308,18 @@ class Mails:
 
     def cancel(self, entry: Entry) -> Record:
         """Remove a mail."""
-        with self._connections.use(f"cancel {entry.id}") as connection:
+        with self._connections.use(f"cancel {entry.id}") as connection:  # noqa: SIM117
             with connection.transaction():
                 before, _ = self._lock(connection, entry.id)
                 row = connection.execute(
-                    f"WITH mail AS (DELETE FROM {MAILS} WHERE id = %s RETURNING *),"
+                    f"WITH mail AS (DELETE FROM {MAILS} WHERE id = %s RETURNING *),"  # noqa: S608
                     f" done AS ({DELETE_JOB})"
                     f" SELECT {ENTRY}, block, side, size FROM mail",
                     [entry.id],
                 ).fetchone()
                 if not before.attempts:
-                    connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry.id])
-        assert row is not None  # noqa: S101 - locked above
+                    connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry.id])  # noqa: S608
+        assert row is not None  # noqa: S101
         try:
             return record_of(row)
         except InvalidEnvelope as error:  # to cancel it may be all that one can do
@@ -327,7 +327,7 @@ class Mails:
 
     def _lock(self, connection: Connection, entry_id: str) -> tuple[Entry, Side]:
         """Keep a mail as it is until the end of the transaction.  Raises as people are told."""
-        query = f"SELECT {ENTRY}, side, {FREE} FROM {MAILS} WHERE id = %s AND {VISIBLE} FOR UPDATE"
+        query = f"SELECT {ENTRY}, side, {FREE} FROM {MAILS} WHERE id = %s AND {VISIBLE} FOR UPDATE"  # noqa: S608
         row = connection.execute(query, [entry_id]).fetchone()
         if row is None:
             raise NoSuchEntry(f"{self._connections.location}: {entry_id} is no longer there")
@@ -344,7 +344,7 @@ class Mails:
         side = replace(side, state=after.state, due=after.due, attempts=after.attempts)
         values = {**_values(after, side, None), "note": after.id}
         query = (
-            f"WITH mail AS (UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,"
+            f"WITH mail AS (UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,"  # noqa: S608
             " lease = NULL, leased_until = NULL, doubt = false, settled_at = clock_timestamp()"
             f" WHERE id = %(id)s RETURNING job), done AS ({DELETE_JOB})"
             f" SELECT pg_notify('{CHANNEL}', %(id)s)"
@@ -354,7 +354,7 @@ class Mails:
             give_jobs(connection, [after], 0.0)
 
     def _read(self, entry_id: str, columns: str) -> Sequence[Any]:
-        query = f"SELECT {ENTRY}, {columns} FROM {MAILS} WHERE id = %s AND {VISIBLE}"
+        query = f"SELECT {ENTRY}, {columns} FROM {MAILS} WHERE id = %s AND {VISIBLE}"  # noqa: S608
         with self._connections.use(f"read {entry_id}") as connection:
             row: Sequence[Any] | None = connection.execute(
                 query, [entry_id], binary=True
@@ -369,7 +369,7 @@ class Mails:
 
 def some(connection: Connection, ids: Sequence[str]) -> list[Entry]:
     """Return the visible entries of these ids, the oldest first."""
-    query = f"SELECT {ENTRY} FROM {MAILS} WHERE id = ANY(%s) AND {VISIBLE} ORDER BY id"
+    query = f"SELECT {ENTRY} FROM {MAILS} WHERE id = ANY(%s) AND {VISIBLE} ORDER BY id"  # noqa: S608
     return [entry_of(row) for row in connection.execute(query, [list(ids)])]
 
 
@@ -379,7 +379,7 @@ def give_jobs(connection: Connection, entries: Sequence[Entry], now: float) -> N
         connection, [(e.id, e.lane, e.priority, e.due - now if e.due else 0.0) for e in entries]
     )
     connection.execute(
-        f"UPDATE {MAILS} SET job = each.job"
+        f"UPDATE {MAILS} SET job = each.job"  # noqa: S608
         " FROM unnest(%s::text[], %s::bigint[]) each (id, job) WHERE mails.id = each.id",
         [[entry.id for entry in entries], jobs],
     )
@@ -427,6 +427,6 @@ def insertion(
 
 
 INSERT: Final = (
-    f"INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed)"
+    f"INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed)"  # noqa: S608
     " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %b, %b, %s, %s, %s)"
 )

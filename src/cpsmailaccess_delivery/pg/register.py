@@ -40,7 +40,7 @@ class RegisterTable:
         Raises `Unusable`, and what the database does.
         """
         with self._lock:
-            query = f"SELECT data FROM {REGISTERS} WHERE key = %s"
+            query = f"SELECT data FROM {REGISTERS} WHERE key = %s"  # noqa: S608
             row = connection.execute(query, [key.id], binary=True).fetchone()
             if row is None:
                 return None
@@ -57,7 +57,7 @@ class RegisterTable:
         new = changed_page(self.page(connection, key) or Page(), changed, self._seen.get(key.id, 0))
         if new is not None:
             connection.execute(
-                f"INSERT INTO {REGISTERS} (key, data) VALUES (%s, %b)"
+                f"INSERT INTO {REGISTERS} (key, data) VALUES (%s, %b)"  # noqa: S608
                 " ON CONFLICT (key) DO UPDATE SET data = excluded.data",
                 [key.id, dump_page(new, key)],
             )
@@ -66,4 +66,4 @@ class RegisterTable:
         """Remove the register of a key that seals nothing any more."""
         self._seen.pop(key.id, None)
         self._read.pop(key.id, None)
-        connection.execute(f"DELETE FROM {REGISTERS} WHERE key = %s", [key.id])
+        connection.execute(f"DELETE FROM {REGISTERS} WHERE key = %s", [key.id])  # noqa: S608

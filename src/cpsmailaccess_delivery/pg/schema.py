@@ -149,14 +149,15 @@ def _upgrade(connection: Connection) -> Upgrade:
         with connection.transaction():
             connection.execute(statements.encode())
             connection.execute(
-                f"INSERT INTO {SCHEMA}.version (version, oldest) VALUES (%s, %s)", [version, oldest]
+                f"INSERT INTO {SCHEMA}.version (version, oldest) VALUES (%s, %s)",  # noqa: S608
+                [version, oldest],
             )
     return Upgrade(before, VERSION)
 
 
 def found(connection: Connection) -> tuple[int, int]:
     """Return the version of the schema, and the oldest release that works with it."""
-    query = f"SELECT version, oldest FROM {SCHEMA}.version ORDER BY version DESC LIMIT 1"
+    query = f"SELECT version, oldest FROM {SCHEMA}.version ORDER BY version DESC LIMIT 1"  # noqa: S608
     row = connection.execute(query).fetchone()
     return (int(row[0]), int(row[1])) if row else (0, 0)
 

@@ -115,7 +115,7 @@ class Staging:
             each.prepared = True
         # One statement is a transaction of its own, and two round trips less.
         alone = len(staged) == 1 and not staged[0].envelope.key
-        with self._connections.use("make mails durable") as connection:
+        with self._connections.use("make mails durable") as connection:  # noqa: SIM117
             with nullcontext() if alone else connection.transaction():
                 _take_keys(connection, staged)
                 _insert(connection, staged, state=STAGED, witnessed=witnessed)
@@ -174,7 +174,7 @@ class Staging:
         now = self._clock()
         with self._connections.use("publish mails") as connection, connection.transaction():
             found = connection.execute(
-                f"UPDATE {MAILS} SET state = 'queued', due = each.due, side = NULL, doubt = false"
+                f"UPDATE {MAILS} SET state = 'queued', due = each.due, side = NULL, doubt = false"  # noqa: S608
                 " FROM unnest(%s::float8[], %s::text[]) each (due, id)"
                 " WHERE mails.id = each.id AND doubt RETURNING mails.id",
                 [[each.entry.due for each in staged], ids],
@@ -202,7 +202,7 @@ class Staging:
         try:
             with self._connections.use("discard mails") as connection:
                 connection.execute(
-                    f"WITH gone AS (DELETE FROM {MAILS} WHERE id = ANY(%s) AND doubt RETURNING id)"
+                    f"WITH gone AS (DELETE FROM {MAILS} WHERE id = ANY(%s) AND doubt RETURNING id)"  # noqa: S608
                     f" DELETE FROM {KEYS} WHERE mail IN (SELECT id FROM gone)",
                     [prepared],
                 )
@@ -225,7 +225,7 @@ class Staging:
 
     def key_holder(self, key: str) -> str | None:
         """See `ISpool`."""
-        query = f"SELECT message_id FROM {KEYS} WHERE digest = %s AND until > clock_timestamp()"
+        query = f"SELECT message_id FROM {KEYS} WHERE digest = %s AND until > clock_timestamp()"  # noqa: S608
         with self._connections.use("look for a key") as connection:
             row = connection.execute(query, [_digest(key)], binary=True).fetchone()
         return row[0].decode("utf-8", "surrogatepass") if row else None
@@ -233,12 +233,12 @@ class Staging:
     def sweep(self) -> SweepReport:
         """See `ISpool`: hold what has been staged for long, and forget old keys."""
         held = []
-        with self._connections.use("sweep") as connection:
+        with self._connections.use("sweep") as connection:  # noqa: SIM117
             with connection.transaction():
                 for witnessed, reason in ((True, ASKED), (False, IN_DOUBT)):
                     side = dump_side(Side(State.HELD, reason=reason)).decode()
                     rows = connection.execute(
-                        f"UPDATE {MAILS} SET state = 'held', due = 0, side = %s WHERE id IN ("
+                        f"UPDATE {MAILS} SET state = 'held', due = 0, side = %s WHERE id IN ("  # noqa: S608
                         f"SELECT id FROM {MAILS} WHERE {_LEFT} AND witnessed = %s"
                         " FOR UPDATE SKIP LOCKED) RETURNING id",
                         [side, DOUBT_AFTER, witnessed],
@@ -246,21 +246,21 @@ class Staging:
                     held += [row[0] for row in rows]
                 if held:
                     connection.execute(
-                        f"UPDATE {KEYS} SET until = clock_timestamp() + {_KEPT}"
+                        f"UPDATE {KEYS} SET until = clock_timestamp() + {_KEPT}"  # noqa: S608
                         " WHERE mail = ANY(%s) AND until IS NULL",
                         [held],
                     )
                     tell(connection, held)
-                connection.execute(f"DELETE FROM {KEYS} WHERE until < clock_timestamp()")
+                connection.execute(f"DELETE FROM {KEYS} WHERE until < clock_timestamp()")  # noqa: S608
                 connection.execute(
-                    f"DELETE FROM {MAILS} WHERE doubt AND state = '{ABORTED}'"
+                    f"DELETE FROM {MAILS} WHERE doubt AND state = '{ABORTED}'"  # noqa: S608
                     f" AND staged_at < clock_timestamp() - {_ABORTED_KEPT}"
                 )
         return SweepReport(held=tuple(sorted(held)))
 
     def doubts(self) -> list[tuple[Entry, str]]:
         """See `ISpool`."""
-        query = f"SELECT {ENTRY}, block FROM {MAILS} WHERE {_ASKABLE} ORDER BY id"
+        query = f"SELECT {ENTRY}, block FROM {MAILS} WHERE {_ASKABLE} ORDER BY id"  # noqa: S608
         with self._connections.use("look for mails in doubt") as connection:
             rows = connection.execute(query, binary=True).fetchall()
         found = []
@@ -277,10 +277,10 @@ class Staging:
         What has aborted is kept, unseen, for a day: should its process have stood still rather
         than died, and commit after all, `publish` finds it.
         """
-        with self._connections.use(f"resolve {entry.id}") as connection:
+        with self._connections.use(f"resolve {entry.id}") as connection:  # noqa: SIM117
             with connection.transaction():
                 query = (
-                    f"SELECT {ENTRY}, block, side, size FROM {MAILS}"
+                    f"SELECT {ENTRY}, block, side, size FROM {MAILS}"  # noqa: S608
                     f" WHERE id = %s AND {_ASKABLE} AND {FREE} FOR UPDATE"
                 )
                 row = connection.execute(query, [entry.id], binary=True).fetchone()
@@ -295,24 +295,25 @@ class Staging:
         if verdict is Verdict.COMMITTED:
             entry = names.first_entry(entry.id, record.envelope)  # due when its sender wants it
             connection.execute(
-                f"UPDATE {MAILS} SET state = 'queued', due = %s, side = NULL, doubt = false"
+                f"UPDATE {MAILS} SET state = 'queued', due = %s, side = NULL, doubt = false"  # noqa: S608
                 " WHERE id = %s",
                 [entry.due, entry.id],
             )
             give_jobs(connection, [entry], self._clock())
         elif verdict is Verdict.ABORTED:
-            connection.execute(f"UPDATE {MAILS} SET state = '{ABORTED}' WHERE id = %s", [entry.id])
-            connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry.id])
+            connection.execute(f"UPDATE {MAILS} SET state = '{ABORTED}' WHERE id = %s", [entry.id])  # noqa: S608
+            connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry.id])  # noqa: S608
         else:
             side = dump_side(Side(State.HELD, reason=IN_DOUBT)).decode()
             connection.execute(
-                f"UPDATE {MAILS} SET witnessed = false, side = %s WHERE id = %s", [side, entry.id]
+                f"UPDATE {MAILS} SET witnessed = false, side = %s WHERE id = %s",  # noqa: S608
+                [side, entry.id],
             )
         tell(connection, [entry.id])
 
     def left_overs(self) -> list[str]:
         """See `ISpool`."""
-        query = f"SELECT id FROM {MAILS} WHERE {_LEFT}"
+        query = f"SELECT id FROM {MAILS} WHERE {_LEFT}"  # noqa: S608
         with self._connections.use("look for mails in doubt") as connection:
             return [row[0] for row in connection.execute(query, [DOUBT_AFTER])]
 
@@ -350,10 +351,11 @@ def _take_keys(connection: Connection, staged: Sequence[_Staged]) -> None:
             continue
         message_id = each.envelope.message_id.encode("utf-8", "surrogatepass")
         connection.execute(
-            f"DELETE FROM {KEYS} WHERE digest = %s AND until < clock_timestamp()", [_digest(key)]
+            f"DELETE FROM {KEYS} WHERE digest = %s AND until < clock_timestamp()",  # noqa: S608
+            [_digest(key)],
         )
         taken = connection.execute(
-            f"INSERT INTO {KEYS} (digest, mail, message_id) VALUES (%s, %s, %b)"
+            f"INSERT INTO {KEYS} (digest, mail, message_id) VALUES (%s, %s, %b)"  # noqa: S608
             " ON CONFLICT DO NOTHING RETURNING 1",
             [_digest(key), each.entry.id, message_id],
         ).fetchone()
@@ -368,7 +370,7 @@ def _confirm_keys(connection: Connection, staged: Sequence[_Staged]) -> None:
     ids = [each.entry.id for each in staged if each.envelope.key]
     if ids:
         connection.execute(
-            f"UPDATE {KEYS} SET until = greatest(clock_timestamp(), to_timestamp(mails.due))"
+            f"UPDATE {KEYS} SET until = greatest(clock_timestamp(), to_timestamp(mails.due))"  # noqa: S608
             f" + {_KEPT} FROM {MAILS} WHERE mails.id = keys.mail AND keys.mail = ANY(%s)",
             [ids],
         )

@@ -18,13 +18,13 @@ from .mails import ARRIVING, ENTRY, KEYS, MAILS, entry_of, give_jobs, is_takeabl
 _ARRIVE: Final = f"""
 INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed, side, next_state)
 VALUES (%s, %s, '{ARRIVING}', %s, %s, %s, %s, %s, %b, %b, %s, %s, %s, %s, %s)
-ON CONFLICT (id) DO NOTHING RETURNING id"""
+ON CONFLICT (id) DO NOTHING RETURNING id"""  # noqa: S608
 
 _ADMIT: Final = f"""
 UPDATE {MAILS} SET state = next_state, next_state = NULL, settled_at = clock_timestamp()
-WHERE id = ANY(%s) AND state = '{ARRIVING}' RETURNING {ENTRY}"""
+WHERE id = ANY(%s) AND state = '{ARRIVING}' RETURNING {ENTRY}"""  # noqa: S608
 
-_DISMISS: Final = f"DELETE FROM {MAILS} WHERE id = ANY(%s) AND state = '{ARRIVING}'"
+_DISMISS: Final = f"DELETE FROM {MAILS} WHERE id = ANY(%s) AND state = '{ARRIVING}'"  # noqa: S608
 
 _PAGE: Final = 5_000
 
@@ -39,7 +39,7 @@ class Transit:
     def arrive(self, mails: Sequence[tuple[Record, bytes]]) -> Collection[str]:
         """See `ITransit`."""
         taken: list[str] = []
-        with self._connections.use("keep mails that arrive") as connection:
+        with self._connections.use("keep mails that arrive") as connection:  # noqa: SIM117
             with connection.transaction():
                 connection.execute(_DISMISS, [[record.entry.id for record, _ in mails]])
                 for record, message in mails:
@@ -49,7 +49,7 @@ class Transit:
 
     def arrived(self) -> Collection[str]:
         """See `ITransit`."""
-        query = f"SELECT id FROM {MAILS} WHERE state = '{ARRIVING}'"
+        query = f"SELECT id FROM {MAILS} WHERE state = '{ARRIVING}'"  # noqa: S608
         with self._connections.use("look for mails that arrive") as connection:
             return [row[0] for row in connection.execute(query)]
 
@@ -74,7 +74,7 @@ class Transit:
         """See `ITransit`."""
         after = ""
         query = (
-            f"SELECT digest, mail, message_id, extract(epoch FROM until)::float8 FROM {KEYS}"
+            f"SELECT digest, mail, message_id, extract(epoch FROM until)::float8 FROM {KEYS}"  # noqa: S608
             f" WHERE digest > %s AND until > clock_timestamp() ORDER BY digest LIMIT {_PAGE}"
         )
         while True:
@@ -89,7 +89,7 @@ class Transit:
     def keep_keys(self, notes: Iterable[KeyNote]) -> None:
         """See `ITransit`."""
         query = (
-            f"INSERT INTO {KEYS} (digest, mail, message_id, until)"
+            f"INSERT INTO {KEYS} (digest, mail, message_id, until)"  # noqa: S608
             " VALUES (%s, %s, %b, to_timestamp(%s)) ON CONFLICT DO NOTHING"
         )
         values = [
@@ -97,7 +97,7 @@ class Transit:
             for note in notes
         ]
         if values:
-            with self._connections.use("keep keys") as connection, connection.transaction():
+            with self._connections.use("keep keys") as connection, connection.transaction():  # noqa: SIM117
                 with connection.cursor() as cursor:
                     cursor.executemany(query, values)
 

@@ -71,7 +71,7 @@ class PostgresVault(SealedAccounts):
         keys = {key.id: key for key in self._keys.known()}
         for key in keys.values():
             self._page(key)  # what could fail in `publish` fails here
-        with self._use("make changes of accounts durable") as connection:
+        with self._use("make changes of accounts durable") as connection:  # noqa: SIM117
             with connection.transaction():
                 for token, staged in rows:
                     stored = parsed(staged.data)
@@ -81,7 +81,7 @@ class PostgresVault(SealedAccounts):
                             " again"
                         )
                     connection.execute(
-                        f"INSERT INTO {CHANGES} (token, data, transaction, witnessed)"
+                        f"INSERT INTO {CHANGES} (token, data, transaction, witnessed)"  # noqa: S608
                         " VALUES (%s, %b, %s, %s)",
                         [token, staged.data, staged.transaction, witnessed],
                     )
@@ -124,27 +124,27 @@ class PostgresVault(SealedAccounts):
             return
         try:
             with self._connections.use("discard changes of accounts") as connection:
-                connection.execute(f"DELETE FROM {CHANGES} WHERE token = ANY(%s)", [mine])
+                connection.execute(f"DELETE FROM {CHANGES} WHERE token = ANY(%s)", [mine])  # noqa: S608
         except SpoolError as error:
             log.error("%s", error)  # `sweep` removes them
 
     def sweep(self) -> tuple[str, ...]:
         """See `IAccountStore`: what was staged for long, nobody publishes any more."""
-        query = f"DELETE FROM {CHANGES} WHERE {_LEFT} AND NOT witnessed RETURNING token, data"
+        query = f"DELETE FROM {CHANGES} WHERE {_LEFT} AND NOT witnessed RETURNING token, data"  # noqa: S608
         with self._connections.use("sweep the accounts") as connection:
             rows = connection.execute(query, [DOUBT_AFTER], binary=True).fetchall()
         return tuple(staged_mailbox(data) or f"(unreadable: {token})" for token, data in rows)
 
     def left_overs(self) -> Sequence[str]:
         """See `IAccountStore`."""
-        query = f"SELECT token FROM {CHANGES} WHERE {_LEFT}"
+        query = f"SELECT token FROM {CHANGES} WHERE {_LEFT}"  # noqa: S608
         with self._connections.use("look for changes of accounts") as connection:
             return [row[0] for row in connection.execute(query, [DOUBT_AFTER])]
 
     def doubts(self) -> list[tuple[str, str]]:
         """See `IAccountStore`."""
         query = (
-            f"SELECT token, transaction FROM {CHANGES} WHERE {_LEFT} AND witnessed"
+            f"SELECT token, transaction FROM {CHANGES} WHERE {_LEFT} AND witnessed"  # noqa: S608
             " ORDER BY staged_at, token"
         )
         with self._connections.use("look for changes in doubt") as connection:
@@ -152,16 +152,16 @@ class PostgresVault(SealedAccounts):
 
     def resolve(self, change: str, verdict: Verdict) -> str:
         """See `IAccountStore`.  Raises `VaultError`."""
-        with self._use(f"resolve {change}") as connection:
+        with self._use(f"resolve {change}") as connection:  # noqa: SIM117
             with connection.transaction():
                 self._register.lock(connection)
-                query = f"DELETE FROM {CHANGES} WHERE token = %s RETURNING data, staged_at"
+                query = f"DELETE FROM {CHANGES} WHERE token = %s RETURNING data, staged_at"  # noqa: S608
                 row = connection.execute(query, [change], binary=True).fetchone()
                 if row is None:
                     return ""
                 data, staged_at = row
                 later = connection.execute(
-                    f"SELECT 1 FROM {ACCOUNTS} WHERE name = %s AND changed_at > %s",
+                    f"SELECT 1 FROM {ACCOUNTS} WHERE name = %s AND changed_at > %s",  # noqa: S608
                     [_name(change), staged_at],
                 ).fetchone()
                 if verdict is Verdict.COMMITTED and later is None:
@@ -191,7 +191,7 @@ class PostgresVault(SealedAccounts):
                 if stored.key_id != key.id:
                     new = seal(self._open(stored), key)
                     # Put when it was put: a change in doubt may be older.
-                    query = f"UPDATE {ACCOUNTS} SET data = %b WHERE name = %s"
+                    query = f"UPDATE {ACCOUNTS} SET data = %b WHERE name = %s"  # noqa: S608
                     connection.execute(query, [new, name])
                     names.append(name)
                 if len(names) == most:
@@ -239,12 +239,12 @@ class PostgresVault(SealedAccounts):
 
     def _put_in_place(self, connection: Connection, changes: Sequence[tuple[str, bytes]]) -> None:
         for token, data in changes:
-            connection.execute(f"DELETE FROM {CHANGES} WHERE token = %s", [token])
+            connection.execute(f"DELETE FROM {CHANGES} WHERE token = %s", [token])  # noqa: S608
             if is_deletion(data):
-                connection.execute(f"DELETE FROM {ACCOUNTS} WHERE name = %s", [_name(token)])
+                connection.execute(f"DELETE FROM {ACCOUNTS} WHERE name = %s", [_name(token)])  # noqa: S608
             else:
                 connection.execute(
-                    f"INSERT INTO {ACCOUNTS} (name, data) VALUES (%s, %b) ON CONFLICT (name)"
+                    f"INSERT INTO {ACCOUNTS} (name, data) VALUES (%s, %b) ON CONFLICT (name)"  # noqa: S608
                     " DO UPDATE SET data = excluded.data, changed_at = clock_timestamp()",
                     [_name(token), data],
                 )
@@ -253,7 +253,7 @@ class PostgresVault(SealedAccounts):
 
     def _list(self, connection: Connection, names: Sequence[str]) -> None:
         """List of these accounts what is in force, and nothing else."""
-        query = f"SELECT name, data FROM {ACCOUNTS} WHERE name = ANY(%s)"
+        query = f"SELECT name, data FROM {ACCOUNTS} WHERE name = ANY(%s)"  # noqa: S608
         rows = connection.execute(query, [list(names)], binary=True).fetchall()
         there = {name: parsed(data) for name, data in rows}
         for key in self._keys.known():
@@ -271,10 +271,10 @@ class PostgresVault(SealedAccounts):
 
     def _published(self) -> list[str]:
         with self._use("list the accounts") as connection:
-            return [row[0] for row in connection.execute(f"SELECT name FROM {ACCOUNTS}")]
+            return [row[0] for row in connection.execute(f"SELECT name FROM {ACCOUNTS}")]  # noqa: S608
 
     def _data(self, name: str, mailbox: str) -> bytes | None:
-        query = f"SELECT data FROM {ACCOUNTS} WHERE name = %s"
+        query = f"SELECT data FROM {ACCOUNTS} WHERE name = %s"  # noqa: S608
         with self._use(f"read the account {mailbox or name}") as connection:
             row = connection.execute(query, [name], binary=True).fetchone()
         return row[0] if row else None
@@ -299,7 +299,7 @@ class PostgresVault(SealedAccounts):
 
 
 def _rows(connection: Connection, table: str, name: str) -> list[tuple[str, bytes]]:
-    query = f"SELECT {name}, data FROM {table} ORDER BY 1"
+    query = f"SELECT {name}, data FROM {table} ORDER BY 1"  # noqa: S608
     return connection.execute(query, binary=True).fetchall()
 
 

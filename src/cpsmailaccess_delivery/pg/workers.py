@@ -19,7 +19,7 @@ WORKERS: Final = f"{SCHEMA}.workers"
 _SIGN: Final = f"""
 INSERT INTO {WORKERS} (id, host, pid, until)
 VALUES (%s, %s, %s, clock_timestamp() + make_interval(secs => %s))
-ON CONFLICT (id) DO UPDATE SET until = excluded.until"""
+ON CONFLICT (id) DO UPDATE SET until = excluded.until"""  # noqa: S608
 
 _FORGOTTEN: Final = "interval '1 hour'"
 
@@ -40,7 +40,7 @@ class Workers:
     def deliverers(self) -> list[Deliverer]:
         """See `IPresence`."""
         query = (
-            f"SELECT host, pid, extract(epoch FROM since)::float8 FROM {WORKERS}"
+            f"SELECT host, pid, extract(epoch FROM since)::float8 FROM {WORKERS}"  # noqa: S608
             " WHERE until > clock_timestamp() ORDER BY since"
         )
         here = socket.gethostname(), os.getpid()
@@ -56,11 +56,11 @@ class Workers:
     def sign(self, connection: Connection, worker: uuid.UUID, seconds: float) -> int:
         """Say that a worker of this process lives for so long; return how many there are."""
         connection.execute(_SIGN, [worker, socket.gethostname(), os.getpid(), seconds])
-        connection.execute(f"DELETE FROM {WORKERS} WHERE until < clock_timestamp() - {_FORGOTTEN}")
-        query = f"SELECT count(*) FROM {WORKERS} WHERE until > clock_timestamp()"
+        connection.execute(f"DELETE FROM {WORKERS} WHERE until < clock_timestamp() - {_FORGOTTEN}")  # noqa: S608
+        query = f"SELECT count(*) FROM {WORKERS} WHERE until > clock_timestamp()"  # noqa: S608
         (count,) = connection.execute(query).fetchone() or (1,)
         return int(count)
 
     def leave(self, connection: Connection, worker: uuid.UUID) -> None:
         """Say that a worker has ended."""
-        connection.execute(f"DELETE FROM {WORKERS} WHERE id = %s", [worker])
+        connection.execute(f"DELETE FROM {WORKERS} WHERE id = %s", [worker])  # noqa: S608

@@ -151,7 +151,7 @@ class Transit:
 
     @property
     def _known(self) -> dict[str, Entry]:
-        assert self._copies is not None  # noqa: S101 - `arrived` was called
+        assert self._copies is not None  # noqa: S101
         return self._copies
 
 
