@@ -24,6 +24,7 @@ from zope.interface.verify import verifyObject
 from cli_helpers import Site
 from conftest import KEY, PASSWORD
 from cpsmailaccess_delivery import Account, Outbox, State
+from cpsmailaccess_delivery.envelope import digest
 from cpsmailaccess_delivery.errors import SpoolError
 from cpsmailaccess_delivery.interfaces import Entry, ITransit, Outcome, Settlement
 from cpsmailaccess_delivery.moving import MARK, Moved, Mover
@@ -138,7 +139,7 @@ def test_every_state_moves_as_it_is(places):
         assert mails(source) == {}
         assert mails(target) == expected
         assert target.vault.get(ALICE).secret.reveal() == PASSWORD
-        assert target.spool.transit.arrived() == []
+        assert target.spool.transit.arrived(digest(source.location)) == []
         with transaction.manager:  # the same key again: nothing is queued
             again = target.delivery.send(ALICE, [BOB], MESSAGE, idempotency_key="a key")
         assert target.spool.find(again)
@@ -213,7 +214,7 @@ def test_what_is_being_delivered_is_waited_for(places):
         lease = source.spool.claim(entry)
         moved = Mover(source, target, patience=0.0).move()
         assert (moved.mails, moved.left) == (0, {entry.id: "is being delivered"})
-        assert target.spool.transit.arrived() == []
+        assert target.spool.transit.arrived(digest(source.location)) == []
         lease.release()
         assert Mover(source, target).move().mails == 1
 
@@ -260,7 +261,7 @@ def test_an_id_that_is_there_is_not_replaced(places):
         put(source)
         send(source)
         (record,) = [source.spool.load(entry) for entry in source.spool.scan()]
-        target.spool.transit.arrive([(record, b"another message")])
+        target.spool.transit.arrive([(record, b"another message")], "0" * 16)
         target.spool.transit.admit([record.entry.id])
         target.spool.transit.close()
         moved = Mover(source, target, patience=0.0).move()
@@ -269,12 +270,28 @@ def test_an_id_that_is_there_is_not_replaced(places):
         assert source.spool.load(record.entry) == record
 
 
+@both_ways
+def test_who_moves_from_elsewhere_leaves_copies_alone(places, tmp_path):
+    """They may be all that there is: their mails are marked where they come from."""
+    with opened(places) as (source, target):
+        put(source)
+        entry = entry_of(source, send(source))
+        target.spool.transit.admit = lambda ids: 1 / 0  # as if it died there
+        with pytest.raises(ZeroDivisionError):
+            Mover(source, target).move()
+    expire_leases(places[0])
+    assert move((str(tmp_path / "elsewhere"), places[1])).mails == 0
+    with opened(places) as (source, target):
+        assert Mover(source, target).move().mails == 1
+        assert [each.id for each in target.spool.scan()] == [entry.id]
+
+
 def test_two_at_once_into_a_directory(tmp_path):
     places = str(tmp_path / "from"), str(tmp_path / "to")
     with opened(places) as (_, target), opened(places) as (_, other):
-        target.spool.transit.arrived()
+        target.spool.transit.arrived("0" * 16)
         with pytest.raises(SpoolError, match="another process moves"):
-            other.spool.transit.arrived()
+            other.spool.transit.arrived("0" * 16)
 
 
 # Killed
@@ -337,7 +354,7 @@ def test_killed_at_every_step(places, tmp_path):
             assert mails(source) == {}, f"step {step}"
             assert mails(target) == expected, f"step {step}"
             assert target.spool.key_holder(f"key {step}")
-            assert target.spool.transit.arrived() == []
+            assert target.spool.transit.arrived(digest(source.location)) == []
             for entry in target.spool.scan():
                 target.spool.cancel(entry)
         step += 1

@@ -30,7 +30,7 @@ from zope.interface import implementer
 log = logging.getLogger(__name__)
 
 #: Under this name the token stands in the transaction's extended info, for a witness.
-TOKEN_NAME = "cpsmailaccess_delivery"  # noqa: S105
+TOKEN_NAME = "cpsmailaccess_delivery"  # noqa: S105 (a name, no password)
 
 _sequence = itertools.count()
 

@@ -403,14 +403,15 @@ class ITransit(Interface):
     makes the mail visible: so whether the copy is there tells whether the mail was admitted.
     """
 
-    def arrive(mails: Sequence[tuple[Record, bytes]]) -> Collection[str]:
+    def arrive(mails: Sequence[tuple[Record, bytes]], origin: str) -> Collection[str]:
         """Keep copies, durably; one of the same mail that was there is replaced.
 
+        `origin`: 16 hexadecimal digits that stand for the spool that they come from.
         Returns the ids that were taken: not those of visible mails.  Raises `SpoolError`.
         """
 
-    def arrived() -> Collection[str]:
-        """Return the ids of all copies.  Raises `SpoolError`."""
+    def arrived(origin: str) -> Collection[str]:
+        """Return the ids of the copies that came from there.  Raises `SpoolError`."""
 
     def admit(ids: Collection[str]) -> None:
         """Make mails visible, durably; of an id without a copy, nothing.  Raises `SpoolError`."""

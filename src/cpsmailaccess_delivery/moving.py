@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from .envelope import digest
 from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
 from .interfaces import KeyNote, Record, Settlement, State
 from .journal import Event
@@ -63,6 +65,7 @@ class Mover:
         self._source = source
         self._target = target
         self._transit = target.spool.transit
+        self._origin = digest(source.location)
         self._patience = patience
         self._moved = Moved()
         self._mark = (
@@ -101,8 +104,11 @@ class Mover:
         return moved
 
     def _drop_strays(self) -> None:
-        """Forget copies of mails that were not marked any more before we died, and are gone."""
-        copies = set(self._transit.arrived())
+        """Forget copies of mails that were not marked any more before we died, and are gone.
+
+        Only of mails from here: those from elsewhere may be marked there.
+        """
+        copies = set(self._transit.arrived(self._origin))
         if copies:
             copies.difference_update(entry.id for entry in self._source.spool.scan())
         for entry_id in copies:
@@ -166,7 +172,7 @@ class Mover:
                     lease.release()
                 return
             # On files a mark has two steps, and a crash came between.
-            if record.reason == self._mark and record.entry.id in self._transit.arrived():
+            if record.reason == self._mark and record.entry.id in self._arrived():
                 batch.half_marked.append(lease)  # the copy has the reason that was there
                 return
             record = replace(record, reason="")
@@ -190,7 +196,8 @@ class Mover:
 
     def _send_ahead(self, batch: _Batch) -> list[Any]:
         """Let copies arrive; return the leases of those that were taken."""
-        taken = set(self._transit.arrive([(record, message) for _, record, message in batch.mails]))
+        mails = [(record, message) for _, record, message in batch.mails]
+        taken = set(self._transit.arrive(mails, self._origin))
         leases = []
         for lease, record, _ in batch.mails:
             if record.entry.id in taken:
@@ -201,6 +208,10 @@ class Mover:
                 self._moved.left[record.entry.id] = why
                 lease.release()
         return leases
+
+    def _arrived(self) -> Collection[str]:
+        copies: Collection[str] = self._transit.arrived(self._origin)
+        return copies
 
     def _mark_all(self, leases: list[Any]) -> list[Any]:
         marked = []

@@ -100,7 +100,7 @@ class _Worker:
 
     def _listen(self, now: float) -> None:
         """Kill the process when it has been silent for too long; `look` starts another."""
-        assert self._line is not None  # noqa: S101
+        assert self._line is not None  # noqa: S101 - it lives
         assert self.process is not None  # noqa: S101
         try:
             while self._line.recv(4096):

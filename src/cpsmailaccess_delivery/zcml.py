@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transaction
-import zope.component.event  # noqa: F401
+import zope.component.event  # noqa: F401  (hands events to the handlers of a registry)
 from zope.component import getGlobalSiteManager
 from zope.component.security import proxify
 from zope.configuration.exceptions import ConfigurationError

@@ -319,7 +319,7 @@ class Mails:
                 ).fetchone()
                 if not before.attempts:
                     connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry.id])  # noqa: S608
-        assert row is not None  # noqa: S101
+        assert row is not None  # noqa: S101 - locked above
         try:
             return record_of(row)
         except InvalidEnvelope as error:  # to cancel it may be all that one can do

@@ -42,7 +42,8 @@ CREATE TABLE {SCHEMA}.mails (
     witnessed boolean NOT NULL DEFAULT false,   -- and a witness knows whether it has
     staged_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     settled_at timestamptz,
-    next_state text COLLATE "C",          -- of one that arrives from another outbox
+    next_state text COLLATE "C",          -- of one that arrives from another outbox, and which
+    origin text COLLATE "C",
     job bigint,
     lease uuid,
     leased_until timestamptz

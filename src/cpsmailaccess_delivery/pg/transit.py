@@ -16,12 +16,14 @@ from .connections import Connections
 from .mails import ARRIVING, ENTRY, KEYS, MAILS, entry_of, give_jobs, is_takeable, tell
 
 _ARRIVE: Final = f"""
-INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed, side, next_state)
-VALUES (%s, %s, '{ARRIVING}', %s, %s, %s, %s, %s, %b, %b, %s, %s, %s, %s, %s)
+INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed, side, next_state,
+    origin)
+VALUES (%s, %s, '{ARRIVING}', %s, %s, %s, %s, %s, %b, %b, %s, %s, %s, %s, %s, %s)
 ON CONFLICT (id) DO NOTHING RETURNING id"""  # noqa: S608
 
 _ADMIT: Final = f"""
-UPDATE {MAILS} SET state = next_state, next_state = NULL, settled_at = clock_timestamp()
+UPDATE {MAILS} SET state = next_state, next_state = NULL, origin = NULL,
+    settled_at = clock_timestamp()
 WHERE id = ANY(%s) AND state = '{ARRIVING}' RETURNING {ENTRY}"""  # noqa: S608
 
 _DISMISS: Final = f"DELETE FROM {MAILS} WHERE id = ANY(%s) AND state = '{ARRIVING}'"  # noqa: S608
@@ -36,22 +38,24 @@ class Transit:
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
 
-    def arrive(self, mails: Sequence[tuple[Record, bytes]]) -> Collection[str]:
+    def arrive(self, mails: Sequence[tuple[Record, bytes]], origin: str) -> Collection[str]:
         """See `ITransit`."""
         taken: list[str] = []
         with self._connections.use("keep mails that arrive") as connection:  # noqa: SIM117
             with connection.transaction():
                 connection.execute(_DISMISS, [[record.entry.id for record, _ in mails]])
                 for record, message in mails:
-                    row = connection.execute(_ARRIVE, _values(record, message)).fetchone()
+                    row = connection.execute(
+                        _ARRIVE, [*_values(record, message), origin]
+                    ).fetchone()
                     taken += row or ()
         return taken
 
-    def arrived(self) -> Collection[str]:
+    def arrived(self, origin: str) -> Collection[str]:
         """See `ITransit`."""
-        query = f"SELECT id FROM {MAILS} WHERE state = '{ARRIVING}'"  # noqa: S608
+        query = f"SELECT id FROM {MAILS} WHERE state = '{ARRIVING}' AND origin = %s"  # noqa: S608
         with self._connections.use("look for mails that arrive") as connection:
-            return [row[0] for row in connection.execute(query)]
+            return [row[0] for row in connection.execute(query, [origin])]
 
     def admit(self, ids: Collection[str]) -> None:
         """See `ITransit`."""

@@ -49,7 +49,7 @@ def explain(account: Account, failure: Failure) -> str:
 def _explain_reply(account: Account, failure: Failure) -> str:
     said = failure.text
     reply, phase = failure.reply, failure.phase
-    assert reply is not None  # noqa: S101
+    assert reply is not None  # noqa: S101 - for the type checker
     if phase is Phase.TLS and reply.code == 538:
         return f'{account.relay} does not offer STARTTLS: try security="tls" with port 465.'
     if phase is Phase.AUTH and reply.code == 504:

@@ -138,14 +138,14 @@ class Opening:
 
     def _log_in(self) -> None:
         self.state = State.AUTH
-        assert self.account.username is not None  # noqa: S101
+        assert self.account.username is not None  # noqa: S101 - for the type checker
         self._login = Login(self._mechanisms.pop(0), self.account.username, self._secret)
         self._say(self._login.command() + b"\r\n", self._on_auth, Phase.AUTH)
         self._hide(self._login.said)
 
     def _on_auth(self, raw: bytes, _: None) -> None:
         login = self._login
-        assert login is not None  # noqa: S101
+        assert login is not None  # noqa: S101 - for the type checker
         if raw.startswith(b"235"):
             self.login = login.mechanism
             self._login = None

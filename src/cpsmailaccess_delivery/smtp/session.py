@@ -291,7 +291,7 @@ class Session(asyncio.BufferedProtocol):
 
     def _decrypt(self) -> None:
         tls, machine, transport = self._tls, self._machine, self._transport
-        assert tls is not None  # noqa: S101
+        assert tls is not None  # noqa: S101 - for the type checker
         assert transport is not None  # noqa: S101
         data = tls.decrypt()
         if output := tls.output():  # what TLS itself has to say

@@ -304,7 +304,8 @@ class Mails:
             return
         for where in ("new", "cur", "new"):  # a mail that moves is seen in one of them
             for name in self._layout.listing(where):
-                name = name.removeprefix(".")  # that of one that arrives: see `transit`
+                if arriving := names.parse_arriving(name):
+                    orphans.discard(arriving[1].id)
                 orphans.discard(name.partition(":")[0].partition(",L=")[0])
         for entry_id in orphans:
             try:

@@ -39,6 +39,7 @@ _STAGED = re.compile(
     r",P=[0-9a-f]{16}\Z",
     re.ASCII,
 )
+_ARRIVING = re.compile(r"\.([0-9a-f]{16})\.(.*)\Z", re.ASCII | re.DOTALL)
 _KEY = re.compile(rf"({_ID}),K=([0-9a-f]{{32}}),P=[0-9a-f]{{16}}\Z", re.ASCII)
 _SCRAP = re.compile(r".*,P=([0-9a-f]{16})\Z", re.ASCII | re.DOTALL)
 
@@ -134,6 +135,18 @@ def staged_name(entry: Entry, *, size: int, check: int, presence: str) -> str:
     """Return the name in tmp/: with what tells a torn file from a whole one."""
     due = f",D={_number(entry.due)}" if entry.due else ""
     return f"{_base(entry)}{due},S={size},C={check:08x},P={presence}"
+
+
+def arriving_name(entry: Entry, origin: str) -> str:
+    """Return the name in cur/ of a mail that arrives; with a dot, so that it is no mail yet."""
+    return f".{origin}.{file_name(entry)}"
+
+
+def parse_arriving(name: str) -> tuple[str, Entry] | None:
+    """Return (origin, entry) of a mail that arrives, or None: another file."""
+    match = _ARRIVING.match(name)
+    entry = match and (parse(match[2], "new") or parse(match[2], "cur"))
+    return (match[1], entry) if match and entry and entry.lane else None
 
 
 def scrap_name(entry_id: str, *, chance: str, presence: str) -> str:

@@ -2,7 +2,7 @@
 
 ::
 
-    cur/.NAME, cur/.ID.side --admit--> outcomes/ID, then new/NAME or cur/NAME
+    cur/.ORIGIN.NAME, cur/.ID.side --admit--> outcomes/ID, then new/NAME or cur/NAME
 
 A name that begins with a dot is no mail, for a processor as for any reader of a Maildir.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Final
 
 from zope.interface import implementer
@@ -38,12 +37,12 @@ class Transit:
         self._layout = layout
         self._keys = keys
         self._lock = -1  # while it is ours, nobody else changes what has arrived
-        self._copies: dict[str, Entry] | None = None  # what has arrived, by id
+        self._copies: dict[str, tuple[str, Entry]] | None = None  # by id: origin, entry
         self._visible: set[str] = set()  # ids of mails that were there before
 
-    def arrive(self, mails: Sequence[tuple[Record, bytes]]) -> Collection[str]:
+    def arrive(self, mails: Sequence[tuple[Record, bytes]], origin: str) -> Collection[str]:
         """See `ITransit`."""
-        self.arrived()
+        self._look()
         wanted = [mail for mail in mails if mail[0].entry.id not in self._visible]
         self.dismiss([record.entry.id for record, _ in wanted])
         cur = self._layout["cur"]
@@ -57,40 +56,46 @@ class Transit:
                     name = _side_name(entry.id)
                     write_new(name, dump_side(side), mode=SYNCED, sync=True, dir_fd=cur)
                 block = format_block(record.envelope)
-                write_new(_name(entry), block, message, sync=True, dir_fd=cur)
-                self._known[entry.id] = entry
+                write_new(names.arriving_name(entry, origin), block, message, sync=True, dir_fd=cur)
+                self._known[entry.id] = origin, entry
             os.fsync(cur)
         except OSError as error:
             raise spool_error("keep a mail that arrives", self._layout.path, error) from error
         return [record.entry.id for record, _ in wanted]
 
-    def arrived(self) -> Collection[str]:
-        """See `ITransit`.  Lists the spool, once."""
-        if self._copies is None:
-            self._take_lock()
-            copies = {}
-            for where in ("new", "cur", "new"):
-                for name in self._layout.listing(where):
-                    if not name.startswith("."):
-                        self._visible.add(name.partition(":")[0].partition(",L=")[0])
-                    elif where == "cur" and (entry := _entry(name)) is not None:
-                        copies[entry.id] = entry
-            self._copies = copies
-        return list(self._copies)
+    def arrived(self, origin: str) -> Collection[str]:
+        """See `ITransit`."""
+        self._look()
+        return [each for each, (there, _) in self._known.items() if there == origin]
+
+    def _look(self) -> None:
+        """List the spool, once: while the lock is ours, we know what changes."""
+        if self._copies is not None:
+            return
+        self._take_lock()
+        copies = {}
+        for where in ("new", "cur", "new"):
+            for name in self._layout.listing(where):
+                if not name.startswith("."):
+                    self._visible.add(name.partition(":")[0].partition(",L=")[0])
+                elif where == "cur" and (arriving := names.parse_arriving(name)):
+                    copies[arriving[1].id] = arriving
+        self._copies = copies
 
     def admit(self, ids: Collection[str]) -> None:
         """See `ITransit`."""
-        self.arrived()
+        self._look()
         cur = self._layout["cur"]
         admitted = [self._known[each] for each in ids if each in self._known]
         try:
-            for entry in admitted:
+            for _, entry in admitted:
                 self._admit_side(entry)
             if admitted:
                 os.fsync(self._layout["outcomes"])
-            for entry in admitted:
+            for origin, entry in admitted:
                 target = names.folder(entry.state)
-                self._layout.move("cur", _name(entry), target, names.file_name(entry))
+                old = names.arriving_name(entry, origin)
+                self._layout.move("cur", old, target, names.file_name(entry))
                 del self._known[entry.id]
                 self._visible.add(entry.id)
             if admitted:
@@ -107,15 +112,16 @@ class Transit:
 
     def dismiss(self, ids: Collection[str]) -> None:
         """See `ITransit`."""
-        self.arrived()
+        self._look()
         cur = self._layout["cur"]
         try:
             for entry_id in ids:
-                entry = self._known.get(entry_id)
-                for name in (_side_name(entry_id), "" if entry is None else _name(entry)):
+                doomed = [_side_name(entry_id)]
+                if known := self._known.get(entry_id):
+                    doomed.append(names.arriving_name(known[1], known[0]))
+                for name in doomed:
                     try:
-                        if name:
-                            os.unlink(name, dir_fd=cur)
+                        os.unlink(name, dir_fd=cur)
                     except FileNotFoundError:
                         pass
                 self._known.pop(entry_id, None)
@@ -136,6 +142,7 @@ class Transit:
             lock, self._lock = self._lock, -1
             os.close(lock)
         self._copies = None
+        self._visible.clear()
 
     def _take_lock(self) -> None:
         try:
@@ -150,21 +157,10 @@ class Transit:
             raise spool_error("lock cur/", self._layout.path, error) from error
 
     @property
-    def _known(self) -> dict[str, Entry]:
-        assert self._copies is not None  # noqa: S101
+    def _known(self) -> dict[str, tuple[str, Entry]]:
+        assert self._copies is not None  # noqa: S101 - `_look` was called
         return self._copies
-
-
-def _name(entry: Entry) -> str:
-    return f".{names.file_name(entry)}"
 
 
 def _side_name(entry_id: str) -> str:
     return f".{entry_id}{_SIDE}"
-
-
-def _entry(name: str) -> Entry | None:
-    bare = name[1:]
-    return (
-        None if Path(bare).suffix == _SIDE else names.parse(bare, "new") or names.parse(bare, "cur")
-    )

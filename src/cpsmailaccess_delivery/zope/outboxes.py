@@ -61,7 +61,7 @@ class WithOutbox:
     """For an object with ``delivery_name``: its outbox, and what is decided for its users."""
 
     delivery_name = DEFAULT_NAME
-    _policy: dict[str, Any] = {}  # noqa: RUF012
+    _policy: dict[str, Any] = {}  # noqa: RUF012 - replaced as a whole, as the ZODB wants it
 
     def _outbox(self) -> Any:
         return outbox_of(self.delivery_name)

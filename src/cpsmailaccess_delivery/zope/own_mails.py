@@ -195,7 +195,7 @@ def _staged_at(entry_id: str) -> float:
 
 def _of_record(record: Record, notes: Mapping[str, Any], now: float) -> Mail:
     status = status_of(record.envelope.message_id, [record], notes, {})
-    assert status is not None  # noqa: S101
+    assert status is not None  # noqa: S101 - it has recipients
     is_scheduled = status.state is State.QUEUED and status.next_try > now
     return Mail(
         id=record.entry.id,
