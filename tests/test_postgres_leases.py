@@ -224,6 +224,26 @@ def test_feeds_that_start_together_share_the_lanes(make, monkeypatch):
     second.close()
 
 
+def test_a_worker_that_comes_later_gets_its_share_at_once(make, monkeypatch):
+    """What the first has leased ahead and not begun is the second's; the first lets it be."""
+    monkeypatch.setattr(feed_module, "_KEPT", 3600.0)
+    spool = make()
+    entries = {
+        entry.id: entry
+        for entry in (queue(spool, f"{n}@x", route=Route(f"m{n}@example.org")) for n in range(10))
+    }
+    former, first = watch_of(make())
+    assert len(told(first, 10)) == 10
+    begun = former.claim(next(iter(entries.values())))
+    _, second = watch_of(make())
+    moved = told(second, 5)
+    assert begun.entry.id not in {entry.id for entry in moved}
+    for entry in moved[:5]:
+        assert former.claim(entry) is None
+    first.close()
+    second.close()
+
+
 def test_lanes_that_are_dry_leave_room_for_others(make, monkeypatch):
     monkeypatch.setattr(feed_module, "MOST_LANES", 2)
     monkeypatch.setattr(feed_module, "_KEPT", 3600.0)

@@ -120,6 +120,7 @@ class Feed:
         self._lock = threading.Lock()  # of what is leased ahead: the loop takes, the thread too
         self.worker = uuid.uuid4()
         self.workers = 1  # that live, this one counted
+        self.lanes: frozenset[str] = frozenset()  # ours, and not about to be another's
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._spool, name)
@@ -136,8 +137,8 @@ class Feed:
         """See `ISpool`."""
         with self._lock:
             lease = self._ahead.pop(entry.id, None)
-        if lease is None:
-            return self._spool.claim(entry)
+        if lease is None:  # given back, or it waited here for its time
+            return self._spool.claim(entry) if entry.lane in self.lanes else None
         if lease.is_sure and lease.entry == entry:
             return lease
         lease.release()
@@ -349,12 +350,13 @@ class FeedWatch:
         for lost in set(self._lanes) - kept:
             log.warning("the lane %s is another worker's now: we were silent for too long", lost)
             del self._lanes[lost]
+        self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
 
     def _seek(self, connection: Connection, now: float) -> None:
         """Take lanes up to our share of all; give back others, and those without mail for long.
 
-        When there are more lanes with mail than we may have, at once: a kept session is not worth
-        another's mail that waits.
+        At once what is over our share or, when more lanes have mail than we may feed, dry: an idle
+        session that is left is worth less than mail that waits.
         """
         self._feed.workers = max(1, self._spool.workers.count(connection))
         rows = connection.execute(_ACTIVE, {"lease": self._seconds}).fetchall()
@@ -373,13 +375,16 @@ class FeedWatch:
             for (lane,) in connection.execute(TAKE, values).fetchall():
                 self._lanes[lane] = now
         kept = 0.0 if len(wanted) > max(room, 0) else _KEPT
-        held = self._feed.held()
         surplus = len(self._lanes) - share
         self._leaving = set(list(self._lanes)[:surplus]) if surplus > 0 else set()
+        self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
+        self._feed.give_back(connection, self._leaving)
+        held = self._feed.held()
         dry = [
             lane
             for lane, last in self._lanes.items()
-            if not held[lane] and now - last > kept and lane not in self._waiting
+            if not held[lane]
+            and (lane in self._leaving or (now - last > kept and lane not in self._waiting))
         ]
         if dry:
             connection.execute(
@@ -388,6 +393,7 @@ class FeedWatch:
             )
             for lane in dry:
                 del self._lanes[lane]
+            self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
 
     def _look_at_notes(self, connection: Connection) -> None:
         """Feed no lane that waits: what is leased of it is given back."""
