@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -10,8 +11,10 @@ import pytest
 
 pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
+from cpsmailaccess_delivery.envelope import Route
 from cpsmailaccess_delivery.errors import SpoolError
-from cpsmailaccess_delivery.interfaces import Settlement, State
+from cpsmailaccess_delivery.interfaces import LaneNote, Settlement, State
+from cpsmailaccess_delivery.pg import feed as feed_module
 from cpsmailaccess_delivery.pg.connections import Connections
 from cpsmailaccess_delivery.pg.engine import JOBS
 from cpsmailaccess_delivery.pg.feed import TAKE, Feed
@@ -203,6 +206,73 @@ def test_two_feeds_share_no_lane(make):
     first.close()  # the lane is free: the other takes it
     assert len(told(second, 11)) == 11
     second.close()
+
+
+def test_feeds_that_start_together_share_the_lanes(make, monkeypatch):
+    monkeypatch.setattr(feed_module, "_START", 3600.0)  # until a mail comes, here
+    spool = make()
+    entries = [queue(spool, f"{n}@x", route=Route(f"m{n}@example.org")) for n in range(9)]
+    _, first = watch_of(make())
+    _, second = watch_of(make())
+    with spool.connections.use("wait") as connection:
+        query = "SELECT count(*) FROM cpsmail.workers"
+        wait_for(lambda: connection.execute(query).fetchone() == (2,))
+    entries.append(queue(spool, "9@x", route=Route("m9@example.org")))
+    told_by = [told(first, 5), told(second, 5)]
+    assert {entry.id for entries in told_by for entry in entries} == {e.id for e in entries}
+    first.close()
+    second.close()
+
+
+def test_a_worker_that_comes_later_gets_its_share_at_once(make, monkeypatch):
+    """What the first has leased ahead and not begun is the second's; the first lets it be."""
+    monkeypatch.setattr(feed_module, "_KEPT", 3600.0)
+    spool = make()
+    entries = {
+        entry.id: entry
+        for entry in (queue(spool, f"{n}@x", route=Route(f"m{n}@example.org")) for n in range(10))
+    }
+    former, first = watch_of(make())
+    assert len(told(first, 10)) == 10
+    begun = former.claim(next(iter(entries.values())))
+    _, second = watch_of(make())
+    moved = told(second, 5)
+    assert begun.entry.id not in {entry.id for entry in moved}
+    for entry in moved[:5]:
+        assert former.claim(entry) is None
+    first.close()
+    second.close()
+
+
+def test_lanes_that_are_dry_leave_room_for_others(make, monkeypatch):
+    monkeypatch.setattr(feed_module, "MOST_LANES", 2)
+    monkeypatch.setattr(feed_module, "_KEPT", 3600.0)
+    spool = make()
+    entries = [queue(spool, f"{n}@x", route=Route(f"m{n}@example.org")) for n in range(5)]
+    feed, watch = watch_of(make())
+    done = []
+    while len(done) < len(entries):
+        for entry in told(watch):
+            feed.claim(entry).settle(Settlement(State.ACCEPTED))
+            done.append(entry.id)
+    assert sorted(done) == sorted(entry.id for entry in entries)
+    watch.close()
+
+
+def test_lanes_that_wait_leave_room_for_others(make, monkeypatch):
+    monkeypatch.setattr(feed_module, "MOST_LANES", 2)
+    monkeypatch.setattr(feed_module, "_KEPT", 3600.0)
+    spool = make()
+    bad = [queue(spool, f"{n}@x", route=Route(f"m{n}@example.org")) for n in range(2)]
+    _, watch = watch_of(spool)
+    assert len(told(watch, 2)) == 2
+    now = time.time()
+    for entry in bad:
+        spool.note_lane(entry.lane, LaneNote("m", "relay", "down", now, now + 3600))
+    good = queue(spool, "3@x", route=Route("m3@example.org"))
+    while good.id not in [entry.id for entry in told(watch)]:
+        pass
+    watch.close()
 
 
 def test_a_feed_takes_what_a_dead_worker_had(make):

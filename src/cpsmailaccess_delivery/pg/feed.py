@@ -42,7 +42,7 @@ from .mails import CHANNEL, CLAIM_MANY, DROP_JOBS, ENTRY, MAILS, TAKEABLE, entry
 
 log = logging.getLogger(__name__)
 
-#: Lanes that a worker has at most, and lanes that one question to the engine names: its cost is
+#: Lanes that a worker feeds at most, and lanes that one question to the engine names: its cost is
 #: the product of lanes and batch.
 MOST_LANES: Final = 100
 _LANES_AT_ONCE: Final = 20
@@ -50,6 +50,9 @@ _LANES_AT_ONCE: Final = 20
 #: Mails that are leased ahead: of one lane, of one worker.
 _LANE_AHEAD: Final = 100
 _AHEAD: Final = 1000
+
+#: Seconds before the first look for lanes: of workers that start together each gets its share.
+_START: Final = 0.25
 
 #: Seconds between two looks when nothing is told, and when what is leased must be sent first.
 _LOOK: Final = 1.0
@@ -62,7 +65,8 @@ _KEPT: Final = 15.0
 _AGE: Final = 60.0
 _AGE_STEP: Final = 1000
 
-#: The lanes with mail that is due, found by skipping through an index; and those of the dead.
+#: The lanes that are some worker's, and those with mail that is due, found by skipping through an
+#: index, or with mails of the dead.  What is leased ahead is not due: so both, or shares differ.
 _ACTIVE: Final = f"""
 WITH RECURSIVE queued AS (
     (SELECT entrypoint, execute_after FROM {JOBS} WHERE status = 'queued'
@@ -78,8 +82,9 @@ WITH RECURSIVE queued AS (
     SELECT entrypoint FROM {JOBS} WHERE status = 'picked'
         AND heartbeat < clock_timestamp() - make_interval(secs => %(lease)s)
 )
-SELECT active.lane, coalesce(lanes.until > clock_timestamp(), false) AS taken
-FROM active LEFT JOIN {LANES} lanes ON lanes.lane = active.lane AND lanes.worker IS NOT NULL"""  # noqa: S608
+SELECT lane, taken IS NOT NULL FROM active FULL JOIN (
+    SELECT lane, worker AS taken FROM {LANES} WHERE worker IS NOT NULL AND until > clock_timestamp()
+) taken USING (lane)"""  # noqa: S608
 
 TAKE: Final = f"""
 INSERT INTO {LANES} (lane, worker, until)
@@ -115,6 +120,7 @@ class Feed:
         self._lock = threading.Lock()  # of what is leased ahead: the loop takes, the thread too
         self.worker = uuid.uuid4()
         self.workers = 1  # that live, this one counted
+        self.lanes: frozenset[str] = frozenset()  # ours, and not about to be another's
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._spool, name)
@@ -131,8 +137,8 @@ class Feed:
         """See `ISpool`."""
         with self._lock:
             lease = self._ahead.pop(entry.id, None)
-        if lease is None:
-            return self._spool.claim(entry)
+        if lease is None:  # given back, or it waited here for its time
+            return self._spool.claim(entry) if entry.lane in self.lanes else None
         if lease.is_sure and lease.entry == entry:
             return lease
         lease.release()
@@ -205,7 +211,7 @@ class FeedWatch:
         self._waiting: set[str] = set()  # of them: their circuits are open
         self._turn = 0
         self._renew_at = 0.0  # monotonic, as all times here
-        self._seek_at = 0.0
+        self._seek_at = time.monotonic() + _START
         self._age_at = 0.0
         self._aged: dict[str, str] = {}  # by lane: the last id that was told because of its age
         self._expired: set[str] = set()  # ids that were told since because their time is over
@@ -340,19 +346,25 @@ class FeedWatch:
 
     def _renew(self, connection: Connection) -> None:
         values = {"worker": self._feed.worker, "lease": self._seconds}
-        self._feed.workers = self._spool.workers.sign(connection, self._feed.worker, self._seconds)
+        self._spool.workers.sign(connection, self._feed.worker, self._seconds)
         kept = {row[0] for row in connection.execute(_RENEW, values)}
         for lost in set(self._lanes) - kept:
             log.warning("the lane %s is another worker's now: we were silent for too long", lost)
             del self._lanes[lost]
+        self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
 
     def _seek(self, connection: Connection, now: float) -> None:
-        """Take lanes up to our share of those with mail; give back the others."""
+        """Take lanes up to our share of all; give back others, and those without mail for long.
+
+        At once what is over our share or, when more lanes have mail than we may feed, dry: an idle
+        session that is left is worth less than mail that waits.
+        """
+        self._feed.workers = max(1, self._spool.workers.count(connection))
         rows = connection.execute(_ACTIVE, {"lease": self._seconds}).fetchall()
-        active = {lane for lane, _ in rows} | set(self._lanes)
-        share = min(MOST_LANES, max(1, math.ceil(len(active) / self._feed.workers)))
+        share = max(1, math.ceil(len(rows) / self._feed.workers))
         wanted = [lane for lane, taken in rows if not taken and lane not in self._lanes]
-        room = share - len(self._lanes)
+        # Those that wait cost nothing: they are in nobody's way.
+        room = min(share - len(self._lanes), MOST_LANES - len(self._lanes.keys() - self._waiting))
         if wanted and room > 0:
             # Each worker begins elsewhere: two that seek at once do not want the same.
             wanted.sort(key=lambda lane: hash((lane, self._feed.worker.int)))
@@ -363,13 +375,17 @@ class FeedWatch:
             }
             for (lane,) in connection.execute(TAKE, values).fetchall():
                 self._lanes[lane] = now
-        held = self._feed.held()
+        kept = 0.0 if len(wanted) > max(room, 0) else _KEPT
         surplus = len(self._lanes) - share
         self._leaving = set(list(self._lanes)[:surplus]) if surplus > 0 else set()
+        self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
+        self._feed.give_back(connection, self._leaving)
+        held = self._feed.held()
         dry = [
             lane
             for lane, last in self._lanes.items()
-            if not held[lane] and now - last > _KEPT and lane not in self._waiting
+            if not held[lane]
+            and (lane in self._leaving or (now - last > kept and lane not in self._waiting))
         ]
         if dry:
             connection.execute(
@@ -378,6 +394,7 @@ class FeedWatch:
             )
             for lane in dry:
                 del self._lanes[lane]
+            self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
 
     def _look_at_notes(self, connection: Connection) -> None:
         """Feed no lane that waits: what is leased of it is given back."""

@@ -53,10 +53,13 @@ class Workers:
 
     # For a feed, with its connection
 
-    def sign(self, connection: Connection, worker: uuid.UUID, seconds: float) -> int:
-        """Say that a worker of this process lives for so long; return how many there are."""
+    def sign(self, connection: Connection, worker: uuid.UUID, seconds: float) -> None:
+        """Say that a worker of this process lives for so long."""
         connection.execute(_SIGN, [worker, socket.gethostname(), os.getpid(), seconds])
         connection.execute(f"DELETE FROM {WORKERS} WHERE until < clock_timestamp() - {_FORGOTTEN}")  # noqa: S608
+
+    def count(self, connection: Connection) -> int:
+        """Return how many workers live."""
         query = f"SELECT count(*) FROM {WORKERS} WHERE until > clock_timestamp()"  # noqa: S608
         (count,) = connection.execute(query).fetchone() or (1,)
         return int(count)
