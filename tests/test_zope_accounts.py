@@ -38,8 +38,22 @@ def test_it_is_added_in_the_zmi(zmi):
     fill(browser, id="post", title="The post")
     browser.getControl("Add").click()
     assert browser.url.startswith(f"{zmi.url}/manage_main")
+    assert "The post" in browser.contents
+    assert "fas fa-envelope-open-text" in browser.contents, "else it is shown as a broken object"
+    assert "Broken object" not in browser.contents
     browser.open(f"{zmi.url}/post/manage_main")
     assert "There is no account yet" in browser.contents
+
+
+@pytest.mark.parametrize("form", ["manage_addMailAccountsForm", "manage_addMailboxHostForm"])
+def test_the_form_fits_the_dialog_of_the_zmi(zmi, form):
+    browser = zmi.browser()
+    url = f"{zmi.url}/manage_addProduct/cpsmailaccess_delivery.zope/{form}"
+    browser.open(f"{url}?zmi_dialog=modal")
+    assert "manage_logout" not in browser.contents, "a page in a page"
+    assert "<html" not in browser.contents
+    browser.open(url)
+    assert "<html" in browser.contents
 
 
 def test_who_manages_a_folder_cannot_show_an_outbox_there(zmi):
