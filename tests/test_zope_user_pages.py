@@ -324,7 +324,7 @@ def test_write_and_see_it_go(users):
         browser.getControl(name="attachment").add_file(b"\0\x01", "text/html", "../ü.html")
         browser.getForm().submit()
         browser.getControl("Send now").click()
-        assert alert(browser) == "It is tried again now."
+        assert alert(browser) == "It is tried now."
         users.outbox.processor().run(forever=False)
         browser.open(browser.url)
         assert "taken it for all recipients" in browser.contents
@@ -447,7 +447,7 @@ def test_retry(users):
         browser.open(f"{users.url}/@@my-outbox/mail?id={id}")
         assert "550 5.1.1 unknown" in browser.contents
         browser.getControl("Try again now").click()
-        assert alert(browser) == "It is tried again now."
+        assert alert(browser) == "It is tried now."
         users.outbox.processor().run(forever=False)
         browser.open(f"{users.url}/@@my-outbox/mail?id={id}")
         assert "taken it for all recipients" in browser.contents

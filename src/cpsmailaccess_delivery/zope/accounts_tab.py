@@ -134,6 +134,7 @@ class AccountsTab:
             existing=existing,
             typed={**values, "password": ""},
             verify=verify,
+            usual=shown(Account(mailbox="*", host="localhost")),
             password=password_state(existing) if existing else "not set",
             message=problem or text(request, "manage_tabs_message"),
             message_type="danger" if problem else "success",
