@@ -136,7 +136,8 @@ def test_a_narrow_screen_shows_all(zmi, chromium):
 
 #: What one has to scroll sideways to see all of.
 _CUT_OFF = """Array.from(document.querySelectorAll("html, .table-responsive"))
-    .filter(each => each.scrollWidth > each.clientWidth + 1).map(each => each.tagName + " " + each.className)"""
+    .filter(each => each.scrollWidth > each.clientWidth + 1)
+    .map(each => each.tagName + " " + each.className)"""
 
 #: The headings that stand before cells.
 _LABELS = """Array.from(document.querySelectorAll("td[data-label]"))
