@@ -398,7 +398,7 @@ def test_policy(zmi):
     browser = zmi.browser()
     browser.open(f"{zmi.url}/mail/manage_defaults")
     assert browser.getControl(name="networks").value == "public"
-    browser.getControl("username").selected = False
+    browser.getControl("user name").selected = False
     fill(browser, domains="example.org\n@Bücher.example\n", relays="*.Example.org")
     fill(
         browser, networks="public\n10.0.0.0/8", accounts="2", connections="1", mails_per_minute="9"
