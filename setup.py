@@ -31,7 +31,9 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    include_package_data=True,
+    # Not by MANIFEST.in: for what that finds, setuptools takes the templates for a package, and
+    # warns at length.
+    package_data={"": ["*.zcml", "py.typed", "templates/*.zpt"]},
     zip_safe=False,
     install_requires=[
         "click >= 8.1",

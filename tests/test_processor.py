@@ -591,6 +591,25 @@ def test_a_secret_that_appears_is_used_by_the_next_drain(outbox, monkeypatch):
         assert outbox.processor().run(forever=False).accepted == 1
 
 
+def test_a_secret_that_appears_is_found_by_the_next_probe(tmp_path):
+    """Nothing else comes in that would wake the lane."""
+    path = tmp_path / "password"
+    with (
+        SMTPServer(users={"alice": "pw"}) as server,
+        Outbox(tmp_path / "outbox", schedule=SOON) as outbox,
+    ):
+        put(outbox, server, username="alice", password_from=f"file:{path}")
+        message_id = send(outbox)
+        processor = outbox.processor()
+        processor.start()
+        wait_for(lambda: any(note.failures > 1 for note in outbox.spool.lane_notes().values()))
+        path.write_text("pw")
+        path.chmod(0o600)
+        server.wait_for(1, DEADLINE)
+        wait_for(lambda: outbox.status(message_id).state == State.ACCEPTED)
+        assert processor.stop(timeout=DEADLINE)
+
+
 def test_a_deferred_mail_is_counted_once(outbox, server):
     put(outbox, server)
     server.on("RCPT", reply="450 4.2.0 later")

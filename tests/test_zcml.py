@@ -383,8 +383,9 @@ def test_by_hand(queue):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_process_starting(queue, times):
-    """Read twice, or told twice: one thread."""
+def test_process_starting(queue, times, caplog):
+    """Read twice, or told twice: one thread, and one line that tells of it."""
+    caplog.set_level("INFO")
     lifetime = pytest.importorskip("zope.processlifetime")
     for _ in range(times):
         read(STARTING, queue=queue)
@@ -392,6 +393,8 @@ def test_process_starting(queue, times):
         notify(lifetime.ProcessStarting())
     alive = [t for t in threading.enumerate() if isinstance(t, QueueProcessorThread)]
     assert alive == [getUtility(IQueueProcessor, "Mail")]
+    (outbox,) = (outbox for _, outbox in getUtilitiesFor(IOutbox))
+    assert caplog.messages.count(f"delivering {outbox.location} in this process") == 1
     assert alive[0].stop(timeout=30)
 
 

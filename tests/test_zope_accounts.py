@@ -17,12 +17,20 @@ HOSTILE = "<script>alert(1)</script>"
 
 pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
 
+from cpsmailaccess_delivery.zope.security import typed_owner  # noqa: E402
 from zope_helpers import alert, errors_seen, fill, put, token_of  # noqa: E402
 
 
 def relay_account(server: SMTPServer, **changes) -> Account:
     settings = {"mailbox": ALICE, "host": "127.0.0.1", "port": server.port, "security": "plain"}
     return Account(**{**settings, **changes})
+
+
+def edit(zmi, mailbox=ALICE):
+    """Return a browser with the form of an account."""
+    browser = zmi.browser()
+    browser.open(f"{zmi.url}/mail/manage_account?mailbox={mailbox}")
+    return browser
 
 
 # Adding the object
@@ -38,8 +46,22 @@ def test_it_is_added_in_the_zmi(zmi):
     fill(browser, id="post", title="The post")
     browser.getControl("Add").click()
     assert browser.url.startswith(f"{zmi.url}/manage_main")
+    assert "The post" in browser.contents
+    assert "fas fa-envelope-open-text" in browser.contents, "else it is shown as a broken object"
+    assert "Broken object" not in browser.contents
     browser.open(f"{zmi.url}/post/manage_main")
     assert "There is no account yet" in browser.contents
+
+
+@pytest.mark.parametrize("form", ["manage_addMailAccountsForm", "manage_addMailboxHostForm"])
+def test_the_form_fits_the_dialog_of_the_zmi(zmi, form):
+    browser = zmi.browser()
+    url = f"{zmi.url}/manage_addProduct/cpsmailaccess_delivery.zope/{form}"
+    browser.open(f"{url}?zmi_dialog=modal")
+    assert "navbar" not in browser.contents, "a page in a page"
+    assert "<html" not in browser.contents
+    browser.open(url)
+    assert "<html" in browser.contents
 
 
 def test_who_manages_a_folder_cannot_show_an_outbox_there(zmi):
@@ -88,6 +110,7 @@ def test_an_outbox_that_is_not_there_is_said(zmi):
 
 
 def test_add_edit_delete(zmi):
+    zmi.add_user("alice")
     browser = zmi.browser()
     browser.open(f"{zmi.url}/mail/manage_main")
     browser.getLink("Add an account").click()
@@ -128,6 +151,64 @@ def test_add_edit_delete(zmi):
     assert alert(browser) == f"Deleted {ALICE}."
     with pytest.raises(NoSuchAccount):
         zmi.outbox.accounts.get(ALICE)
+
+
+@pytest.mark.parametrize("typed", ["alice", "/acl_users:alice", " /acl_users:alice "])
+def test_an_owner_is_a_user(zmi, typed):
+    put(zmi, Account(mailbox=ALICE, host="smtp.example.org"))
+    zmi.add_user("alice")
+    browser = edit(zmi)
+    fill(browser, owner=typed)
+    browser.getControl("Save").click()
+    assert alert(browser).startswith("Saved")
+    assert zmi.outbox.vault.get(ALICE).owner == "/acl_users:alice"
+
+
+def test_an_owner_by_name_is_the_nearest_user(zmi):
+    zmi.add_user("alice")
+    with zmi.app() as app:
+        app.manage_addFolder("part")
+        app.part.manage_addProduct["OFSP"].manage_addUserFolder()
+        app.part.acl_users._doAddUser("alice", "other", [], [])
+    with zmi.app() as app:
+        assert typed_owner(app.part, "alice") == "/part/acl_users:alice"
+        assert typed_owner(app.mail, "alice") == "/acl_users:alice"
+        assert typed_owner(app.part, "/acl_users:alice") == "/acl_users:alice"
+
+
+@pytest.mark.parametrize("typed", ["alcie", "/acl_users:alcie", "/mail:alice", "/gone:alice", ":a"])
+def test_an_owner_who_is_nobody_is_refused(zmi, typed):
+    zmi.add_user("alice")
+    put(zmi, Account(mailbox=ALICE, host="smtp.example.org"))
+    browser = edit(zmi)
+    fill(browser, owner=typed)
+    with errors_seen(browser):
+        browser.getControl("Save").click()
+    said = alert(browser).replace("&#x27;", "'")
+    assert said.startswith(f"owner {typed!r}: ")
+    assert "no user" in said
+    assert browser.getControl(name="owner").value == typed
+    assert zmi.outbox.vault.get(ALICE).owner == ""
+
+
+def test_an_owner_who_has_left_does_not_stop_other_changes(zmi):
+    put(zmi, Account(mailbox=ALICE, host="smtp.example.org", owner="/acl_users:gone"))
+    browser = edit(zmi)
+    fill(browser, connections="7")
+    browser.getControl("Save").click()
+    stored = zmi.outbox.vault.get(ALICE)
+    assert (stored.connections, stored.owner) == (7, "/acl_users:gone")
+
+
+def test_a_form_that_was_wrong_shows_what_was_typed(zmi):
+    put(zmi, Account(mailbox=ALICE, host="smtp.example.org", username="a", password=PASSWORD))
+    browser = edit(zmi)
+    fill(browser, connections="3000000")
+    browser.getControl(name="verify").value = []
+    with errors_seen(browser):
+        browser.getControl("Save").click()
+    assert browser.getControl(name="connections").value == "3000000"
+    assert browser.getControl(name="verify").value == [], "as it was typed"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +398,7 @@ def test_policy(zmi):
     browser = zmi.browser()
     browser.open(f"{zmi.url}/mail/manage_defaults")
     assert browser.getControl(name="networks").value == "public"
-    browser.getControl("username").selected = False
+    browser.getControl("user name").selected = False
     fill(browser, domains="example.org\n@Bücher.example\n", relays="*.Example.org")
     fill(
         browser, networks="public\n10.0.0.0/8", accounts="2", connections="1", mails_per_minute="9"

@@ -109,6 +109,54 @@ def test_a_relay_goes_down_and_the_queue_says_why(zmi, chromium):
         page.get_by_text("Nobody delivers").wait_for()
 
 
+def test_a_narrow_screen_shows_all(zmi, chromium):
+    mailbox = "a.rather.long.name.of.a.person@department.example.org"
+    login = {"username": mailbox, "password": PASSWORD}
+    account = Account(mailbox=mailbox, host="smtp.department.example.org", **login)
+    reason = "x" * 60 + " Nothing listens at smtp.department.example.org port 587"
+    with transaction.manager:
+        zmi.outbox.accounts.put(account.replace(mailbox=ALICE))
+        zmi.outbox.accounts.put(account)
+    send(zmi, mailbox)
+    (entry,) = zmi.outbox.queue.entries()
+    zmi.outbox.queue.hold(entry.id, reason)
+    with zmi.served() as root:
+        page = chromium(root, viewport={"width": 360, "height": 640})
+        for path, seen in (
+            ("manage_main", "Owner"),
+            ("manage_queue", "Why"),
+            (f"manage_mail?id={entry.id}", "Recipient"),
+            ("manage_processor", ""),
+        ):
+            page.goto(f"{root}/mail/{path}")
+            assert page.evaluate(_CUT_OFF) == [], path
+            labels = page.evaluate(_LABELS)
+            assert not seen or seen in labels, "cells have lost the heading of their column"
+
+
+#: What one has to scroll sideways to see all of.
+_CUT_OFF = """Array.from(document.querySelectorAll("html, .table-responsive"))
+    .filter(each => each.scrollWidth > each.clientWidth + 1)
+    .map(each => each.tagName + " " + each.className)"""
+
+#: The headings that stand before cells.
+_LABELS = """Array.from(document.querySelectorAll("td[data-label]"))
+    .filter(each => getComputedStyle(each, "::before").content != "none")
+    .map(each => each.dataset.label)"""
+
+
+def test_an_object_is_added_in_the_dialog_of_the_zmi(zmi, chromium):
+    with zmi.served() as root:
+        page = chromium(root)
+        page.goto(f"{root}/manage_main")
+        page.get_by_role("combobox").first.select_option(label="Mail accounts")
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_label("Id", exact=True).fill("post")
+        assert dialog.get_by_role("navigation").count() == 0, "a page in a page"
+        dialog.get_by_role("button", name="Add").click()
+        page.get_by_text("Added post.").wait_for()
+
+
 def send(zmi, recipient: str, subject: str = "Hello") -> None:
     message = f"From: {ALICE}\r\nTo: {recipient}\r\nSubject: {subject}\r\n\r\nHello.\r\n"
     with transaction.manager:

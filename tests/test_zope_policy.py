@@ -38,7 +38,7 @@ def test_an_account_that_was_given_keeps_its_relay():
     given = Account(mailbox=ALICE, host="10.0.0.9", owner=OWNER, username="a", password="y")
     kept = of_alice(Policy(), {"username": "alice", "password": "z"}, existing=given)
     assert (kept.host, kept.networks, kept.password.reveal()) == ("10.0.0.9", (), "z")
-    moved = of_alice(Policy(), {"host": "10.0.0.10", **LOGIN}, existing=given)
+    moved = of_alice(Policy(), {"host": "smtp.example.org", **LOGIN}, existing=given)
     assert moved.networks == ("public",)
     own = of_alice(Policy(), {"connections": 1}, existing=given.without_secret())
     assert own.password is HIDDEN
@@ -51,6 +51,15 @@ def test_relays_that_may_be_chosen():
     for host in ("example.net", "smtp.example.net.evil.example", "x.smtp.example.com", "8.8.8.8"):
         with pytest.raises(InvalidAccount, match="the administrator allows"):
             of_alice(policy, {"host": host})
+
+
+def test_an_address_outside_the_networks_is_refused_at_once():
+    """Of a name only a connection knows; see test_networks.py."""
+    for host in ("10.0.0.10", "::1", "[fe80::1]"):
+        with pytest.raises(InvalidAccount, match="in no network that the administrator allows"):
+            of_alice(Policy(), {"host": host})
+    assert of_alice(Policy(networks=("public", "10.0.0.0/8")), {"host": "10.0.0.10"})
+    assert of_alice(Policy(), {"host": "localhost"})
 
 
 def test_mailboxes_that_may_be_added():

@@ -385,7 +385,7 @@ def test_a_paused_account_is_resumed(site, server):
     browser = opened(site)
     text = words(browser)
     assert re.search(r"alice@example.org is paused: the relay refuses the login.*535", text), text
-    assert re.search(r"Since \d+s , next try in \d+[smh] . 1 mail waits Resume", text)
+    assert re.search(r"Since \d+s , next try in \d+[smh] . 1 mail waits", text)
     assert site.outbox.spool.lane_note(lane)
     browser.getControl("Resume").click()
     assert alert(browser) == f"{ALICE} is tried again now."

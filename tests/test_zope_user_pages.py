@@ -132,7 +132,9 @@ def test_nowhere_near_mail_accounts(users):
         ({"mailbox": HOSTILE}, "is an address"),
         ({"mailbox": BOB}, "is set up already"),
         ({"mailbox": "BOB@example.org"}, "is set up already"),
-        ({"mailbox": "site@example.org"}, "is set up already"),
+        ({"mailbox": "site@example.org"}, "is set up already: ask the administrator"),
+        ({"mailbox": "hers@example.org"}, "you have it already: change its settings"),
+        ({"host": "192.168.0.1"}, "in no network that the administrator allows"),
         ({"host": "10.0.0.1", "username": "a", "password": PASSWORD}, "in clear"),
         ({"host": "a b"}, "is no host name"),
         ({"port": "x"}, "port is a whole number"),
@@ -142,6 +144,7 @@ def test_nowhere_near_mail_accounts(users):
 )
 def test_what_is_not_allowed_is_said(users, data, words):
     own_account(users, BOB, "bob")
+    own_account(users, "hers@example.org", "alice")
     put(users, Account(mailbox="site@example.org", host="smtp.example.org"))
     before = users.outbox.accounts.list()
     browser = new(users, **data)
@@ -321,7 +324,7 @@ def test_write_and_see_it_go(users):
         browser.getControl(name="attachment").add_file(b"\0\x01", "text/html", "../ü.html")
         browser.getForm().submit()
         browser.getControl("Send now").click()
-        assert alert(browser) == "It is tried again now."
+        assert alert(browser) == "It is tried now."
         users.outbox.processor().run(forever=False)
         browser.open(browser.url)
         assert "taken it for all recipients" in browser.contents
@@ -444,7 +447,7 @@ def test_retry(users):
         browser.open(f"{users.url}/@@my-outbox/mail?id={id}")
         assert "550 5.1.1 unknown" in browser.contents
         browser.getControl("Try again now").click()
-        assert alert(browser) == "It is tried again now."
+        assert alert(browser) == "It is tried now."
         users.outbox.processor().run(forever=False)
         browser.open(f"{users.url}/@@my-outbox/mail?id={id}")
         assert "taken it for all recipients" in browser.contents

@@ -145,9 +145,7 @@ class Lane:
         self.circuit.look()
         if self.circuit.is_open:
             self._aging.look()
-            now = self._shared.now()
-            when = min(self.circuit.until, now + _LOOK)
-            self.wake_at(min(when, self._aging.next) if self._aging.next > now else when)
+            self.wait_for_probe()
             return
         self._aging.give_back()
         if not self.circuit.failures:
@@ -164,6 +162,12 @@ class Lane:
         if when < self._woken_at:
             self._woken_at = when
             self._wake_me_at(when, self)
+
+    def wait_for_probe(self) -> None:
+        """Ask to be woken when the circuit lets one try, or to look whether a person does."""
+        now = self._shared.now()
+        when = min(self.circuit.until, now + _LOOK)
+        self.wake_at(min(when, self._aging.next) if self._aging.next > now else when)
 
     def stop(self) -> None:
         """Take nothing more; finish what is past the end of data, give back the rest."""

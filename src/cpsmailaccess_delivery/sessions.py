@@ -198,6 +198,7 @@ class Sessions:
             secret = resolve_secret(account)
         except VaultError as error:
             self._lane.circuit.open(Trouble.ACCOUNT, str(error))
+            self._lane.wait_for_probe()  # no session is there whose end would wake it
             return False
         if not self._connections.take(self._lane):
             return False

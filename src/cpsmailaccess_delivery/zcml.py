@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,6 +48,8 @@ from .interfaces import (
 from .outbox import Outbox
 from .parts import is_url
 from .retry import UNCLEAR_POLICIES
+
+log = logging.getLogger(__name__)
 
 #: zope.sendmail's own permission; defined here too, because its configuration may be absent.
 SEND_MAIL = "zope.SendMail"
@@ -216,6 +219,7 @@ def queue_processor(
         processor = getGlobalSiteManager().queryUtility(IQueueProcessor, name)
         if processor is not None and processor.ident is None:
             processor.start()
+            log.info("delivering %s in this process", outbox_for(queuePath).location)
 
     _context.action(discriminator=("utility", IQueueProcessor, name), callable=register)
 

@@ -82,7 +82,8 @@ def _explain_certificate(account: Account, error: ssl.SSLCertVerificationError) 
     if code in (18, 19, 20, 21):  # self-signed, or issued by nobody we know
         return (
             f"The relay's certificate comes from an unknown authority ({reason}): if it is your"
-            " own, give the path of its CA file as verify."
+            " own, give the account its CA file: --ca-file of `cpsmail accounts set`, or caFile in"
+            " ZCML."
         )
     return f"The relay's certificate is not valid ({reason})."
 

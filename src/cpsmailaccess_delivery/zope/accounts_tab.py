@@ -14,7 +14,7 @@ from ..errors import InvalidAccount, NoSuchAccount, OutboxError
 from .account_form import FIELDS, changed, shown
 from .page import action, page, redirect, render, template, text, texts
 from .paging import Page
-from .security import MANAGE_ACCOUNTS
+from .security import MANAGE_ACCOUNTS, typed_owner
 
 _LIST: Final = template("accounts")
 _FORM: Final = template("account")
@@ -61,7 +61,8 @@ class AccountsTab:
         """Show the form of an account, or of a new one when no mailbox is named."""
         mailbox = text(REQUEST, "mailbox")
         existing = self._outbox().accounts.get(mailbox) if mailbox else None
-        return self._account_form(REQUEST, existing, shown(existing))
+        verify = existing is None or existing.verify is not False
+        return self._account_form(REQUEST, existing, shown(existing), verify)
 
     @security.protected(MANAGE_ACCOUNTS)
     @action
@@ -73,13 +74,16 @@ class AccountsTab:
         typed = {name: text(REQUEST, name) for name in FIELDS}
         # as it was typed: a password may begin or end with a space
         typed["password"] = str(REQUEST.form.get("password", ""))
+        verify = bool(text(REQUEST, "verify"))
         try:
-            account = changed(existing, typed, verify=bool(text(REQUEST, "verify")))
+            account = changed(existing, typed, verify=verify)
+            if account.owner != (existing.owner if existing else ""):
+                account = account.replace(owner=typed_owner(self, account.owner))
             if existing is None:
                 _check_new(outbox, account.mailbox)
             outbox.accounts.put(account)
         except OutboxError as error:
-            return self._account_form(REQUEST, existing, typed, str(error))
+            return self._account_form(REQUEST, existing, typed, verify, str(error))
         done = "Added" if existing is None else "Saved"
         return redirect(
             REQUEST,
@@ -117,6 +121,7 @@ class AccountsTab:
         request: Any,
         existing: Account | None,
         values: dict[str, str],
+        verify: bool,
         problem: str = "",
     ) -> str:
         if problem:
@@ -128,7 +133,8 @@ class AccountsTab:
             tab="Accounts",
             existing=existing,
             typed={**values, "password": ""},
-            verify=existing is None or existing.verify is not False,
+            verify=verify,
+            usual=shown(Account(mailbox="*", host="localhost")),
             password=password_state(existing) if existing else "not set",
             message=problem or text(request, "manage_tabs_message"),
             message_type="danger" if problem else "success",

@@ -16,6 +16,17 @@ from .security import MANAGE_ACCOUNTS, check_manages_site
 
 _DEFAULTS: Final = template("defaults")
 
+#: What users may choose, as their own form calls it.
+_LABELS: Final = {
+    "host": "mail server",
+    "port": "port",
+    "security": "security",
+    "username": "user name",
+    "password": "password",
+    "connections": "connections at a time",
+    "mails_per_minute": "mails per minute",
+}
+
 
 class DefaultsTab:
     """Mixin of `mail_accounts.MailAccounts`."""
@@ -84,7 +95,7 @@ class DefaultsTab:
             names=delivery_names(),
             site=site,
             policy=self._get_policy(),
-            user_fields=USER_FIELDS,
+            user_fields={name: _LABELS[name] for name in USER_FIELDS},
             message=problem or text(request, "manage_tabs_message"),
             message_type="danger" if problem else "success",
         )

@@ -36,7 +36,8 @@ class MailAccounts(
     zmi_icon = "fas fa-envelope-open-text"
 
     security = ClassSecurityInfo()
-    security.setDefaultAccess("deny")
+    # What the list of a folder shows, by templates that ask; nothing else.
+    security.setDefaultAccess(dict.fromkeys(("meta_type", "title", "zmi_icon"), True))
     # Protect no method here, but are asked of this object: its tab Security shows them.
     security.setPermissionDefault(USE_OWN_ACCOUNTS, ("Authenticated", "Manager"))
     security.setPermissionDefault(SEND_MAIL, ("Authenticated", "Manager"))

@@ -159,10 +159,12 @@ class MyMailboxes(UserPage):
     def _check_free(self, mailbox: str) -> None:
         """Raise `InvalidAccount` when a mailbox is, or was, somebody else's."""
         try:
-            self._outbox.accounts.get(mailbox)
+            taken = self._outbox.accounts.get(mailbox)
         except NoSuchAccount:
             pass
         else:
+            if taken.owner == self.owner:
+                raise InvalidAccount(f"mailbox {mailbox}: you have it already: change its settings")
             raise InvalidAccount(f"mailbox {mailbox}: is set up already: ask the administrator")
         self.mail_accounts()._claims.check(mailbox, self.owner)
         if self._waiting(mailbox):

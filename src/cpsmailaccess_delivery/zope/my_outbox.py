@@ -40,7 +40,7 @@ class MyOutbox(UserPage):
 
     said: ClassVar[Mapping[str, str]] = {
         "cancelled": "Taken back.",
-        "retried": "It is tried again now.",
+        "retried": "It is tried now.",
     }
 
     def __call__(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from ..account import Account, normalise_mailbox
 from ..address import ascii_host
 from ..errors import InvalidAccount, InvalidAddress
-from ..networks import PUBLIC, check_networks
+from ..networks import PUBLIC, check_networks, is_within
 
 #: Fields of an account that users may choose themselves; others come from the site's relay.
 RELAY_FIELDS: Final = ("host", "port", "security")
@@ -123,7 +123,13 @@ class Policy:
         trusted = {
             account.relay for account in (site, existing) if account and not account.networks
         }
-        return self.limited(Account(**settings), trusted)
+        account = self.limited(Account(**settings), trusted)
+        if account.networks and not _may_be_within(account.host, account.networks):
+            raise InvalidAccount(
+                f"account {account.mailbox}: host={account.host!r}: is in no network that the"
+                f" administrator allows: {', '.join(account.networks)}"
+            )
+        return account
 
     def limited(self, account: Account, trusted: Collection[str] = ()) -> Account:
         """Return a user's account with the limits and networks of now.
@@ -149,6 +155,14 @@ class Policy:
                 f"account {account.mailbox}: host={account.host!r}: the administrator allows"
                 f" {', '.join(self.relays)}"
             )
+
+
+def _may_be_within(host: str, networks: Collection[str]) -> bool:
+    """Tell whether a host may be in these networks: of a name only a connection knows."""
+    try:
+        return is_within(host, networks)
+    except ValueError:
+        return True
 
 
 def _pattern(relay: str) -> str:

@@ -9,11 +9,11 @@ from typing import Any, Final
 
 from AccessControl import getSecurityManager
 from AccessControl.Permission import addPermission
-from Acquisition import aq_inner, aq_parent
+from Acquisition import aq_base, aq_chain, aq_inner, aq_parent
 from zExceptions import Forbidden, Unauthorized
 from zope.component import getUtilitiesFor
 
-from ..errors import VaultError
+from ..errors import InvalidAccount, VaultError
 from ..interfaces import IOutbox
 
 MANAGE_ACCOUNTS: Final = "cpsmailaccess_delivery: Manage accounts"
@@ -52,6 +52,36 @@ def owner_of(user: Any) -> str:
 def current_owner() -> str:
     """Return the user who is logged in, see `owner_of`; ``""``: anonymous."""
     return owner_of(getSecurityManager().getUser())
+
+
+def typed_owner(context: Any, typed: str) -> str:
+    """Return the owner that an administrator has typed, as `owner_of` says it; ``""``: the site.
+
+    `context`: from where the user folders are looked for in which a name alone may be.  Raises
+    `InvalidAccount` when there is no such user: nobody could send through the account.
+    """
+    path, colon, user_id = typed.partition(":")
+    if not typed:
+        return ""
+    if colon:
+        place = context.getPhysicalRoot().unrestrictedTraverse(path, None) if path else None
+        folders = [] if place is None else [place]
+        where = f"{path or '/'} has no user {user_id}"
+    else:
+        user_id, where = typed, "no user folder from here up has a user of this id"
+        parents = [
+            each for each in aq_chain(aq_inner(context)) if hasattr(aq_base(each), "acl_users")
+        ]
+        folders = [each.acl_users for each in parents]
+    for folder in folders:
+        find = getattr(aq_base(folder), "getUserById", None)
+        user = folder.getUserById(user_id) if find is not None else None
+        if user is not None:
+            return f"{'/'.join(folder.getPhysicalPath())}:{user.getId()}"
+    raise InvalidAccount(
+        f"owner {typed!r}: {where}: give the id of one, or, of a user folder elsewhere,"
+        " /path/acl_users:id"
+    )
 
 
 def check_manages_site(context: Any) -> None:

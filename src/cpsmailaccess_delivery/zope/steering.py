@@ -56,7 +56,7 @@ _USUAL: Final[dict[str, tuple[State, ...]]] = {
 _QUESTIONS: Final = {
     "cancel": (
         "Cancel these mails?",
-        "Cancel",
+        "Cancel the mails",
         "They are removed from the queue for good. Their senders are not told.",
     ),
     "accepted": (
