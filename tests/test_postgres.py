@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -397,3 +399,12 @@ def test_urls_that_are_none(url, words):
     with pytest.raises(InvalidSettings, match=words) as caught:
         Outbox(url)
     assert "geheim" not in str(caught.value)
+
+
+def test_the_queries_of_the_docs_are_queries(database):
+    docs = Path(__file__).parent.parent / "docs" / "scaling.rst"
+    queries = re.findall(r"``(SELECT .*?)``", docs.read_text(encoding="utf-8"))
+    assert len(queries) >= 5
+    with psycopg.connect(database) as connection:
+        for query in queries:
+            connection.execute(query)
