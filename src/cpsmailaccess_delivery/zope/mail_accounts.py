@@ -16,6 +16,7 @@ from OFS.SimpleItem import SimpleItem
 from .accounts_tab import AccountsTab
 from .claims import Claims
 from .defaults_tab import DefaultsTab
+from .guarded import Guarded
 from .outboxes import DEFAULT_NAME, META_TYPE, WithOutbox, delivery_names
 from .page import action, page, redirect, render, template, text, typed_title
 from .processor_tab import ProcessorTab
@@ -28,7 +29,15 @@ _ADD_FORM = template("add")
 
 
 class MailAccounts(
-    AccountsTab, Trial, DefaultsTab, QueueTab, Steering, ProcessorTab, WithOutbox, SimpleItem
+    Guarded,
+    AccountsTab,
+    Trial,
+    DefaultsTab,
+    QueueTab,
+    Steering,
+    ProcessorTab,
+    WithOutbox,
+    SimpleItem,
 ):
     """An outbox in the ZMI."""
 

@@ -26,6 +26,7 @@ from ZPublisher import zpublish
 from ..account import Account
 from ..errors import InvalidAddress, InvalidSettings, NotQueued, UnknownMailbox, VaultError
 from .defaults_tab import site_account
+from .guarded import Guarded
 from .immediate import send_now
 from .mailhost_form import IMMEDIATE_SENDS, MailboxHostForm
 from .outboxes import DEFAULT_NAME, outbox_of
@@ -39,7 +40,7 @@ class IMailboxHost(IMailHost):
 
 
 @implementer(IMailboxHost)
-class MailboxHost(MailboxHostForm, stock.MailHost):
+class MailboxHost(Guarded, MailboxHostForm, stock.MailHost):
     """See the module.
 
     ``delivery_name``: of the delivery utility whose outbox it is.  ``immediate``: what becomes of

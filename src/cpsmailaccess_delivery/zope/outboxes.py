@@ -57,6 +57,22 @@ def mail_accounts_near(places: Iterable[Any]) -> Iterator[Any]:
             yield from (place._getOb(id) for id in sorted(place.objectIds(META_TYPE)))
 
 
+def shown_near(places: Iterable[Any], location: str) -> Any:
+    """Return the first *Mail accounts* object of `mail_accounts_near` that shows an outbox.
+
+    `location`: of the outbox.  None: there is none.
+    """
+    location = os.path.realpath(location)
+    for found in mail_accounts_near(places):
+        try:
+            shown = found._outbox().location
+        except InvalidSettings:  # it shows none at all
+            continue
+        if os.path.realpath(shown) == location:
+            return found
+    return None
+
+
 class WithOutbox:
     """For an object with ``delivery_name``: its outbox, and what is decided for its users."""
 
