@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import threading
 from urllib.parse import quote
 
 import pytest
@@ -17,6 +19,10 @@ pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
 
 from ZODB.POSException import ConflictError
 
+from cpsmailaccess_delivery.zope import own_mails, trial
+from cpsmailaccess_delivery.zope.claims import claims_to_change
+from cpsmailaccess_delivery.zope.mail_accounts import MailAccounts
+from cpsmailaccess_delivery.zope.throttle import Turnstile
 from zope_helpers import (
     ADMIN,
     alert,
@@ -253,13 +259,34 @@ def test_a_mailbox_that_was_another_s(users):
     assert users.outbox.accounts.get(OTHER).owner == "/acl_users:alice"
 
 
+def test_a_mailbox_that_was_another_s_elsewhere_in_the_site(users):
+    """Where several objects show one outbox, it is the same mailbox."""
+    with users.app() as app:
+        app.manage_addFolder("part")
+        app.part._setObject("mail", MailAccounts("mail"))
+        app.part.mail._set_policy(app.mail._get_policy())
+    new(users, "alice")
+    with transaction.manager:
+        users.outbox.delivery.send(OTHER, [CAROL], b"Subject: alice's\r\n\r\nx\r\n")
+    users.outbox.queue.cancel(next(iter(users.outbox.spool.scan())))
+    post(users, "alice", "@@my-mailboxes/delete", mailbox=OTHER)
+    data = {"mailbox": OTHER, "host": "127.0.0.1", "security": "plain"}
+    browser = post(users, "bob", "part/@@my-mailboxes/save", **data)
+    assert "belongs, or belonged, to somebody else" in alert(browser)
+    with users.app() as app:  # nor when the object is deleted, and another one added
+        app.manage_delObjects(["mail"])
+        app._setObject("mail", MailAccounts("mail"))
+        app.mail._set_policy(app.part.mail._get_policy())
+    assert "belongs, or belonged, to somebody else" in alert(new(users, "bob"))
+
+
 def test_two_who_want_the_same_mailbox_at_once(users):
     """The later one conflicts, and begins again; then he is refused."""
     with users.app() as first, users.app() as other:
-        first.mail._claims.take(OTHER, "/acl_users:alice", 1.0)
+        claims_to_change(first, "Mail").take(OTHER, "/acl_users:alice", 1.0)
         managers = transaction.TransactionManager()
         connection = first._p_jar.db().open(managers)
-        claims = connection.root()["Application"].mail._claims
+        claims = claims_to_change(connection.root()["Application"], "Mail")
         claims.take(OTHER, "/acl_users:bob", 1.0)
         transaction.commit()
         with pytest.raises(ConflictError):
@@ -341,6 +368,30 @@ def test_one_form_is_one_mail(users):
             post(users, user, "@@compose/send", mailbox=mailbox, to=CAROL, key="the same")
     records = list(users.outbox.queue.records())
     assert [record.envelope.sender for record in records] == [ALICE, BOB]
+
+
+def test_a_form_that_was_filled_in_anew_is_another_mail(users):
+    """Whoever goes back in his browser finds the form with its key, and writes on."""
+    own_account(users, ALICE, "alice")
+    for changed in (
+        {},
+        {"subject": "2"},
+        {"to": BOB},
+        {"text": "4"},
+        {"later": "2099-01-01T12:00"},
+    ):
+        data = {"mailbox": ALICE, "to": CAROL, "subject": "1", "text": "", "key": "k", **changed}
+        browser = post(users, "alice", "@@compose/send", **data)
+        assert "/@@my-outbox/mail?id=" in browser.url
+    browser = users.browser("alice")
+    browser.open(f"{users.url}/@@compose")
+    for content in (b"a", b"b", b"b"):
+        browser.open(f"{users.url}/@@compose")
+        fill(browser, to=CAROL)
+        browser.getControl(name="key").value = "k"
+        browser.getControl(name="attachment").add_file(content, "text/plain", "a.txt")
+        browser.getForm().submit()
+    assert len(list(users.outbox.spool.scan())) == 5 + 2
 
 
 def test_send_later(users):
@@ -579,6 +630,66 @@ def test_what_a_browser_is_told(users):
         assert "<script" not in browser.contents
 
 
+def test_bytes_that_are_no_utf_8(users):
+    own_account(users, ALICE, "alice")
+    browser = users.browser("alice")
+    token = token_of(browser, f"{users.url}/@@my-mailboxes/edit")
+    browser.raiseHttpErrors = False
+    for name in ("to", "subject", "text", "key", "later", "mailbox"):
+        sent = {"mailbox": ALICE, "to": CAROL, "subject": "x", "text": "x", "form_token": token}
+        body = "&".join(f"{field}={quote(value)}" for field, value in sent.items() if field != name)
+        browser.post(f"{users.url}/@@compose/send", f"{body}&{name}=%ED%A0%80")
+        assert status(browser) in ("200", "400"), name
+    login = "username=a&password=%ED%A0%80&host=127.0.0.1"
+    browser.post(f"{users.url}/@@my-mailboxes/save", f"existing={ALICE}&{login}&form_token={token}")
+    assert status(browser) in ("200", "400")
+    browser.open(f"{users.url}/@@my-outbox?kind=%ED%A0%80&start=%ED%A0%80")
+
+
+def test_a_long_outbox(users, monkeypatch):
+    """The newest are opened; an older one is found nevertheless."""
+    monkeypatch.setattr(own_mails, "MOST_OPENED", 2)
+    own_account(users, ALICE, "alice")
+    ids = [send(users, ALICE, to=f"to{number}@example.net") for number in range(4)]
+    browser = users.browser("alice")
+    browser.open(f"{users.url}/@@my-outbox")
+    assert [f"to{number}@" in browser.contents for number in range(4)] == [False, False, True, True]
+    assert "2 older ones wait, too" in " ".join(re.sub(r"<[^>]+>", "", browser.contents).split())
+    browser.open(f"{users.url}/@@my-outbox/mail?id={ids[0]}")
+    assert "to0@example.net" in browser.contents
+    assert alert(post(users, "alice", "@@my-outbox/cancel", id=ids[0])) == "Taken back."
+    assert len(list(users.outbox.spool.scan())) == 3
+
+
+def test_a_check_of_a_relay_that_never_ends(users, monkeypatch):
+    """It has the thread of Zope for a time only, and its owner has one at a time."""
+    monkeypatch.setattr(trial, "_DEADLINE", 1.0)
+    monkeypatch.setattr(trial, "_turnstile", Turnstile(2))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(10)
+        account = own_account(users, ALICE, "alice").replace(port=silent.getsockname()[1])
+        put(users, account, account.replace(mailbox=BOB, owner="/acl_users:bob"))
+        pages = {}
+
+        def check(user, mailbox):
+            pages[user] = post(users, user, "@@my-mailboxes/check", mailbox=mailbox).contents
+
+        thread = threading.Thread(target=check, args=("alice", ALICE))
+        thread.start()
+        held, _ = silent.accept()
+        assert "Another check is not over yet" in alert(
+            post(users, "alice", "@@my-mailboxes/check", mailbox=ALICE)
+        )
+        check("bob", BOB)
+        thread.join(20)
+        held.close()
+    for page in pages.values():
+        assert "is too slow: not done within 1 seconds" in page
+    assert (
+        "Another check" not in post(users, "alice", "@@my-mailboxes/check", mailbox=ALICE).contents
+    )
+
+
 def test_lists_and_records_in_the_place_of_texts(users):
     own_account(users, ALICE, "alice")
     browser = users.browser("alice")
@@ -591,6 +702,7 @@ def test_lists_and_records_in_the_place_of_texts(users):
         ("@@compose/send", f"mailbox:list={ALICE}&to={CAROL}"),
         ("@@compose/send", f"mailbox={ALICE}&to:list={CAROL}&attachment=x"),
         ("@@my-outbox/cancel", "id.x:record=1"),
+        ("@@compose/send", f"mailbox={ALICE}&to=x&attachment.filename:record=x"),
     ):
         browser.post(f"{users.url}/{name}", f"{body}&form_token={token}")
         assert status(browser) == "400", (name, body, browser.contents)

@@ -22,6 +22,7 @@ import Zope2
 import Zope2.App.zcml
 import Zope2.utilities
 from AccessControl.SecurityManagement import noSecurityManager
+from Acquisition import aq_base
 from paste.deploy import loadapp
 from waitress.server import create_server
 from zope.component import getGlobalSiteManager, getUtilitiesFor, getUtility
@@ -30,7 +31,7 @@ from zope.testbrowser.wsgi import Browser
 from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.interfaces import IMailboxDelivery, IMailDelivery, IOutbox
 from cpsmailaccess_delivery.testing import SMTPServer
-from cpsmailaccess_delivery.zope import my_outbox, trial
+from cpsmailaccess_delivery.zope import claims, my_outbox, trial
 from cpsmailaccess_delivery.zope.mail_accounts import MailAccounts
 from cpsmailaccess_delivery.zope.policy import Policy
 from cpsmailaccess_delivery.zope.throttle import Throttle
@@ -190,6 +191,8 @@ class Zmi:
             app.manage_delObjects([each for each in app.objectIds() if each not in ids])
             strange = [each for each in app.acl_users.getUserNames() if each not in users]
             app.acl_users.userFolderDelUsers(strange)
+            vars(aq_base(app)).pop(claims._PLACE, None)
+            app._p_changed = True
         manager = getGlobalSiteManager()
         for provided in (IMailDelivery, IMailboxDelivery):
             for name, _ in list(getUtilitiesFor(provided)):

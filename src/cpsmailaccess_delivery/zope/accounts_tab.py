@@ -12,7 +12,7 @@ from ..account import Account
 from ..envelope import Route, lane_key
 from ..errors import InvalidAccount, NoSuchAccount, OutboxError
 from .account_form import FIELDS, changed, shown
-from .page import action, page, redirect, render, template, text, texts
+from .page import action, as_typed, page, redirect, render, template, text, texts
 from .paging import Page
 from .security import MANAGE_ACCOUNTS
 
@@ -72,7 +72,7 @@ class AccountsTab:
         existing = outbox.accounts.get(before) if before else None
         typed = {name: text(REQUEST, name) for name in FIELDS}
         # as it was typed: a password may begin or end with a space
-        typed["password"] = str(REQUEST.form.get("password", ""))
+        typed["password"] = as_typed(REQUEST, "password")
         try:
             account = changed(existing, typed, verify=bool(text(REQUEST, "verify")))
             if existing is None:

@@ -14,7 +14,6 @@ from AccessControl.SecurityInfo import ClassSecurityInfo
 from OFS.SimpleItem import SimpleItem
 
 from .accounts_tab import AccountsTab
-from .claims import Claims
 from .defaults_tab import DefaultsTab
 from .guarded import Guarded
 from .outboxes import DEFAULT_NAME, META_TYPE, WithOutbox, delivery_names
@@ -63,7 +62,6 @@ class MailAccounts(
         self.id = id
         self.title = title
         self.delivery_name = delivery
-        self._claims = Claims()
 
     @security.public
     def getBookmarkableURLs(self) -> bool:

@@ -46,7 +46,7 @@ class MyOutbox(UserPage):
     def __call__(self) -> str:
         """List them, all or those of one kind, a page at a time."""
         request, own = self.request, self.own_mails()
-        mails = own.list()
+        mails, older = own.list()
         kind = text(request, "kind")
         listed = Page.of(
             [mail for mail in mails if kind in (mail.kind, "")], text(request, "start")
@@ -58,6 +58,7 @@ class MyOutbox(UserPage):
             kind=kind,
             counts=[(each, counts[each]) for each in KINDS if counts[each]],
             total=len(mails),
+            older=older,
             page=listed,
             rows=[(mail, own.subject(mail), in_words(mail, time.time())) for mail in listed.items],
             clock=clock,
