@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpsmailaccess_delivery import InvalidAddress, InvalidMessage, NoRecipients
+from cpsmailaccess_delivery.account import mailbox_key
+from cpsmailaccess_delivery.address import check_address
 from cpsmailaccess_delivery.message import authors, to_bytes
 from cpsmailaccess_delivery.zope.letter import Attachment, letter, recipients_of
 
@@ -115,3 +117,30 @@ def test_recipients():
 )
 def test_whom_a_message_says_it_is_from(header, found):
     assert authors(header + b"\nFrom: body@x.org\n") == found
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"a\0lice@example.org",
+        b"alice@example.org.",
+        b"=?utf-8?q?alice?=@example.org",
+        b"=?utf-8?q?alice=40example=2Eorg?=",
+        b"x@x.org\r alice@example.org",
+        b"x@x.org alice@example.org",
+        b'"alice"@example.org',
+        b'"al\\ice"@example.org',
+    ],
+)
+def test_what_a_reader_may_take_for_an_address(header):
+    """None is one of RFC 5322, or the usual way to write it: readers show alice's."""
+    found = authors(b"From: " + header + b"\r\n\r\n")
+    assert ALICE in [mailbox_key(check_address(address)) for address in found if fits(address)]
+
+
+def fits(address: str) -> bool:
+    try:
+        check_address(address)
+    except InvalidAddress:
+        return False
+    return True

@@ -369,6 +369,20 @@ def test_without_an_account_it_is_the_stock_one(zmi, relays, at_once):
     assert relays[0].mails == []
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_without_an_account_nobody_is_somebody_else(zmi, relays, log_in, at_once):
+    """Not by an envelope that no account is for."""
+    put(zmi, account_at(relays[0], ALICE, owner="/acl_users:alice"))
+    zmi.add_user("bob")
+    message = f"From: Alice <{ALICE}>\nSubject: forged\n\nx\n"
+    with hosts(zmi, relays[1]) as (ours, _):
+        log_in(ours, "bob", "Member")
+        with pytest.raises(Unauthorized, match="may not send as this one"):
+            ours._send("nobody@example.edu", [CAROL], message.encode(), at_once)
+        ours.send("x\n", CAROL, "nobody@example.edu", "his own", immediate=at_once)
+    assert subjects(relays[1]) == ["his own"]
+
+
 def test_without_an_account_errors_are_those_of_the_stock_one(zmi):
     with hosts(zmi) as (ours, others):
         for host in (ours, others):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import platform
 import re
 from email.errors import MessageError
+from email.header import decode_header, make_header
 from email.message import Message
 from email.policy import EmailPolicy
 from email.utils import formatdate, getaddresses, make_msgid
 from typing import Final
 
-from .address import ascii_host
+from .address import ascii_host, check_address
 from .errors import InvalidAddress, InvalidMessage, MessageTooLarge
 
 #: Bytes of a message that `send` takes unless the outbox says otherwise.
@@ -33,6 +34,7 @@ _FIELD = re.compile(
 _MESSAGE_ID = re.compile(r"<([^<>\s\x00-\x1f\x7f]{1,250})>\Z")
 _BCC: Final = (b"bcc", b"resent-bcc")
 _AUTHORS: Final = (b"from", b"sender", b"resent-from", b"resent-sender")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LIKE_AN_ADDRESS = re.compile(r'[^\s<>()",;:]+@[^\s<>()",;:]+')
 
 # What relays refuse or readers cannot decode: RFC 5322 section 2.1.1, RFC 2047 section 2.
@@ -138,21 +140,46 @@ def _join(pieces: list[bytes]) -> bytes:
 def authors(data: bytes) -> tuple[str, ...]:
     """Return whom a message says it is from: addresses in From, Sender and Resent- forms.
 
-    As they stand there, unchecked.  Of a field that cannot be read, whatever looks like one.
+    As they stand there, and as a reader may understand them who is more lenient than we are.  Of
+    a field that cannot be read, whatever looks like an address.
     """
     found: list[str] = []
     position = 0
     while match := _FIELD.match(data, position):
         position = match.end()
-        if match[1].lower() not in _AUTHORS:
-            continue
-        value = " ".join(match[2].decode("utf-8", "replace").split())
-        try:
-            addresses = [address for _, address in getaddresses([value]) if "@" in address]
-        except RecursionError:  # comments in comments in comments
-            addresses = []
-        found += addresses or _LIKE_AN_ADDRESS.findall(value)
+        if match[1].lower() in _AUTHORS:
+            found += _addresses_in(" ".join(match[2].decode("utf-8", "replace").split()))
     return tuple(dict.fromkeys(found))
+
+
+def _addresses_in(value: str) -> list[str]:
+    value = _CONTROL.sub("", value)
+    try:
+        found = [address for _, address in getaddresses([value]) if "@" in address]
+    except RecursionError:  # comments in comments in comments
+        found = []
+    if not found or not all(map(_is_address, found)):
+        found += _LIKE_AN_ADDRESS.findall(value)
+        if "=?" in value:  # an encoded word has no place in an address, yet readers decode it
+            found += _LIKE_AN_ADDRESS.findall(_decoded(value))
+    else:
+        found += [_decoded(address) for address in found if "=?" in address]
+    return [address.rstrip(".") for address in found]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        check_address(text)
+    except InvalidAddress:
+        return False
+    return True
+
+
+def _decoded(text: str) -> str:
+    try:
+        return str(make_header(decode_header(text)))
+    except (MessageError, ValueError, LookupError):
+        return text
 
 
 def find_message_id(data: bytes) -> str | None:

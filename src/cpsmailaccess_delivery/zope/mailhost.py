@@ -77,6 +77,7 @@ class MailboxHost(Guarded, MailboxHostForm, stock.MailHost):
         sender = envelope_sender(mfrom)
         account = self._account(outbox, sender)
         if account is None:
+            outbox.delivery.check_policy(None, sender, messageText)
             self._send_as_stock(mfrom, mto, messageText, immediate)
             return
         recipients = envelope_recipients(mto)
