@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from email import policy
 from email.parser import BytesParser
 
@@ -144,3 +146,23 @@ def fits(address: str) -> bool:
     except InvalidAddress:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"a", b"a@b,", b"a@b.example,", b"=?utf-8?q?a?= ", b"<", b"a ", b"@", b"a@", b'"', b"(a)"],
+)
+@pytest.mark.parametrize("begin", [b"", b"=?utf-8?q?"])
+def test_long_fields_take_no_time(begin, text):
+    """Each would have a thread of Zope, and with it all of them, for minutes or hours."""
+    header = b"From: " + begin + text * (60_000 // len(text)) + b"\r\n\r\n"
+    before = time.thread_time()
+    with suppress(InvalidMessage):
+        authors(header)
+    assert time.thread_time() - before < 15
+
+
+def test_too_many_authors():
+    for value in (b"x" * 70_000, b",".join(b"a%d@x.org" % number for number in range(201))):
+        with pytest.raises(InvalidMessage, match="at most"):
+            authors(b"From: " + value + b"\n\n")
