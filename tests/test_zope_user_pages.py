@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
+import time
 from urllib.parse import quote
 
 import pytest
@@ -644,6 +645,20 @@ def test_bytes_that_are_no_utf_8(users):
     browser.post(f"{users.url}/@@my-mailboxes/save", f"existing={ALICE}&{login}&form_token={token}")
     assert status(browser) in ("200", "400")
     browser.open(f"{users.url}/@@my-outbox?kind=%ED%A0%80&start=%ED%A0%80")
+
+
+def test_a_long_subject(users):
+    """One of 300 kB was parsed for minutes, each time that the page was seen."""
+    own_account(users, ALICE, "alice")
+    with transaction.manager:
+        message = b"Subject: " + b"a " * 150_000 + b"\r\nTo: x\r\n\r\nx\r\n"
+        users.outbox.delivery.send(ALICE, [CAROL], message)
+    browser = users.browser("alice")
+    before = time.process_time()
+    browser.open(f"{users.url}/@@my-outbox")
+    assert "a a a" in browser.contents
+    assert len(browser.contents) < 20_000
+    assert time.process_time() - before < 15
 
 
 def test_a_long_outbox(users, monkeypatch):
