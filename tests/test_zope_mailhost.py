@@ -510,6 +510,25 @@ def test_immediate_fails_as_callers_expect(zmi, relays, how, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("phase", "error"),
+    [
+        ("GREETING", TimeoutError),
+        ("RCPT", TimeoutError),
+        ("BODY", smtplib.SMTPServerDisconnected),
+    ],
+)
+def test_immediate_ends(zmi, relays, phase, error, monkeypatch):
+    """However slowly the relay of a user's choice answers: it has a thread of Zope for so long."""
+    monkeypatch.setattr(immediate, "_DEADLINE", 1.0)
+    relays[0].extensions -= {"CHUNKING"}
+    relays[0].on(phase, silence=True)
+    put(zmi, account_at(relays[0]))
+    with hosts(zmi) as (ours, _), pytest.raises(error, match=r"within 1 sec|nobody knows"):
+        ours.send("x", BOB, ALICE, immediate=True)
+    assert mails_on_disk(zmi.outbox) == []
+
+
+@pytest.mark.parametrize(
     ("settings", "error"),
     [
         ({"port": 1}, ConnectionRefusedError),

@@ -25,8 +25,9 @@ from ..smtp.direct import Letter, send_directly
 from ..smtp.events import Result
 
 #: Seconds that a thread of Zope waits for the relay at most: to connect, for each reply, and for
-#: the reply to the end of data.
+#: the reply to the end of data; and in all.
 _PATIENCE: Final = (10.0, 30.0, 60.0)
+_DEADLINE: Final = 120.0
 
 
 def send_now(
@@ -55,7 +56,11 @@ def send_now(
         raise NotQueued(str(error)) from error
     _check_login_works(outbox, account)
     results = send_directly(
-        _hasty(account), secret, Letter(sender, letter_to, stored), helo_name=own_host_name()
+        _hasty(account),
+        secret,
+        Letter(sender, letter_to, stored),
+        helo_name=own_host_name(),
+        deadline=_DEADLINE,
     )
     accepted = [each for each in letter_to if _state(results[each]) is State.ACCEPTED]
     if not accepted:
