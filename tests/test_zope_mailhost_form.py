@@ -12,6 +12,7 @@ from cpsmailaccess_delivery.testing import SMTPServer
 
 pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
 
+from AccessControl.SecurityManagement import noSecurityManager
 from Acquisition import aq_base
 from OFS.Folder import Folder
 from OFS.OrderedFolder import OrderedFolder
@@ -21,6 +22,7 @@ from Products.GenericSetup.tool import SetupTool, importToolset
 from Products.GenericSetup.utils import exportObjects, importObjects
 from Products.MailHost.interfaces import IMailHost
 from Products.MailHost.MailHost import MailHost
+from zExceptions import Unauthorized
 from zope.component import getGlobalSiteManager
 from zope.component.hooks import setSite
 from zope.component.persistentregistry import PersistentComponents
@@ -467,6 +469,18 @@ def test_import_of_what_a_stock_one_has_exported(zmi, ours):
         assert host.immediate == "send"
         with pytest.raises(ValueError, match="is one of send, queue"):
             imported(b'<object name="MailHost" immediate="never"/>')
+        noSecurityManager()
+        with pytest.raises(Unauthorized):
+            imported(b'<object name="MailHost" delivery_name="Others"/>')
+        assert host.delivery_name == "Mail", "that is for whoever manages the whole site"
+
+
+def test_an_import_without_tls_forgets_the_password(zmi, ours):
+    with zmi.app() as app:
+        context = DummyImportContext(app.site)
+        context._files["mailhost.xml"] = b'<object name="MailHost" force_tls="False"/>'
+        importObjects(app.site.MailHost, "", context)
+        assert (app.site.MailHost.force_tls, app.site.MailHost.smtp_pwd) == (False, "")
 
 
 TOOLSET = """\

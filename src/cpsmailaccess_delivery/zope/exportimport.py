@@ -10,6 +10,7 @@ from zope.component import adapter
 
 from .mailhost import IMailboxHost
 from .mailhost_form import IMMEDIATE
+from .security import check_manages_site
 
 
 @adapter(IMailboxHost, ISetupEnviron)
@@ -28,7 +29,10 @@ class MailboxHostXMLAdapter(MailHostXMLAdapter):
     def _importNode(self, node: Any) -> None:
         host = self.context
         given = dict(node.attributes.items())
+        if given.get("delivery_name", host.delivery_name) != host.delivery_name:
+            check_manages_site(host)
         relay = host.smtp_host, int(host.smtp_port)
+        was_encrypted = host.force_tls or host.implicit_tls
         for name in ("smtp_host", "smtp_uid", "smtp_queue_directory", "delivery_name"):
             if name in given:
                 setattr(host, name, given[name])
@@ -43,8 +47,9 @@ class MailboxHostXMLAdapter(MailHostXMLAdapter):
                     f"immediate={given['immediate']!r}: is one of {', '.join(IMMEDIATE)}"
                 )
             host.immediate = given["immediate"]
-        if (host.smtp_host, host.smtp_port) != relay:
-            host.smtp_pwd = ""  # it was for another relay
+        gives_up_tls = was_encrypted and not (host.force_tls or host.implicit_tls)
+        if (host.smtp_host, host.smtp_port) != relay or gives_up_tls:
+            host.smtp_pwd = ""  # it was for another relay, or not to be read on the way
         if given.get("smtp_pwd"):
             self._logger.warning(
                 "smtp_pwd is not imported: give a relay with a login to an account of the outbox"
