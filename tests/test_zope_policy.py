@@ -63,6 +63,9 @@ def test_mailboxes_that_may_be_added():
         ("@example.org", 0, "is an address"),
         ("*", 0, "is an address"),
         (ALICE, 2, "which is the limit"),
+        ("NoReply@example.org", 0, "is an address of the site"),
+        ('"postmaster"@example.org', 0, "is an address of the site"),
+        ("info+x@example.org", 0, "is an address of the site"),
     ):
         with pytest.raises(InvalidAccount, match=words):
             policy.may_add(mailbox, owned)

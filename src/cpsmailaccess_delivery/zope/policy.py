@@ -21,6 +21,14 @@ LOGIN_FIELDS: Final = ("username", "password")
 LIMIT_FIELDS: Final = ("connections", "mails_per_minute")
 USER_FIELDS: Final = RELAY_FIELDS + LOGIN_FIELDS + LIMIT_FIELDS
 
+#: Before the @, of addresses that are nobody's own: sites write in their name, and who had one as a
+#: mailbox would have their mail leave through his relay (RFC 2142, and what is usual).
+_ROLES: Final = (
+    "abuse admin administrator bounce bounces do-not-reply donotreply help hostmaster info"
+    " mailer-daemon no-reply noc noreply postmaster root security service support system"
+    " webmaster www zope"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
@@ -86,6 +94,11 @@ class Policy:
             allowed = ", ".join(self.domains) or "none"
             raise InvalidAccount(
                 f"mailbox {mailbox}: the administrator lets you set up mailboxes in: {allowed}"
+            )
+        if mailbox.partition("@")[0].partition("+")[0] in _ROLES.split():
+            raise InvalidAccount(
+                f"mailbox {mailbox}: is an address of the site, not of a person: ask the"
+                " administrator"
             )
         if owned >= self.accounts:
             raise InvalidAccount(
