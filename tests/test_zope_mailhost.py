@@ -25,6 +25,7 @@ from cpsmailaccess_delivery.errors import (
     InvalidMessage,
     MessageTooLarge,
     NotQueued,
+    SpoolError,
 )
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.testing.certificates import Authority
@@ -507,6 +508,13 @@ def test_immediate_fails_as_callers_expect(zmi, relays, how, monkeypatch):
             assert "nobody knows" in str(caught.value)
     assert relays[0].mails == []
     assert mails_on_disk(zmi.outbox) == [], "what has failed now is not tried again later"
+    events = zmi.outbox.journal.events(address=ALICE)
+    assert {event.recipient for event in events} == {BOB, CAROL}
+    for event in events:
+        assert event.kind == ("unclear" if how == "gone after the data" else "refused")
+        is_final = how in ("sender refused", "recipient refused", "data refused", "message refused")
+        assert ("not tried again" in event.reply) is (event.kind == "refused" and not is_final)
+        assert event.relay == f"127.0.0.1:{relays[0].port}"
 
 
 @pytest.mark.parametrize(
@@ -595,6 +603,36 @@ def test_immediate_to_some_of_them(zmi, relays):
         CAROL: State.ACCEPTED,
         "dave@example.net": State.REFUSED,
     }
+
+
+def test_immediate_to_some_of_them_and_no_room_for_the_rest(zmi, relays, monkeypatch):
+    """The error names who has not got it, and nobody else: they would get it twice."""
+
+    def full(*_):
+        raise SpoolError("no space left on device")
+
+    monkeypatch.setattr(zmi.outbox.spool, "stage", full)
+    relays[0].on("RCPT", reply="450 greylisted", match=CAROL)
+    put(zmi, account_at(relays[0]))
+    with hosts(zmi) as (ours, _), pytest.raises(smtplib.SMTPRecipientsRefused) as caught:
+        ours.send("x", [BOB, CAROL], ALICE, immediate=True)
+    ((who, (code, said)),) = caught.value.recipients.items()
+    assert (who, code) == (CAROL, 450)
+    assert b"greylisted" in said
+    assert b"no space left on device; the other recipients have got it" in said
+    (mail,) = relays[0].mails
+    assert mail.recipients == (BOB,)
+    found = zmi.outbox.status(mail.message_id).recipients
+    assert [str(found[each].state) for each in (BOB, CAROL)] == ["accepted", "refused"]
+    assert "no space left on device" in found[CAROL].reply
+
+
+def test_immediate_introduces_itself_as_the_outbox_does(zmi, relays, monkeypatch):
+    monkeypatch.setattr(zmi.outbox, "_helo_name", "app.example.org")
+    relays[0].on("EHLO", reply="421 I know you", match="app.example.org")
+    put(zmi, account_at(relays[0]))
+    with hosts(zmi) as (ours, _), pytest.raises(smtplib.SMTPHeloError, match="I know you"):
+        ours.send("x", BOB, ALICE, immediate=True)
 
 
 def test_immediate_does_not_lock_a_mailbox(zmi):

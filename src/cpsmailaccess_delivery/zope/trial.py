@@ -15,7 +15,6 @@ from ..envelope import Route, lane_key
 from ..errors import InvalidOption, OutboxError
 from ..interfaces import State
 from ..password import resolve_secret
-from ..processor import own_host_name
 from ..smtp.check import Report, check
 from .page import action, link, page, redirect, render, template, text
 from .security import MANAGE_ACCOUNTS, current_owner
@@ -108,7 +107,7 @@ def check_account(outbox: Any, mailbox: str) -> tuple[Account, Report]:
     try:
         with _turnstile.enter(current_owner()):
             report = check(
-                hasty, resolve_secret(hasty), helo_name=own_host_name(), deadline=_DEADLINE
+                hasty, resolve_secret(hasty), helo_name=outbox.helo_name, deadline=_DEADLINE
             )
     except Crowded:
         raise InvalidOption("Another check is not over yet: try again in a moment.") from None
