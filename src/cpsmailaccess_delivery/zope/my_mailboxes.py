@@ -10,7 +10,7 @@ from ..account import DEFAULT_PORT, Account
 from ..envelope import Route, lane_key
 from ..errors import InvalidAccount, NoSuchAccount, OutboxError
 from ..interfaces import State
-from .account_form import check_source, login, shown, typed
+from .account_form import login, shown, typed
 from .accounts_tab import password_state
 from .claims import claims_of, claims_to_change
 from .defaults_tab import site_account
@@ -147,15 +147,13 @@ class MyMailboxes(UserPage):
             chosen |= login(existing, username, texts["password"])
         if existing is None:
             policy.may_add(texts["mailbox"], len(self.own_accounts()))
-        account = policy.account(
+        return policy.account(
             existing.mailbox if existing else texts["mailbox"],
             owner=self.owner,
             chosen=chosen,
             existing=existing,
             site=site_account(self._outbox),
         )
-        check_source(existing, account)
-        return account
 
     def _check_free(self, mailbox: str) -> None:
         """Raise `InvalidAccount` when a mailbox is, or was, somebody else's."""

@@ -14,6 +14,7 @@ from ..account import Account, normalise_mailbox
 from ..address import ascii_host
 from ..errors import InvalidAccount, InvalidAddress
 from ..networks import PUBLIC, check_networks
+from .account_form import check_source
 
 #: Fields of an account that users may choose themselves; others come from the site's relay.
 RELAY_FIELDS: Final = ("host", "port", "security")
@@ -118,25 +119,31 @@ class Policy:
 
         `chosen`: fields of an account, of which only `Policy.fields` count.  `existing`: the
         account as it was, which is his.  `site`: the default account, whose relay he gets when
-        he chooses none.  Raises `InvalidAccount`.
+        he chooses none.  A password that the administrator reads from somewhere
+        (``password_from``) goes nowhere else.  Raises `InvalidAccount`.
         """
         wanted = {name: value for name, value in chosen.items() if name in self.fields}
         relay = {name: getattr(site, name) for name in RELAY_FIELDS} if site else {}
-        if site and wanted.get("host", site.host) == site.host:
-            relay["verify"] = site.verify  # as the administrator verifies that relay
         base = existing.public() if existing else {"mailbox": mailbox}
         settings = {**relay, **base, **wanted, "owner": owner}
-        if existing and "password" not in wanted:
-            settings["password"] = existing.password
         if "host" not in settings:
             raise InvalidAccount(
                 f"mailbox {mailbox}: the site has no default relay, and you may choose none: ask"
                 " the administrator"
             )
+        if existing is None or settings["host"] != existing.host:
+            # As the administrator verifies that relay, or as usual.
+            settings["verify"] = site.verify if site and settings["host"] == site.host else True
+        if existing and "password" not in wanted:
+            settings["password"] = existing.password
+        if settings.get("password") is not None or settings.get("username") is None:
+            settings["password_from"] = None
         trusted = {
             account.relay for account in (site, existing) if account and not account.networks
         }
-        return self.limited(Account(**settings), trusted)
+        account = self.limited(Account(**settings), trusted)
+        check_source(existing, account)
+        return account
 
     def limited(self, account: Account, trusted: Collection[str] = ()) -> Account:
         """Return a user's account with the limits and networks of now.
