@@ -18,7 +18,7 @@ from cpsmailaccess_delivery.errors import NoSuchEntry
 from cpsmailaccess_delivery.interfaces import LaneNote
 from cpsmailaccess_delivery.journal import Event
 from cpsmailaccess_delivery.testing import SMTPServer
-from cpsmailaccess_delivery.zope import queue_view, steering
+from cpsmailaccess_delivery.zope import choosing, queue_view
 from test_zope_accounts import relay_account
 from zope_helpers import alert, errors_seen, put
 
@@ -308,7 +308,7 @@ def test_what_could_not_be_done_is_said(site):
 
 
 def test_all_that_are_listed(site, monkeypatch):
-    monkeypatch.setattr(steering, "MOST_AT_ONCE", 60)
+    monkeypatch.setattr(choosing, "MOST_AT_ONCE", 60)
     with transaction.manager:
         for number in range(65):
             site.outbox.delivery.send(ALICE, [f"user{number}@example.net"], MESSAGE)
@@ -399,6 +399,43 @@ def test_many_unclear_at_once(site, unclear, server):
     assert "no recipient is unclear" in told
     with pytest.raises(NoSuchEntry):
         site.outbox.queue.find(chosen[0].id)
+
+
+def test_all_that_are_listed_and_unclear_in_part(site, server):
+    """A mail that is deferred for some may be unclear for others: its name does not say so."""
+    server.on("RCPT", reply="450 later", match="bob")
+    server.on("BODY", drop=True, times=1)
+    send(site, BOB, CAROL)
+    drain(site, unclear="hold")
+    send(site, BOB)
+    drain(site)
+    assert states(site) == ["deferred", "deferred"]
+    for query in ("", "?state=deferred"):
+        browser = opened(site, query)
+        browser.getControl(name="which").value = ["all"]
+        browser.getControl("They arrived").click()
+        assert f"{ALICE} to {BOB}, {CAROL}" in words(browser)
+        assert words(browser).count(f"{ALICE} to ") == 1, "of the other one nothing is unclear"
+    browser.getControl("They arrived").click()
+    assert alert(browser) == "1 mail settled as accepted."
+    browser.getControl(name="which").value = ["all"]
+    browser.getControl("They arrived").click()
+    assert alert(browser) == "No mail is chosen: choose mails first."
+
+
+def test_not_all_are_opened_to_find_the_unclear_ones(site, server, monkeypatch):
+    server.on("RCPT", reply="450 later")
+    for recipient in (BOB, CAROL, "dave@example.net"):
+        send(site, recipient)
+    drain(site)
+    monkeypatch.setattr(choosing, "MOST_OPENED", 2)
+    browser = opened(site)
+    browser.getControl(name="which").value = ["all"]
+    browser.getControl("They arrived").click()
+    assert alert(browser) == (
+        "No mail is chosen: choose mails first. Only the oldest 2 that might be unclear in part"
+        " were opened: name a mailbox to look at fewer."
+    )
 
 
 def test_a_paused_account_is_resumed(site, server):
