@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import time
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -24,6 +25,7 @@ from cpsmailaccess_delivery.zope import own_mails, trial
 from cpsmailaccess_delivery.zope.claims import claims_to_change
 from cpsmailaccess_delivery.zope.mail_accounts import MailAccounts
 from cpsmailaccess_delivery.zope.throttle import Turnstile
+from cpsmailaccess_delivery.zope.subjects import Subjects
 from zope_helpers import (
     ADMIN,
     alert,
@@ -359,6 +361,48 @@ def test_write_and_see_it_go(users):
         assert b"attachment; filename" in mail.data
         browser.open(f"{users.url}/@@my-outbox?kind=sent")
         assert CAROL in browser.contents
+        browser.getLink("Grüße").click()
+        assert "<h1>Grüße</h1>" in browser.contents
+    journal = Path(users.outbox.journal.path)
+    for file in journal.parent.glob(f"{journal.name}*"):
+        assert "Grüße".encode() not in file.read_bytes(), "it is for operators"
+
+
+def test_subjects_of_mails_that_have_left(users):
+    """For who wrote them alone, and not for ever."""
+    day = 86_400.0
+    with users.app() as app:
+        subjects = Subjects(app.mail)
+        assert subjects.of("alice", "1@example.org", 0.0) == ""
+        subjects.note("alice", "1@example.org", "first", day - 1)
+        subjects.note("alice", "1@example.org", "the same form, again", day - 1)
+        subjects.note("alice", "2@example.org", "", day - 1)
+        assert subjects.of("alice", "1@example.org", day + 1) == "first", "staged after midnight"
+        assert subjects.of("alice", "2@example.org", day) == ""
+        assert subjects.of("bob", "1@example.org", day) == ""
+        subjects.note("bob", "3@example.org", "x", 30 * day)
+        assert subjects.of("alice", "1@example.org", day) == "first"
+        subjects.note("bob", "4@example.org", "x", 32 * day)
+        assert subjects.of("alice", "1@example.org", day) == ""
+        assert subjects.of("bob", "3@example.org", 30 * day) == "x"
+
+
+@pytest.mark.parametrize(
+    ("subject", "shown"),
+    [
+        ("=?raw_unicode_escape?q?=5Cud800?=", r"\ud800"),
+        ("=?utf-8?q?a=0D=0Ab?=", r"a\x0d\x0ab"),
+        ("=?utf-8?q?a?= " * 50_000, "aaaa"),
+    ],
+    ids=["surrogate", "lines", "huge"],
+)
+def test_a_subject_that_is_hard_to_read(users, subject, shown):
+    own_account(users, ALICE, "alice")
+    id = send(users, ALICE, subject=subject)
+    browser = users.browser("alice")
+    for page in ("", f"/mail?id={id}"):
+        browser.open(f"{users.url}/@@my-outbox{page}")
+        assert shown in browser.contents
 
 
 def test_one_form_is_one_mail(users):

@@ -142,6 +142,7 @@ class Zmi:
         self.url = "http://localhost"
         with self.app() as app:
             self._before = set(app.objectIds()), set(app.acl_users.getUserNames())
+            self._kept_before = set(app._p_jar.root())
         self.add_mail_accounts("mail")
         trial._checks = Throttle(12)
         my_outbox._retries = Throttle(12)
@@ -193,6 +194,9 @@ class Zmi:
             app.acl_users.userFolderDelUsers(strange)
             vars(aq_base(app)).pop(claims._PLACE, None)
             app._p_changed = True
+            root = app._p_jar.root()
+            for name in set(root) - self._kept_before:
+                del root[name]
         manager = getGlobalSiteManager()
         for provided in (IMailDelivery, IMailboxDelivery):
             for name, _ in list(getUtilitiesFor(provided)):

@@ -633,7 +633,10 @@ class ISendingPolicy(Interface):
 
 
 class IJournal(Interface):
-    """The searchable log of what happened to each mail.  Deletable without harm."""
+    """The searchable log of what happened to each mail.  Deletable without harm.
+
+    It has envelopes and the words of relays, and nothing of a message, not its subject either.
+    """
 
     trouble = Attribute("Why it could not be written last time (str)")
 

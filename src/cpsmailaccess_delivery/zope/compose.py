@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from datetime import datetime
 from hashlib import sha256
 from typing import Any, Final
@@ -15,6 +16,7 @@ from ..errors import InvalidOption, NoSuchAccount, OutboxError
 from .letter import Attachment, letter, recipients_of
 from .page import action, redirect, template, text
 from .security import SEND_MAIL
+from .subjects import Subjects
 from .user_page import UserPage
 
 _FORM: Final = template("compose")
@@ -53,6 +55,7 @@ class Compose(UserPage):
                 not_before=_later(typed["later"]),
                 idempotency_key=self._key(typed, attachments),
             )
+            Subjects(self.context).note(self.owner, message_id, typed["subject"], time.time())
         except NoSuchAccount:
             return self._form(REQUEST, typed, "Choose one of your mailboxes.")
         except OutboxError as error:

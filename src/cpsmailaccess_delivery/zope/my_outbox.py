@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Final
 
 from ..errors import InvalidOption
 from ..interfaces import State
-from .own_mails import KINDS, Mail
+from .own_mails import KINDS, Mail, OwnMails
 from .page import action, link, page, redirect, template, text
 from .paging import Page
+from .subjects import Subjects
 from .throttle import Throttle
 from .user_page import UserPage
 
@@ -60,7 +61,10 @@ class MyOutbox(UserPage):
             total=len(mails),
             older=older,
             page=listed,
-            rows=[(mail, own.subject(mail), in_words(mail, time.time())) for mail in listed.items],
+            rows=[
+                (mail, self._subject(own, mail), in_words(mail, time.time()))
+                for mail in listed.items
+            ],
             clock=clock,
         )
 
@@ -79,7 +83,7 @@ class MyOutbox(UserPage):
             _MAIL,
             REQUEST,
             mail=mail,
-            subject=own.subject(mail),
+            subject=self._subject(own, mail),
             words=in_words(mail, now),
             fates=_FATES,
             clock=clock,
@@ -101,6 +105,10 @@ class MyOutbox(UserPage):
             raise InvalidOption(f"You have tried often enough: try again in {wait:.0f} seconds.")
         own.retry(id)
         return redirect(REQUEST, f"{self.url}/mail", id=id, done="retried")
+
+    def _subject(self, own: OwnMails, mail: Mail) -> str:
+        subjects = Subjects(self.context)
+        return own.subject(mail) or subjects.of(self.owner, mail.message_id, mail.queued_at)
 
 
 def in_words(mail: Mail, now: float) -> str:

@@ -127,7 +127,7 @@ class OwnMails:
         self._outbox.queue.retry(mail.entry)
 
     def subject(self, mail: Mail) -> str:
-        """Return its subject, as far as it is in the spool and not huge: hostile text."""
+        """Return its subject, as far as it is in the spool and not huge."""
         if mail.entry is None or mail.size > _READ:
             return ""
         try:
