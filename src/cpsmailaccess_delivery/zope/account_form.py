@@ -41,6 +41,13 @@ def shown(account: Account | None) -> dict[str, str]:
     }
 
 
+def password_state(account: Account) -> str:
+    """Return what may be said of a password."""
+    if account.password_from is not None:
+        return f"read from {account.password_from}"
+    return "set" if account.password is not None else "not set"
+
+
 def typed(texts: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings that were typed: an empty text is the usual value.
 

@@ -7,9 +7,8 @@ from typing import Any, ClassVar, Final
 from AccessControl.class_init import InitializeClass
 from AccessControl.SecurityInfo import ClassSecurityInfo
 
-from ..account import DEFAULT_MAILBOX, Account
-from ..errors import InvalidAccount, NoSuchAccount, OutboxError
-from .outboxes import delivery_names, outbox_of
+from ..errors import InvalidAccount, OutboxError
+from .outboxes import delivery_names, outbox_of, site_account
 from .page import action, page, redirect, render, template, text, texts, typed_title
 from .policy import USER_FIELDS, Policy
 from .security import MANAGE_ACCOUNTS, check_manages_site
@@ -91,15 +90,6 @@ class DefaultsTab:
 
 
 InitializeClass(DefaultsTab)
-
-
-def site_account(outbox: Any) -> Account | None:
-    """Return the default account, which is the site-wide relay, or None."""
-    try:
-        account: Account = outbox.accounts.get(DEFAULT_MAILBOX)
-    except NoSuchAccount:
-        return None
-    return account
 
 
 def _limit_accounts(outbox: Any, policy: Policy) -> list[str]:

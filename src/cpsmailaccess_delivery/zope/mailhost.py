@@ -25,11 +25,10 @@ from ZPublisher import zpublish
 
 from ..account import Account
 from ..errors import InvalidAddress, InvalidSettings, NotQueued, UnknownMailbox, VaultError
-from .defaults_tab import site_account
 from .guarded import Guarded
 from .immediate import send_now
 from .mailhost_form import IMMEDIATE_SENDS, MailboxHostForm
-from .outboxes import DEFAULT_NAME, outbox_of
+from .outboxes import DEFAULT_NAME, outbox_of, site_account
 from .security import current_owner
 
 log = logging.getLogger(__name__)

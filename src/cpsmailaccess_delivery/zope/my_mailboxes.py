@@ -10,10 +10,9 @@ from ..account import DEFAULT_PORT, Account
 from ..envelope import Route, lane_key
 from ..errors import InvalidAccount, NoSuchAccount, OutboxError
 from ..interfaces import State
-from .account_form import login, shown, typed
-from .accounts_tab import password_state
+from .account_form import login, password_state, shown, typed
 from .claims import claims_of, claims_to_change
-from .defaults_tab import site_account
+from .outboxes import site_account
 from .page import action, as_typed, page, redirect, template, text
 from .policy import RELAY_FIELDS, Policy
 from .trial import check_account

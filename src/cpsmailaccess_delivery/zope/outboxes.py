@@ -10,7 +10,8 @@ from Acquisition import aq_base
 from zope.component import getUtilitiesFor, queryUtility
 from zope.security.proxy import removeSecurityProxy
 
-from ..errors import InvalidSettings
+from ..account import DEFAULT_MAILBOX, Account
+from ..errors import InvalidSettings, NoSuchAccount
 from ..interfaces import IMailboxDelivery, IOutbox
 from .policy import Policy
 
@@ -43,6 +44,15 @@ def outbox_of(delivery_name: str) -> Any:
             f" (there is: {known}): choose another one on the tab Defaults, or configure it in ZCML"
         )
     return outbox
+
+
+def site_account(outbox: Any) -> Account | None:
+    """Return the default account, which is the site-wide relay, or None."""
+    try:
+        account: Account = outbox.accounts.get(DEFAULT_MAILBOX)
+    except NoSuchAccount:
+        return None
+    return account
 
 
 def mail_accounts_near(places: Iterable[Any]) -> Iterator[Any]:
