@@ -652,6 +652,30 @@ def test_immediate_does_not_lock_a_mailbox(zmi):
         assert subjects(server) == ["mended"]
 
 
+def test_immediate_alone_does_not_lock_a_mailbox(zmi, monkeypatch):
+    """Where nothing is queued, no processor pauses the account; a form may be sent often."""
+    with SMTPServer(users={"alice": PASSWORD}) as server:
+        account = account_at(server, username="alice", password="wrong")
+        put(zmi, account)
+        with hosts(zmi) as (ours, _):
+            for words in (
+                "user name or password is",
+                "refused a moment ago",
+                "refused a moment ago",
+            ):
+                with pytest.raises(smtplib.SMTPAuthenticationError, match=words):
+                    ours.send("x", BOB, ALICE, immediate=True)
+            assert len(server.logins) == 1
+            monkeypatch.setattr(immediate, "_REFUSED_FOR", 0.0)
+            with pytest.raises(smtplib.SMTPAuthenticationError):
+                ours.send("x", BOB, ALICE, immediate=True)
+            assert len(server.logins) == 2, "not for ever"
+            monkeypatch.undo()
+            put(zmi, account.replace(password=PASSWORD))
+            ours.send("x", BOB, ALICE, "mended", immediate=True)
+        assert subjects(server) == ["mended"]
+
+
 # Others that change MailHost
 
 

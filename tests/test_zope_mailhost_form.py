@@ -471,7 +471,6 @@ def test_import_of_what_a_stock_one_has_exported(zmi, ours):
         with pytest.raises(ValueError, match="is one of send, queue"):
             imported(b'<object name="MailHost" smtp_host="x.example" immediate="never"/>')
         assert state_of(host) == before, "all of it, or nothing"
-
         noSecurityManager()
         with pytest.raises(Unauthorized):
             imported(b'<object name="MailHost" delivery_name="Others"/>')

@@ -32,6 +32,12 @@ log = logging.getLogger(__name__)
 _PATIENCE: Final = (10.0, 30.0, 60.0)
 _DEADLINE: Final = 120.0
 
+#: Seconds in which a login that was refused is not tried again, unless the account is changed.
+_REFUSED_FOR: Final = 300.0
+
+#: By outbox and mailbox: the version of the account, when, and the relay's words.
+_refusals: Final[dict[tuple[str, str], tuple[str, float, str]]] = {}
+
 
 def send_now(
     outbox: Any, account: Account, *, sender: str, recipients: Sequence[str], message: bytes
@@ -98,15 +104,20 @@ def send_now(
 def _attempt(outbox: Any, mailbox: str, letter: Letter) -> tuple[Account, Mapping[str, Result]]:
     """Return the account of a mailbox, and what came of sending a mail through it."""
     try:
+        version = outbox.vault.version(mailbox)
         account: Account = outbox.vault.get(mailbox)
         secret = resolve_secret(account)
     except VaultError as error:
         raise NotQueued(str(error)) from error
-    if (refused := _refused_login(outbox, account)) is not None:
+    refused = _refused_login(outbox, account, version)
+    if refused is not None:
         return account, dict.fromkeys(letter.recipients, refused)
     results = send_directly(
         _hasty(account), secret, letter, helo_name=outbox.helo_name, deadline=_DEADLINE
     )
+    for result in results.values():
+        if classify(result.phase, result.reply, result.error).trouble is Trouble.LOGIN:
+            _refusals[outbox.location, mailbox] = (version, time.monotonic(), result.text)
     return account, results
 
 
@@ -153,17 +164,19 @@ def _silence(result: Result) -> Exception:
     return smtplib.SMTPServerDisconnected(f"{result.phase}: {result.text}")
 
 
-def _refused_login(outbox: Any, account: Account) -> Result | None:
-    """Return that the relay has refused this login, if it has: once more may lock the mailbox."""
+def _refused_login(outbox: Any, account: Account, version: str) -> Result | None:
+    """Return that the relay has refused this login, if it has: once more may lock the mailbox.
+
+    A processor pauses the account.  Where only immediate mail is sent, there may be none.
+    """
     note = outbox.spool.lane_note(lane_key(Route(account.mailbox)))
-    if (
-        note is None
-        or note.trouble != Trouble.LOGIN
-        or note.version != outbox.vault.version(account.mailbox)
-    ):
-        return None
-    reply = Reply(535, f"account {account.mailbox} is paused: {note.reason}")
-    return Result(Phase.AUTH, reply)
+    if note is not None and note.trouble == Trouble.LOGIN and note.version == version:
+        return Result(Phase.AUTH, Reply(535, f"account {account.mailbox} is paused: {note.reason}"))
+    refused, at, words = _refusals.get((outbox.location, account.mailbox), ("", 0.0, ""))
+    if refused == version and time.monotonic() - at < _REFUSED_FOR:
+        text = f"the login of {account.mailbox} was refused a moment ago: {words}"
+        return Result(Phase.AUTH, Reply(535, text))
+    return None
 
 
 def _hasty(account: Account) -> Account:
