@@ -76,6 +76,10 @@ class Selection:
         """What a link keeps of it."""
         return {name: value for name, value in vars(self).items() if value}
 
+    def but(self, **changes: object) -> dict[str, str]:
+        """Return the query of the same selection with other texts for some of its fields."""
+        return {name: str(value) for name, value in {**vars(self), **changes}.items() if value}
+
     def wanted(
         self, queue: Queue, now: float, usual: Collection[str] = ()
     ) -> Callable[[Entry, Entry], bool]:
