@@ -24,8 +24,8 @@ from ZODB.POSException import ConflictError
 from cpsmailaccess_delivery.zope import own_mails, trial
 from cpsmailaccess_delivery.zope.claims import claims_to_change
 from cpsmailaccess_delivery.zope.mail_accounts import MailAccounts
-from cpsmailaccess_delivery.zope.throttle import Turnstile
 from cpsmailaccess_delivery.zope.subjects import Subjects
+from cpsmailaccess_delivery.zope.throttle import Turnstile
 from zope_helpers import (
     ADMIN,
     alert,
@@ -394,9 +394,8 @@ def test_subjects_of_mails_that_have_left(users):
     [
         ("=?raw_unicode_escape?q?=5Cud800?=", r"\ud800"),
         ("=?utf-8?q?a=0D=0Ab?=", r"a\x0d\x0ab"),
-        ("=?utf-8?q?a?= " * 50_000, "aaaa"),
     ],
-    ids=["surrogate", "lines", "huge"],
+    ids=["surrogate", "lines"],
 )
 def test_a_subject_that_is_hard_to_read(users, subject, shown):
     own_account(users, ALICE, "alice")
