@@ -184,6 +184,24 @@ def test_only_what_he_may_choose(users):
     assert (made.connections, made.password_from) == (3, None)
 
 
+def test_limits_that_are_changed_hold_for_what_is_set_up(users):
+    """At the relay of the site, too; what the administrator gave him is as he gave it."""
+    put(users, Account(mailbox="*", host="10.1.2.3", port=26, security="plain"))
+    given = own_account(users, ALICE, "alice").replace(networks=(), connections=9)
+    put(users, given)
+    new(users, host="")
+    assert users.outbox.accounts.get(OTHER).relay == "10.1.2.3:26"
+    browser = users.browser()
+    browser.open(f"{users.url}/mail/manage_defaults")
+    fill(browser, connections="1", mails_per_minute="7", relays="smtp.example.net")
+    browser.getControl("Save what users may do").click()
+    assert alert(browser) == "Saved."
+    limited = users.outbox.accounts.get(OTHER)
+    assert (limited.connections, limited.mails_per_minute) == (1, 7)
+    assert (limited.relay, limited.networks) == ("10.1.2.3:26", ())
+    assert users.outbox.accounts.get(ALICE) == given
+
+
 def test_how_many(users):
     for mailbox in (ALICE, OTHER):
         own_account(users, mailbox, "alice")
