@@ -36,6 +36,10 @@ INTERNAL = [
     "2001:0:808:808::f5ff:fffe",  # Teredo of 10.0.0.1
     "64:ff9b::7f00:1",  # NAT64 of 127.0.0.1
     "64:ff9b:1::808:808",
+    "::127.0.0.1",
+    "::ffff:0:127.0.0.1",
+    "fec0::2",  # site-local: the host of many a virtual machine
+    "3fff::1",
 ]
 
 

@@ -824,6 +824,17 @@ def test_a_kept_password_goes_nowhere_else(stocked, elsewhere):
     assert stocked.vault.get(ALICE).port == 465
 
 
+@pytest.mark.parametrize("changes", [{"security": "plain", "host": "localhost"}, {"verify": False}])
+def test_where_no_certificate_is_asked_for_another_port_is_somebody_else(stocked, changes):
+    open_one = stocked.vault.get(ALICE).replace(**changes, port=2525)
+    with transaction.manager:
+        stocked.accounts.put(open_one.replace(password="new"))
+    read = stocked.accounts.get(ALICE)
+    with pytest.raises(InvalidAccount, match="2525"):
+        stocked.accounts.put(read.replace(port=2526))
+    stocked.accounts.put(read.replace(connections=1))
+
+
 def test_another_mailbox_does_not_get_the_password(stocked):
     """What is hidden belongs to a mailbox: a copy for another one has none to keep."""
     copy = stocked.accounts.get(ALICE).replace(mailbox="eve@example.org")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from email import policy
 from email.parser import BytesParser
 
@@ -10,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpsmailaccess_delivery import InvalidAddress, InvalidMessage, NoRecipients
+from cpsmailaccess_delivery.account import mailbox_key
+from cpsmailaccess_delivery.address import check_address
 from cpsmailaccess_delivery.message import authors, to_bytes
 from cpsmailaccess_delivery.zope.letter import Attachment, letter, recipients_of
 
@@ -115,3 +119,50 @@ def test_recipients():
 )
 def test_whom_a_message_says_it_is_from(header, found):
     assert authors(header + b"\nFrom: body@x.org\n") == found
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"a\0lice@example.org",
+        b"alice@example.org.",
+        b"=?utf-8?q?alice?=@example.org",
+        b"=?utf-8?q?alice=40example=2Eorg?=",
+        b"x@x.org\r alice@example.org",
+        b"x@x.org alice@example.org",
+        b'"alice"@example.org',
+        b'"al\\ice"@example.org',
+    ],
+)
+def test_what_a_reader_may_take_for_an_address(header):
+    """None is one of RFC 5322, or the usual way to write it: readers show alice's."""
+    found = authors(b"From: " + header + b"\r\n\r\n")
+    assert ALICE in [mailbox_key(check_address(address)) for address in found if fits(address)]
+
+
+def fits(address: str) -> bool:
+    try:
+        check_address(address)
+    except InvalidAddress:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"a", b"a@b,", b"a@b.example,", b"=?utf-8?q?a?= ", b"<", b"a ", b"@", b"a@", b'"', b"(a)"],
+)
+@pytest.mark.parametrize("begin", [b"", b"=?utf-8?q?"])
+def test_long_fields_take_no_time(begin, text):
+    """Each would have a thread of Zope, and with it all of them, for minutes or hours."""
+    header = b"From: " + begin + text * (60_000 // len(text)) + b"\r\n\r\n"
+    before = time.thread_time()
+    with suppress(InvalidMessage):
+        authors(header)
+    assert time.thread_time() - before < 15
+
+
+def test_too_many_authors():
+    for value in (b"x" * 70_000, b",".join(b"a%d@x.org" % number for number in range(201))):
+        with pytest.raises(InvalidMessage, match="at most"):
+            authors(b"From: " + value + b"\n\n")

@@ -25,6 +25,7 @@ from cpsmailaccess_delivery.errors import (
     InvalidMessage,
     MessageTooLarge,
     NotQueued,
+    SpoolError,
 )
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.testing.certificates import Authority
@@ -369,6 +370,20 @@ def test_without_an_account_it_is_the_stock_one(zmi, relays, at_once):
     assert relays[0].mails == []
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_without_an_account_nobody_is_somebody_else(zmi, relays, log_in, at_once):
+    """Not by an envelope that no account is for."""
+    put(zmi, account_at(relays[0], ALICE, owner="/acl_users:alice"))
+    zmi.add_user("bob")
+    message = f"From: Alice <{ALICE}>\nSubject: forged\n\nx\n"
+    with hosts(zmi, relays[1]) as (ours, _):
+        log_in(ours, "bob", "Member")
+        with pytest.raises(Unauthorized, match="may not send as this one"):
+            ours._send("nobody@example.edu", [CAROL], message.encode(), at_once)
+        ours.send("x\n", CAROL, "nobody@example.edu", "his own", immediate=at_once)
+    assert subjects(relays[1]) == ["his own"]
+
+
 def test_without_an_account_errors_are_those_of_the_stock_one(zmi):
     with hosts(zmi) as (ours, others):
         for host in (ours, others):
@@ -493,6 +508,32 @@ def test_immediate_fails_as_callers_expect(zmi, relays, how, monkeypatch):
             assert "nobody knows" in str(caught.value)
     assert relays[0].mails == []
     assert mails_on_disk(zmi.outbox) == [], "what has failed now is not tried again later"
+    events = zmi.outbox.journal.events(address=ALICE)
+    assert {event.recipient for event in events} == {BOB, CAROL}
+    for event in events:
+        assert event.kind == ("unclear" if how == "gone after the data" else "refused")
+        is_final = how in ("sender refused", "recipient refused", "data refused", "message refused")
+        assert ("not tried again" in event.reply) is (event.kind == "refused" and not is_final)
+        assert event.relay == f"127.0.0.1:{relays[0].port}"
+
+
+@pytest.mark.parametrize(
+    ("phase", "error"),
+    [
+        ("GREETING", TimeoutError),
+        ("RCPT", TimeoutError),
+        ("BODY", smtplib.SMTPServerDisconnected),
+    ],
+)
+def test_immediate_ends(zmi, relays, phase, error, monkeypatch):
+    """However slowly the relay of a user's choice answers: it has a thread of Zope for so long."""
+    monkeypatch.setattr(immediate, "_DEADLINE", 1.0)
+    relays[0].extensions -= {"CHUNKING"}
+    relays[0].on(phase, silence=True)
+    put(zmi, account_at(relays[0]))
+    with hosts(zmi) as (ours, _), pytest.raises(error, match=r"within 1 sec|nobody knows"):
+        ours.send("x", BOB, ALICE, immediate=True)
+    assert mails_on_disk(zmi.outbox) == []
 
 
 @pytest.mark.parametrize(
@@ -564,6 +605,36 @@ def test_immediate_to_some_of_them(zmi, relays):
     }
 
 
+def test_immediate_to_some_of_them_and_no_room_for_the_rest(zmi, relays, monkeypatch):
+    """The error names who has not got it, and nobody else: they would get it twice."""
+
+    def full(*_):
+        raise SpoolError("no space left on device")
+
+    monkeypatch.setattr(zmi.outbox.spool, "stage", full)
+    relays[0].on("RCPT", reply="450 greylisted", match=CAROL)
+    put(zmi, account_at(relays[0]))
+    with hosts(zmi) as (ours, _), pytest.raises(smtplib.SMTPRecipientsRefused) as caught:
+        ours.send("x", [BOB, CAROL], ALICE, immediate=True)
+    ((who, (code, said)),) = caught.value.recipients.items()
+    assert (who, code) == (CAROL, 450)
+    assert b"greylisted" in said
+    assert b"no space left on device; the other recipients have got it" in said
+    (mail,) = relays[0].mails
+    assert mail.recipients == (BOB,)
+    found = zmi.outbox.status(mail.message_id).recipients
+    assert [str(found[each].state) for each in (BOB, CAROL)] == ["accepted", "refused"]
+    assert "no space left on device" in found[CAROL].reply
+
+
+def test_immediate_introduces_itself_as_the_outbox_does(zmi, relays, monkeypatch):
+    monkeypatch.setattr(zmi.outbox, "_helo_name", "app.example.org")
+    relays[0].on("EHLO", reply="421 I know you", match="app.example.org")
+    put(zmi, account_at(relays[0]))
+    with hosts(zmi) as (ours, _), pytest.raises(smtplib.SMTPHeloError, match="I know you"):
+        ours.send("x", BOB, ALICE, immediate=True)
+
+
 def test_immediate_does_not_lock_a_mailbox(zmi):
     with SMTPServer(users={"alice": PASSWORD}) as server:
         account = account_at(server, username="alice", password="wrong")
@@ -576,6 +647,30 @@ def test_immediate_does_not_lock_a_mailbox(zmi):
             with pytest.raises(smtplib.SMTPAuthenticationError, match="is paused"):
                 ours.send("x", BOB, ALICE, immediate=True)
             assert len(server.logins) == tries
+            put(zmi, account.replace(password=PASSWORD))
+            ours.send("x", BOB, ALICE, "mended", immediate=True)
+        assert subjects(server) == ["mended"]
+
+
+def test_immediate_alone_does_not_lock_a_mailbox(zmi, monkeypatch):
+    """Where nothing is queued, no processor pauses the account; a form may be sent often."""
+    with SMTPServer(users={"alice": PASSWORD}) as server:
+        account = account_at(server, username="alice", password="wrong")
+        put(zmi, account)
+        with hosts(zmi) as (ours, _):
+            for words in (
+                "user name or password is",
+                "refused a moment ago",
+                "refused a moment ago",
+            ):
+                with pytest.raises(smtplib.SMTPAuthenticationError, match=words):
+                    ours.send("x", BOB, ALICE, immediate=True)
+            assert len(server.logins) == 1
+            monkeypatch.setattr(immediate, "_REFUSED_FOR", 0.0)
+            with pytest.raises(smtplib.SMTPAuthenticationError):
+                ours.send("x", BOB, ALICE, immediate=True)
+            assert len(server.logins) == 2, "not for ever"
+            monkeypatch.undo()
             put(zmi, account.replace(password=PASSWORD))
             ours.send("x", BOB, ALICE, "mended", immediate=True)
         assert subjects(server) == ["mended"]

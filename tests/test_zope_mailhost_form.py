@@ -12,6 +12,7 @@ from cpsmailaccess_delivery.testing import SMTPServer
 
 pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
 
+from AccessControl.SecurityManagement import noSecurityManager
 from Acquisition import aq_base
 from OFS.Folder import Folder
 from OFS.OrderedFolder import OrderedFolder
@@ -21,6 +22,7 @@ from Products.GenericSetup.tool import SetupTool, importToolset
 from Products.GenericSetup.utils import exportObjects, importObjects
 from Products.MailHost.interfaces import IMailHost
 from Products.MailHost.MailHost import MailHost
+from zExceptions import Unauthorized
 from zope.component import getGlobalSiteManager
 from zope.component.hooks import setSite
 from zope.component.persistentregistry import PersistentComponents
@@ -465,8 +467,29 @@ def test_import_of_what_a_stock_one_has_exported(zmi, ours):
         assert host.smtp_pwd == "", "the stored one was for another relay"
         assert any("smtp_pwd is not imported" in str(note) for note in notes)
         assert host.immediate == "send"
+        before = state_of(host)
         with pytest.raises(ValueError, match="is one of send, queue"):
-            imported(b'<object name="MailHost" immediate="never"/>')
+            imported(b'<object name="MailHost" smtp_host="x.example" immediate="never"/>')
+        assert state_of(host) == before, "all of it, or nothing"
+        noSecurityManager()
+        with pytest.raises(Unauthorized):
+            imported(b'<object name="MailHost" delivery_name="Others"/>')
+        assert host.delivery_name == "Mail", "that is for whoever manages the whole site"
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_an_import_lets_no_password_leave_in_clear(zmi, ours, implicit):
+    def imported(text: str):
+        context = DummyImportContext(app.site)
+        context._files["mailhost.xml"] = f'<object name="MailHost" {text}/>'.encode()
+        importObjects(app.site.MailHost, "", context)
+        return app.site.MailHost.smtp_pwd
+
+    with zmi.app() as app:
+        app.site.MailHost.implicit_tls = implicit
+        assert imported('force_tls="True"') == PASSWORD
+        assert imported('force_tls="False"') == (PASSWORD if implicit else "")
+        assert imported('implicit_tls="False"') == ""
 
 
 TOOLSET = """\

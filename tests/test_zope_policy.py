@@ -1,4 +1,4 @@
-"""What users may set up, how often they may try, and pages of a list: plain code of the ZMI."""
+"""What users may set up, and how often they may try: plain code of the ZMI."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 
 from cpsmailaccess_delivery import HIDDEN, Account, InvalidAccount
 from cpsmailaccess_delivery.zope.account_form import changed, shown
-from cpsmailaccess_delivery.zope.paging import Page
 from cpsmailaccess_delivery.zope.policy import Policy
 from cpsmailaccess_delivery.zope.throttle import Throttle
 
@@ -44,6 +43,35 @@ def test_an_account_that_was_given_keeps_its_relay():
     assert own.password is HIDDEN
 
 
+def test_a_password_that_the_administrator_has_read_goes_nowhere_else():
+    given = Account(
+        mailbox=ALICE, host="smtp.example.org", owner=OWNER, username="a", password_from="env:X"
+    )
+    local = given.replace(host="127.0.0.1")
+    for existing, chosen in (
+        (given, {"host": "evil.example.net"}),
+        (local, {"host": "127.0.0.1", "security": "plain"}),
+    ):
+        with pytest.raises(InvalidAccount, match="the password of env:X is for"):
+            of_alice(Policy(), chosen, existing=existing)
+    assert of_alice(Policy(), {"username": "b", "password": None}, existing=given) == given.replace(
+        username="b"
+    )
+    own = of_alice(Policy(), {"host": "smtp.example.net", **LOGIN}, existing=given)
+    assert (own.host, own.password.reveal(), own.password_from) == ("smtp.example.net", "x", None)
+    without = of_alice(Policy(), {"username": None, "password": None}, existing=given)
+    assert (without.username, without.password_from) == (None, None)
+
+
+def test_a_certificate_that_is_not_verified_is_that_of_one_relay():
+    given = Account(mailbox=ALICE, host="10.0.0.9", owner=OWNER, verify=False)
+    assert of_alice(Policy(), {"port": 2525}, existing=given).verify is False
+    moved = of_alice(Policy(), {"host": "smtp.example.net", **LOGIN}, existing=given)
+    assert moved.verify is not False
+    back = of_alice(Policy(), {"host": SITE.host}, moved, site=SITE.replace(verify="/ca.pem"))
+    assert back.verify == "/ca.pem"
+
+
 def test_relays_that_may_be_chosen():
     policy = Policy(relays=("*.Example.net", "smtp.example.com"))
     for host in ("smtp.example.net", "a.b.example.net", "SMTP.example.com"):
@@ -72,6 +100,9 @@ def test_mailboxes_that_may_be_added():
         ("@example.org", 0, "is an address"),
         ("*", 0, "is an address"),
         (ALICE, 2, "which is the limit"),
+        ("NoReply@example.org", 0, "is an address of the site"),
+        ('"postmaster"@example.org', 0, "is an address of the site"),
+        ("info+x@example.org", 0, "is an address of the site"),
     ):
         with pytest.raises(InvalidAccount, match=words):
             policy.may_add(mailbox, owned)
@@ -102,12 +133,3 @@ def test_throttle():
     assert throttle.take("b") == 0.0
     now[0] = 5.0
     assert throttle.take("a") == 0.0
-
-
-def test_pages():
-    page = Page.of(range(120), "60")
-    assert (page.items[0], page.previous, page.next) == (50, 0, 100)
-    assert page.words == "51 to 100 of 120"
-    last = Page.of(range(120), "9999")
-    assert (last.start, last.next) == (100, None)
-    assert Page.of([], "0").items == []

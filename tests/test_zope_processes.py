@@ -27,12 +27,15 @@ ALICE, BOB = "alice@example.org", "bob@example.net"
 #: Mails that each of the two sends, one a transaction.
 MAILS = 40
 
+#: ``server-sync``: a transaction sees what others had committed before it began.
 ZOPE_CONF = """\
+%import ZEO
 instancehome {place}
 <zodb_db main>
-  <zeoclient>
+  <clientstorage>
     server {address}
-  </zeoclient>
+    server-sync true
+  </clientstorage>
   mount-point /
 </zodb_db>
 """

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal, get_args
 
-from .address import ascii_host, check_address, is_loopback, relay_name
+from .address import ascii_host, check_address, is_loopback, relay_name, without_quotes
 from .errors import InvalidAccount, InvalidAddress
 from .networks import check_networks
 
@@ -239,6 +239,19 @@ class Account:
             )
 
 
+def goes_elsewhere(before: Account, account: Account) -> bool:
+    """Tell whether a login of one account would be read by others, were it the other's.
+
+    Where no certificate says who is there, another port is somebody else, too.
+    """
+    is_checked = account.security != "plain" and account.verify is not False
+    weaker = (account.security == "plain" and before.security != "plain") or (
+        account.verify is False and before.verify is not False
+    )
+    moved = account.host != before.host or (account.port != before.port and not is_checked)
+    return moved or weaker
+
+
 def normalise_mailbox(mailbox: str) -> str:
     """Return the mailbox as a key, see `mailbox_key`; ``*`` and ``@domain`` are kept.
 
@@ -255,13 +268,13 @@ def normalise_mailbox(mailbox: str) -> str:
 
 
 def mailbox_key(address: str) -> str:
-    """Return a checked address as the key of an account: lower case, domain in ASCII.
+    """Return a checked address as the key of an account: lower case, domain in ASCII, no quotes.
 
     RFC 5321 section 2.4 lets a host tell local parts apart by case; nobody's does, and
     a sender who writes ``Alice@`` must not leave through another account than ``alice@``.
     """
     local, _, domain = address.rpartition("@")
-    local = local.encode().lower().decode()  # ASCII only: the Kelvin sign is no k
+    local = without_quotes(local).encode().lower().decode()  # ASCII only: the Kelvin sign is no k
     return f"{local}@{_domain_key(domain)}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from transaction.interfaces import NoTransaction
 from zope.interface import implementer
 
-from .account import Account, candidates, normalise_mailbox
+from .account import Account, candidates, goes_elsewhere, normalise_mailbox
 from .address import check_address
 from .datamanager import join
 from .errors import InvalidAccount, NoSuchAccount, UnknownMailbox
@@ -81,13 +81,10 @@ class Accounts:
             raise InvalidAccount(
                 f"account {account.mailbox}: has no stored password to keep: give the password"
             )
-        weaker = (account.security == "plain" and before.security != "plain") or (
-            account.verify is False and before.verify is not False
-        )
-        if account.host != before.host or weaker:
+        if goes_elsewhere(before, account):
             raise InvalidAccount(
-                f"account {account.mailbox}: the stored password is for {before.host}, as securely"
-                " as now: give it again for another host, or for less security"
+                f"account {account.mailbox}: the stored password is for {before.relay}, as securely"
+                " as now: give it again for another relay, or for less security"
             )
 
     def _kept_secret(self, mailbox: str) -> Any:

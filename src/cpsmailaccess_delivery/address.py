@@ -23,6 +23,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u00a0-\U0010ffff]+"
 _DOT_STRING = re.compile(rf"{_ATOM}(?:\.{_ATOM})*\Z")
 _QUOTED_STRING = re.compile(r'"(?:[ !#-\[\]-~\u00a0-\U0010ffff]|\\[ -~])*"\Z')
+_QUOTED_PAIR = re.compile(r"\\(.)")
+_TO_BE_QUOTED = re.compile(r'["\\]')
 _ZONE = re.compile(r"[A-Za-z0-9._-]+\Z")  # of an IPv6 address (RFC 4007 section 11)
 _LABELS = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(?:\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\Z")
 
@@ -80,6 +82,19 @@ def check_recipients(addresses: object) -> tuple[str, ...]:
     if not recipients:
         raise NoRecipients("the mail has no recipients; give at least one address")
     return recipients
+
+
+def without_quotes(local: str) -> str:
+    """Return the part before the @ as it is written with the fewest quotes and backslashes.
+
+    ``"alice"`` and ``"al\\ice"`` are nobody but ``alice``: RFC 5321 section 4.1.2.
+    """
+    if not local.startswith('"'):
+        return local
+    text = _QUOTED_PAIR.sub(r"\1", local[1:-1])
+    if _DOT_STRING.match(text) and not _has_space(text):
+        return text
+    return '"' + _TO_BE_QUOTED.sub(r"\\\g<0>", text) + '"'
 
 
 def ascii_host(host: object) -> str:

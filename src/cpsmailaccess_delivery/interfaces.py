@@ -633,7 +633,10 @@ class ISendingPolicy(Interface):
 
 
 class IJournal(Interface):
-    """The searchable log of what happened to each mail.  Deletable without harm."""
+    """The searchable log of what happened to each mail.  Deletable without harm.
+
+    It has envelopes and the words of relays, and nothing of a message, not its subject either.
+    """
 
     trouble = Attribute("Why it could not be written last time (str)")
 
@@ -762,6 +765,7 @@ class IOutbox(Interface):
     keys = Attribute("`key.KeySource` of the vault")
     presence = Attribute("IPresence of this process")
     witness = Attribute("ITransactionWitness, or None: what is in doubt is held")
+    helo_name = Attribute("How it introduces itself to relays (str)")
     processors = Attribute("Those that were made here: tuple[IQueueProcessor, ...]")
 
     def processor(*, unclear: str | None = None) -> IQueueProcessor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import platform
 import re
 from email.errors import MessageError
+from email.header import decode_header, make_header
 from email.message import Message
 from email.policy import EmailPolicy
 from email.utils import formatdate, getaddresses, make_msgid
 from typing import Final
 
-from .address import ascii_host
+from .address import ascii_host, check_address
 from .errors import InvalidAddress, InvalidMessage, MessageTooLarge
 
 #: Bytes of a message that `send` takes unless the outbox says otherwise.
@@ -33,7 +34,12 @@ _FIELD = re.compile(
 _MESSAGE_ID = re.compile(r"<([^<>\s\x00-\x1f\x7f]{1,250})>\Z")
 _BCC: Final = (b"bcc", b"resent-bcc")
 _AUTHORS: Final = (b"from", b"sender", b"resent-from", b"resent-sender")
-_LIKE_AN_ADDRESS = re.compile(r'[^\s<>()",;:]+@[^\s<>()",;:]+')
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_BETWEEN_ADDRESSES = re.compile(r'[\s<>()",;:]+')
+
+#: Bytes of the fields, and addresses in them, that say whom a message is from.
+_MAX_AUTHORS_TEXT: Final = 64 * 1024
+_MAX_AUTHORS: Final = 200
 
 # What relays refuse or readers cannot decode: RFC 5322 section 2.1.1, RFC 2047 section 2.
 _LONG_LINE = re.compile(rb"[^\r\n]{999}")
@@ -138,21 +144,64 @@ def _join(pieces: list[bytes]) -> bytes:
 def authors(data: bytes) -> tuple[str, ...]:
     """Return whom a message says it is from: addresses in From, Sender and Resent- forms.
 
-    As they stand there, unchecked.  Of a field that cannot be read, whatever looks like one.
+    As they stand there, and as a reader may understand them who is more lenient than we are.  Of
+    a field that cannot be read, whatever looks like an address.  Raises `InvalidMessage`: they are
+    too many to be asked about.
     """
-    found: list[str] = []
+    fields = []
     position = 0
     while match := _FIELD.match(data, position):
         position = match.end()
-        if match[1].lower() not in _AUTHORS:
-            continue
-        value = " ".join(match[2].decode("utf-8", "replace").split())
-        try:
-            addresses = [address for _, address in getaddresses([value]) if "@" in address]
-        except RecursionError:  # comments in comments in comments
-            addresses = []
-        found += addresses or _LIKE_AN_ADDRESS.findall(value)
-    return tuple(dict.fromkeys(found))
+        if match[1].lower() in _AUTHORS:
+            fields.append(match[2])
+    size = sum(map(len, fields))
+    if size > _MAX_AUTHORS_TEXT:
+        raise InvalidMessage(
+            f"From, Sender and their like: have {size:,} bytes: at most {_MAX_AUTHORS_TEXT:,}"
+        )
+    found: dict[str, None] = {}
+    for field in fields:
+        text = " ".join(field.decode("utf-8", "replace").split())
+        found |= dict.fromkeys(_addresses_in(text))
+    if len(found) > _MAX_AUTHORS:
+        raise InvalidMessage(
+            f"From, Sender and their like: name {len(found)} addresses: at most {_MAX_AUTHORS}"
+        )
+    return tuple(found)
+
+
+def _addresses_in(value: str) -> list[str]:
+    value = _CONTROL.sub("", value)
+    try:
+        found = [address for _, address in getaddresses([value]) if "@" in address]
+    except RecursionError:  # comments in comments in comments
+        found = []
+    if not found or not all(map(_is_address, found)):
+        found += _like_addresses(value)
+        if "=?" in value:  # an encoded word has no place in an address, yet readers decode it
+            found += _like_addresses(_decoded(value))
+    else:
+        found += [_decoded(address) for address in found if "=?" in address]
+    return [address.rstrip(".") for address in found]
+
+
+def _like_addresses(value: str) -> list[str]:
+    return [word for word in _BETWEEN_ADDRESSES.split(value) if "@" in word.strip("@")]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        check_address(text)
+    except InvalidAddress:
+        return False
+    return True
+
+
+def _decoded(text: str) -> str:
+    try:
+        return str(make_header(decode_header(text)))
+    except (MessageError, ValueError, LookupError):
+        return text
 
 
 def find_message_id(data: bytes) -> str | None:

@@ -19,8 +19,11 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 #: Reaches the IPv4 address in the last 32 bits (RFC 6052).
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
-#: The same within one site, who knows where (RFC 8215); Python 3.11 takes it for global.
-_LOCAL_NAT64: Final = ipaddress.IPv6Network("64:ff9b:1::/48")
+#: What the Internet has of IPv6 (RFC 4291 section 2.4, IANA).  Python takes more for global:
+#: site-local addresses (RFC 3879), IPv4 in ::/96 and ::ffff:0:0:0/96, NAT64 within a site
+#: (RFC 8215), and documentation (RFC 9637).
+_ASSIGNED: Final = ipaddress.IPv6Network("2000::/3")
+_DOCUMENTATION: Final = ipaddress.IPv6Network("3fff::/20")
 
 
 def check_networks(networks: Iterable[str]) -> tuple[str, ...]:
@@ -61,4 +64,6 @@ def _meant(address: _Address) -> _Address:
 
 
 def _is_public(address: _Address) -> bool:
-    return address.is_global and not address.is_multicast and address not in _LOCAL_NAT64
+    if address.version == 6 and (address not in _ASSIGNED or address in _DOCUMENTATION):
+        return False
+    return address.is_global and not address.is_multicast

@@ -173,6 +173,11 @@ class Outbox:
             )
         return status
 
+    @property
+    def helo_name(self) -> str:
+        """How we introduce ourselves to relays (RFC 5321 section 4.1.1.1)."""
+        return self._helo_name or own_host_name()
+
     def resume(self, lane: str) -> None:
         """Let a lane that waits (see `ISpool.lane_notes`) be tried now.
 
@@ -205,7 +210,7 @@ class Outbox:
             self.vault,
             self.journal,
             schedule=self._schedule,
-            reporting_mta=self._helo_name or own_host_name(),
+            reporting_mta=self.helo_name,
             loop=no_loop,
             thread=no_loop,
             clock=self._clock,

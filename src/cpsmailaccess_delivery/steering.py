@@ -53,10 +53,14 @@ def release(queue: Queue, mail: str | Entry) -> list[Record]:
     Raises `NotHeld`, `NoSuchEntry`, `EntryBusy`.
     """
     for record in queue.find(mail):
-        unclear = any(outcome.state is State.UNCLEAR for outcome in record.outcomes.values())
-        if record.entry.state not in _RELEASABLE and not unclear:
+        if record.entry.state not in _RELEASABLE and not is_unclear(record):
             raise NotHeld(f"{record.entry.id} is {record.entry.state}, not held: see retry")
     return queue.release(mail)
+
+
+def is_unclear(record: Record) -> bool:
+    """Tell whether of any recipient nobody knows whether he has got the mail."""
+    return any(outcome.state is State.UNCLEAR for outcome in record.outcomes.values())
 
 
 def entries_of(queue: Queue, ids: Collection[str]) -> list[str | Entry]:

@@ -75,30 +75,39 @@ class _NoMails:
         self.over.set()
 
 
-async def check_async(account: Account, secret: Secret | None, *, helo_name: str) -> Report:
+async def check_async(
+    account: Account, secret: Secret | None, *, helo_name: str, deadline: float | None = None
+) -> Report:
     """See `check`; in a running event loop."""
     source = _NoMails()
     session = Session(account, secret, source, helo_name=helo_name, loop=asyncio.get_running_loop())
     session.connect()
+    late = ""
     try:
-        await source.over.wait()
+        async with asyncio.timeout(deadline):
+            await source.over.wait()
+    except TimeoutError as error:
+        source.failure = Failure(Phase.CONNECT, None, error)
+        late = f"{account.relay} is too slow: not done within {deadline:g} seconds."
     finally:
         session.abort()
-    ok = source.ready
+    ok = source.ready and not late
     failure = source.failure or Failure(Phase.CONNECT, None, ConnectionResetError("interrupted"))
     return Report(
         ok=ok,
         steps=tuple(source.steps),
         tls=source.tls,
         capabilities=session.capabilities,
-        problem="" if ok else explain(account, failure),
+        problem="" if ok else late or explain(account, failure),
         failure=None if ok else failure,
     )
 
 
-def check(account: Account, secret: Secret | None, *, helo_name: str) -> Report:
+def check(
+    account: Account, secret: Secret | None, *, helo_name: str, deadline: float | None = None
+) -> Report:
     """Try to log in as this account; no mail is sent.  Never raises for what goes wrong.
 
-    Takes as long as the account's time-outs let it.
+    `deadline`: seconds that all of it may take; None: as long as the account's time-outs let it.
     """
-    return asyncio.run(check_async(account, secret, helo_name=helo_name))
+    return asyncio.run(check_async(account, secret, helo_name=helo_name, deadline=deadline))

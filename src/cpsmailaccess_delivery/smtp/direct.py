@@ -65,29 +65,42 @@ class _OneMail:
 
 
 def send_directly(
-    account: Account, secret: Secret | None, letter: Letter, *, helo_name: str
+    account: Account,
+    secret: Secret | None,
+    letter: Letter,
+    *,
+    helo_name: str,
+    deadline: float | None = None,
 ) -> Mapping[str, Result]:
     """Send a mail through an account; return the result of each recipient.
 
-    Never raises for what goes wrong, and takes as long as the account's time-outs let it.  Not
-    in a thread whose event loop runs.
+    `deadline`: seconds that all of it may take; None: as long as the account's time-outs let it.
+    Never raises for what goes wrong.  Not in a thread whose event loop runs.
     """
-    return asyncio.run(_send(account, secret, letter, helo_name))
+    return asyncio.run(_send(account, secret, letter, helo_name, deadline))
 
 
 async def _send(
-    account: Account, secret: Secret | None, letter: Letter, helo_name: str
+    account: Account,
+    secret: Secret | None,
+    letter: Letter,
+    helo_name: str,
+    deadline: float | None,
 ) -> Mapping[str, Result]:
     source = _OneMail(letter)
     session = Session(account, secret, source, helo_name=helo_name, loop=asyncio.get_running_loop())
     session.connect()
+    late: Result | None = None
     try:
-        await source.over.wait()
+        async with asyncio.timeout(deadline):
+            await source.over.wait()
+    except TimeoutError:
+        late = Result(Phase.CONNECT, None, TimeoutError(f"not sent within {deadline:g} seconds"))
     finally:
         session.abort()
     if source.results is not None:
         return source.results
-    why: Result | None = source.failure
+    why: Result | None = late or source.failure
     if source.error is not None:
         why = Result(Phase.MAIL, None, source.error)
     if why is None:

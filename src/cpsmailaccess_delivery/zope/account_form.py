@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..account import HIDDEN, Account
+from ..account import HIDDEN, Account, goes_elsewhere
 from ..errors import InvalidAccount
 
 _NUMBERS: Final[dict[str, type[int] | type[float]]] = {
@@ -39,6 +39,13 @@ def shown(account: Account | None) -> dict[str, str]:
         else str(values[name])
         for name in FIELDS
     }
+
+
+def password_state(account: Account) -> str:
+    """Return what may be said of a password."""
+    if account.password_from is not None:
+        return f"read from {account.password_from}"
+    return "set" if account.password is not None else "not set"
 
 
 def typed(texts: Mapping[str, str]) -> dict[str, Any]:
@@ -103,13 +110,10 @@ def check_source(before: Account | None, account: Account) -> None:
     """
     if before is None or account.password_from is None:
         return
-    weaker = (account.security == "plain" and before.security != "plain") or (
-        account.verify is False and before.verify is not False
-    )
-    if account.host != before.host or weaker:
+    if goes_elsewhere(before, account):
         raise InvalidAccount(
             f"account {account.mailbox}: the password of {account.password_from} is for"
-            f" {before.host}, as securely as now: give a password for another host, or for less"
+            f" {before.relay}, as securely as now: give a password for another relay, or for less"
             " security"
         )
 

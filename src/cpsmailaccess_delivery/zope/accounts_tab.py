@@ -11,14 +11,16 @@ from AccessControl.SecurityInfo import ClassSecurityInfo
 from ..account import Account
 from ..envelope import Route, lane_key
 from ..errors import InvalidAccount, NoSuchAccount, OutboxError
-from .account_form import FIELDS, changed, shown
-from .page import action, page, redirect, render, template, text, texts
+from .account_form import FIELDS, changed, password_state, shown
+from .page import action, as_typed, page, redirect, render, template, text, texts
 from .paging import Page
 from .security import MANAGE_ACCOUNTS, typed_owner
 
 _LIST: Final = template("accounts")
 _FORM: Final = template("account")
 _DELETE: Final = template("delete_accounts")
+
+_NONE: Final = "Choose accounts first."
 
 
 class AccountsTab:
@@ -73,7 +75,7 @@ class AccountsTab:
         existing = outbox.accounts.get(before) if before else None
         typed = {name: text(REQUEST, name) for name in FIELDS}
         # as it was typed: a password may begin or end with a space
-        typed["password"] = str(REQUEST.form.get("password", ""))
+        typed["password"] = as_typed(REQUEST, "password")
         verify = bool(text(REQUEST, "verify"))
         try:
             account = changed(existing, typed, verify=verify)
@@ -99,7 +101,7 @@ class AccountsTab:
         outbox = self._outbox()
         accounts = [outbox.accounts.get(mailbox) for mailbox in texts(REQUEST, "mailboxes")]
         if not accounts:
-            return redirect(REQUEST, f"{self.absolute_url()}/manage_main", "Choose accounts first.")
+            return redirect(REQUEST, f"{self.absolute_url()}/manage_main", _NONE)
         waiting = Counter(entry.lane for entry in outbox.queue.entries())
         rows = [(each, waiting[lane_key(Route(each.mailbox))]) for each in accounts]
         return render(_DELETE, self, REQUEST, rows=rows, tab="Accounts")
@@ -110,6 +112,8 @@ class AccountsTab:
         """Delete the accounts of these mailboxes: all of them, or none."""
         accounts = self._outbox().accounts
         mailboxes = texts(REQUEST, "mailboxes")
+        if not mailboxes:
+            return redirect(REQUEST, f"{self.absolute_url()}/manage_main", _NONE)
         for mailbox in mailboxes:
             accounts.delete(mailbox)
         return redirect(
@@ -142,13 +146,6 @@ class AccountsTab:
 
 
 InitializeClass(AccountsTab)
-
-
-def password_state(account: Account) -> str:
-    """Return what may be said of a password."""
-    if account.password_from is not None:
-        return f"read from {account.password_from}"
-    return "set" if account.password is not None else "not set"
 
 
 def _matches(account: Account, search: str) -> bool:

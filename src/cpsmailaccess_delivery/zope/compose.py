@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
+import time
 from datetime import datetime
+from hashlib import sha256
 from typing import Any, Final
 
 from zope.component import getUtility
 from zope.sendmail.interfaces import IMailDelivery
+from ZPublisher.HTTPRequest import FileUpload
 
 from ..errors import InvalidOption, NoSuchAccount, OutboxError
 from .letter import Attachment, letter, recipients_of
 from .page import action, redirect, template, text
 from .security import SEND_MAIL
+from .subjects import Subjects
 from .user_page import UserPage
 
 _FORM: Final = template("compose")
@@ -41,9 +44,8 @@ class Compose(UserPage):
         try:
             mailbox = self.own_account(typed["mailbox"]).mailbox
             recipients = recipients_of(typed["to"])
-            message = letter(
-                mailbox, recipients, typed["subject"], typed["text"], _attachments(REQUEST)
-            )
+            attachments = _attachments(REQUEST)
+            message = letter(mailbox, recipients, typed["subject"], typed["text"], attachments)
             delivery = getUtility(IMailDelivery, self.mail_accounts().delivery_name)
             message_id = delivery.send(
                 mailbox,
@@ -51,8 +53,9 @@ class Compose(UserPage):
                 message,
                 undo=UNDO,
                 not_before=_later(typed["later"]),
-                idempotency_key=self._key(typed["key"]),
+                idempotency_key=self._key(typed, attachments),
             )
+            Subjects(self.context).note(self.owner, message_id, typed["subject"], time.time())
         except NoSuchAccount:
             return self._form(REQUEST, typed, "Choose one of your mailboxes.")
         except OutboxError as error:
@@ -74,16 +77,20 @@ class Compose(UserPage):
             zone=datetime.now().astimezone().strftime("%Z"),
         )
 
-    def _key(self, typed: str) -> str | None:
-        """One form is one mail, however often its button is pressed; nobody else's is meant."""
-        if not typed:
+    def _key(self, typed: dict[str, str], attachments: list[Attachment]) -> str | None:
+        """One form is one mail, however often its button is pressed; nobody else's is meant.
+
+        Whoever goes back to a form and writes something else in it has written another mail.
+        """
+        if not typed["key"]:
             return None
-        return "compose-" + hashlib.sha256(f"{self.owner}\0{typed}".encode()).hexdigest()
+        files = [(file.name, file.type, sha256(file.content).digest()) for file in attachments]
+        return "compose-" + sha256(repr((self.owner, typed, files)).encode()).hexdigest()
 
 
 def _attachments(request: Any) -> list[Attachment]:
     upload = request.form.get("attachment")
-    if not getattr(upload, "filename", ""):
+    if not isinstance(upload, FileUpload) or not upload.filename:
         return []
     kind = upload.headers.get("content-type", "").partition(";")[0].strip()
     return [Attachment(upload.filename, kind, upload.read())]

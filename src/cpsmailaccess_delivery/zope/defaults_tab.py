@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Final
 from AccessControl.class_init import InitializeClass
 from AccessControl.SecurityInfo import ClassSecurityInfo
 
-from ..account import DEFAULT_MAILBOX, Account
-from ..errors import InvalidAccount, NoSuchAccount, OutboxError
-from .outboxes import delivery_names, outbox_of
+from ..errors import InvalidAccount, OutboxError
+from .claims import Claims, claims_of
+from .outboxes import delivery_names, outbox_of, site_account
 from .page import action, page, redirect, render, template, text, texts, typed_title
 from .policy import USER_FIELDS, Policy
 from .security import MANAGE_ACCOUNTS, check_manages_site
@@ -74,7 +74,8 @@ class DefaultsTab:
             )
         except OutboxError as error:
             return self._defaults_form(REQUEST, str(error))
-        refused = _limit_accounts(self._outbox(), policy)
+        claims = claims_of(self.getPhysicalRoot(), self.delivery_name)
+        refused = _limit_accounts(self._outbox(), policy, claims)
         self._set_policy(policy)
         message = "Saved."
         if refused:
@@ -104,23 +105,18 @@ class DefaultsTab:
 InitializeClass(DefaultsTab)
 
 
-def site_account(outbox: Any) -> Account | None:
-    """Return the default account, which is the site-wide relay, or None."""
-    try:
-        account: Account = outbox.accounts.get(DEFAULT_MAILBOX)
-    except NoSuchAccount:
-        return None
-    return account
+def _limit_accounts(outbox: Any, policy: Policy, claims: Claims) -> list[str]:
+    """Put the accounts of users within a policy; return the mailboxes whose relay it refuses.
 
-
-def _limit_accounts(outbox: Any, policy: Policy) -> list[str]:
-    """Put the accounts of users within a policy; return the mailboxes whose relay it refuses."""
+    What the administrator has given to somebody is as he has set it up.
+    """
     refused = []
     for account in outbox.accounts.list():
-        if not account.networks:  # the administrator has chosen its relay
+        trusted = () if account.networks else (account.relay,)  # that of the site
+        if trusted and not claims.since(account.mailbox, account.owner):
             continue
         try:
-            limited = policy.limited(account)
+            limited = policy.limited(account, trusted)
         except InvalidAccount:
             refused.append(account.mailbox)
             continue

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from Products.GenericSetup.interfaces import ISetupEnviron
 from Products.MailHost.exportimport import MailHostXMLAdapter
 from zope.component import adapter
 
 from .mailhost import IMailboxHost
-from .mailhost_form import IMMEDIATE
+from .mailhost_form import IMMEDIATE, may_keep_password
+from .security import check_manages_site
+
+_TEXTS: Final = ("smtp_host", "smtp_uid", "smtp_queue_directory", "delivery_name", "immediate")
+_SWITCHES: Final = ("smtp_queue", "force_tls", "implicit_tls", "route_by_user")
 
 
 @adapter(IMailboxHost, ISetupEnviron)
@@ -28,23 +32,21 @@ class MailboxHostXMLAdapter(MailHostXMLAdapter):
     def _importNode(self, node: Any) -> None:
         host = self.context
         given = dict(node.attributes.items())
-        relay = host.smtp_host, int(host.smtp_port)
-        for name in ("smtp_host", "smtp_uid", "smtp_queue_directory", "delivery_name"):
-            if name in given:
-                setattr(host, name, given[name])
+        if given.get("delivery_name", host.delivery_name) != host.delivery_name:
+            check_manages_site(host)
+        changes: dict[str, Any] = {name: given[name] for name in _TEXTS if name in given}
+        changes |= {
+            name: self._convertToBoolean(given[name]) for name in _SWITCHES if name in given
+        }
         if "smtp_port" in given:
-            host.smtp_port = int(given["smtp_port"])
-        for name in ("smtp_queue", "force_tls", "implicit_tls", "route_by_user"):
-            if name in given:
-                setattr(host, name, self._convertToBoolean(given[name]))
-        if "immediate" in given:
-            if given["immediate"] not in IMMEDIATE:
-                raise ValueError(
-                    f"immediate={given['immediate']!r}: is one of {', '.join(IMMEDIATE)}"
-                )
-            host.immediate = given["immediate"]
-        if (host.smtp_host, host.smtp_port) != relay:
-            host.smtp_pwd = ""  # it was for another relay
+            changes["smtp_port"] = int(given["smtp_port"])
+        if changes.get("immediate", host.immediate) not in IMMEDIATE:
+            raise ValueError(f"immediate={given['immediate']!r}: is one of {', '.join(IMMEDIATE)}")
+        relay = ("smtp_host", "smtp_port", "force_tls", "implicit_tls")
+        if not may_keep_password(host, {n: changes.get(n, getattr(host, n)) for n in relay}):
+            changes["smtp_pwd"] = ""
+        for name, value in changes.items():
+            setattr(host, name, value)
         if given.get("smtp_pwd"):
             self._logger.warning(
                 "smtp_pwd is not imported: give a relay with a login to an account of the outbox"

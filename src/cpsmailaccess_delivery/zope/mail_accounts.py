@@ -14,8 +14,8 @@ from AccessControl.SecurityInfo import ClassSecurityInfo
 from OFS.SimpleItem import SimpleItem
 
 from .accounts_tab import AccountsTab
-from .claims import Claims
 from .defaults_tab import DefaultsTab
+from .guarded import Guarded
 from .outboxes import DEFAULT_NAME, META_TYPE, WithOutbox, delivery_names
 from .page import action, page, redirect, render, template, text, typed_title
 from .processor_tab import ProcessorTab
@@ -28,7 +28,15 @@ _ADD_FORM = template("add")
 
 
 class MailAccounts(
-    AccountsTab, Trial, DefaultsTab, QueueTab, Steering, ProcessorTab, WithOutbox, SimpleItem
+    Guarded,
+    AccountsTab,
+    Trial,
+    DefaultsTab,
+    QueueTab,
+    Steering,
+    ProcessorTab,
+    WithOutbox,
+    SimpleItem,
 ):
     """An outbox in the ZMI."""
 
@@ -55,7 +63,6 @@ class MailAccounts(
         self.id = id
         self.title = title
         self.delivery_name = delivery
-        self._claims = Claims()
 
     @security.public
     def getBookmarkableURLs(self) -> bool:

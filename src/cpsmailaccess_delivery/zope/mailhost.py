@@ -25,10 +25,10 @@ from ZPublisher import zpublish
 
 from ..account import Account
 from ..errors import InvalidAddress, InvalidSettings, NotQueued, UnknownMailbox, VaultError
-from .defaults_tab import site_account
+from .guarded import Guarded
 from .immediate import send_now
 from .mailhost_form import IMMEDIATE_SENDS, MailboxHostForm
-from .outboxes import DEFAULT_NAME, outbox_of
+from .outboxes import DEFAULT_NAME, outbox_of, site_account
 from .security import current_owner
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class IMailboxHost(IMailHost):
 
 
 @implementer(IMailboxHost)
-class MailboxHost(MailboxHostForm, stock.MailHost):
+class MailboxHost(Guarded, MailboxHostForm, stock.MailHost):
     """See the module.
 
     ``delivery_name``: of the delivery utility whose outbox it is.  ``immediate``: what becomes of
@@ -76,6 +76,7 @@ class MailboxHost(MailboxHostForm, stock.MailHost):
         sender = envelope_sender(mfrom)
         account = self._account(outbox, sender)
         if account is None:
+            outbox.delivery.check_policy(None, sender, messageText)
             self._send_as_stock(mfrom, mto, messageText, immediate)
             return
         recipients = envelope_recipients(mto)

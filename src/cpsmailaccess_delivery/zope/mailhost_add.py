@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from Acquisition import aq_chain, aq_inner
+
 from ..errors import InvalidSettings
 from .mailhost import MailboxHost
 from .mailhost_form import mails_left_over
 from .mailhost_swap import ours_of, stock_ids, swap
-from .outboxes import DEFAULT_NAME, delivery_names, outbox_of
+from .outboxes import DEFAULT_NAME, delivery_names, outbox_of, shown_near
 from .page import action, page, redirect, render, template, text, typed_title
+from .security import check_manages_site
 
 #: In the list of what can be added: two classes have the meta type "Mail Host".
 ADD_NAME: Final = "Mailbox Host"
@@ -35,6 +38,8 @@ def manage_addMailboxHost(dispatcher: Any, REQUEST: Any) -> str:
     """Add one, or replace a stock MailHost of the folder by one."""
     container, delivery = dispatcher.this(), text(REQUEST, "delivery")
     outbox = outbox_of(delivery)
+    if shown_near(aq_chain(aq_inner(container)), outbox.location) is None:
+        check_manages_site(container)  # it is not the outbox of this part of the site
     replaced = text(REQUEST, "replace")
     made = MailboxHost(replaced or text(REQUEST, "id"), typed_title(REQUEST))
     made.delivery_name = delivery

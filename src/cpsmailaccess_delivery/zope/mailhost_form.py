@@ -7,6 +7,7 @@ copied into the outbox and forgotten; a relay with a login is an account.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from AccessControl.class_init import InitializeClass
@@ -17,9 +18,8 @@ from Acquisition import aq_inner, aq_parent
 from ..account import DEFAULT_MAILBOX, Account, Security
 from ..address import ascii_host
 from ..errors import InvalidAccount, InvalidAddress, InvalidSettings, OutboxError
-from .defaults_tab import site_account
 from .mailhost_swap import stock_of, swap
-from .outboxes import delivery_names, outbox_of
+from .outboxes import delivery_names, outbox_of, site_account
 from .page import action, page, redirect, render, template, text, typed_title
 from .security import MANAGE_ACCOUNTS, check_manages_site
 
@@ -175,15 +175,24 @@ def _relay(request: Any) -> dict[str, Any]:
     }
 
 
-def _check_kept(mailhost: Any, relay: dict[str, Any]) -> None:
-    """A stored password goes to no other relay, and no less securely: nobody reads it there."""
-    if not mailhost.smtp_pwd:
-        return
+def may_keep_password(mailhost: Any, relay: Mapping[str, Any]) -> bool:
+    """Tell whether the stored password may be used at a relay: no other, and no less securely.
+
+    Where nobody can read the password, nobody may have it sent to where he can.  `relay`: the
+    attributes of a MailHost, as they are to be.
+    """
+    moved = (relay["smtp_host"], int(relay["smtp_port"])) != (
+        mailhost.smtp_host,
+        int(mailhost.smtp_port),
+    )
     weaker = (mailhost.force_tls or mailhost.implicit_tls) and not (
         relay["force_tls"] or relay["implicit_tls"]
     )
-    moved = (relay["smtp_host"], relay["smtp_port"]) != (mailhost.smtp_host, mailhost.smtp_port)
-    if moved or weaker:
+    return not (moved or weaker)
+
+
+def _check_kept(mailhost: Any, relay: dict[str, Any]) -> None:
+    if mailhost.smtp_pwd and not may_keep_password(mailhost, relay):
         raise InvalidSettings(
             f"the stored password is for {mailhost.smtp_host}:{mailhost.smtp_port}, as securely as"
             " now: forget it, too, and give another relay's login to an account"

@@ -10,10 +10,10 @@ from ..account import DEFAULT_PORT, Account
 from ..envelope import Route, lane_key
 from ..errors import InvalidAccount, NoSuchAccount, OutboxError
 from ..interfaces import State
-from .account_form import check_source, login, shown, typed
-from .accounts_tab import password_state
-from .defaults_tab import site_account
-from .page import action, page, redirect, template, text
+from .account_form import login, password_state, shown, typed
+from .claims import claims_of, claims_to_change
+from .outboxes import site_account
+from .page import action, as_typed, page, redirect, template, text
 from .policy import RELAY_FIELDS, Policy
 from .trial import check_account
 from .user_page import UserPage
@@ -51,7 +51,7 @@ class MyMailboxes(UserPage):
         existing = self.own_account(before) if before else None
         texts = {name: text(REQUEST, name) for name in shown(None)}
         # as it was typed: a password may begin or end with a space
-        texts["password"] = str(REQUEST.form.get("password", ""))
+        texts["password"] = as_typed(REQUEST, "password")
         try:
             account = self._wanted(existing, texts)
             if existing is None:
@@ -60,7 +60,7 @@ class MyMailboxes(UserPage):
         except OutboxError as error:
             return self._form(REQUEST, existing, texts, str(error))
         if existing is None:
-            self.mail_accounts()._claims.take(account.mailbox, self.owner, time.time())
+            self._take(account.mailbox)
         done = "added" if existing is None else "saved"
         return redirect(REQUEST, f"{self.url}/edit", mailbox=account.mailbox, done=done)
 
@@ -87,7 +87,7 @@ class MyMailboxes(UserPage):
                 " back first, or wait until they are sent"
             )
         self._outbox.accounts.delete(account.mailbox)
-        self.mail_accounts()._claims.take(account.mailbox, self.owner, time.time())
+        self._take(account.mailbox)
         return redirect(REQUEST, self.url, done="deleted")
 
     @property
@@ -146,15 +146,13 @@ class MyMailboxes(UserPage):
             chosen |= login(existing, username, texts["password"])
         if existing is None:
             policy.may_add(texts["mailbox"], len(self.own_accounts()))
-        account = policy.account(
+        return policy.account(
             existing.mailbox if existing else texts["mailbox"],
             owner=self.owner,
             chosen=chosen,
             existing=existing,
             site=site_account(self._outbox),
         )
-        check_source(existing, account)
-        return account
 
     def _check_free(self, mailbox: str) -> None:
         """Raise `InvalidAccount` when a mailbox is, or was, somebody else's."""
@@ -166,11 +164,18 @@ class MyMailboxes(UserPage):
             if taken.owner == self.owner:
                 raise InvalidAccount(f"mailbox {mailbox}: you have it already: change its settings")
             raise InvalidAccount(f"mailbox {mailbox}: is set up already: ask the administrator")
-        self.mail_accounts()._claims.check(mailbox, self.owner)
+        near = self.mail_accounts()
+        claims_of(near.getPhysicalRoot(), near.delivery_name).check(mailbox, self.owner)
         if self._waiting(mailbox):
             raise InvalidAccount(
                 f"mailbox {mailbox}: mails from before wait for it: ask the administrator"
             )
+
+    def _take(self, mailbox: str) -> None:
+        """Note that he has it, or had it, from now on."""
+        near = self.mail_accounts()
+        claims = claims_to_change(near.getPhysicalRoot(), near.delivery_name)
+        claims.take(mailbox, self.owner, time.time())
 
     def _waiting(self, mailbox: str) -> int:
         """Count the mails that would leave through the account of a mailbox."""

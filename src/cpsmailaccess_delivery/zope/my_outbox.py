@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Final
 
 from ..errors import InvalidOption
 from ..interfaces import State
-from .own_mails import KINDS, Mail
+from .own_mails import KINDS, Mail, OwnMails
 from .page import action, link, page, redirect, template, text
 from .paging import Page
+from .subjects import Subjects
 from .throttle import Throttle
 from .user_page import UserPage
 
@@ -46,7 +47,7 @@ class MyOutbox(UserPage):
     def __call__(self) -> str:
         """List them, all or those of one kind, a page at a time."""
         request, own = self.request, self.own_mails()
-        mails = own.list()
+        mails, older = own.list()
         kind = text(request, "kind")
         listed = Page.of(
             [mail for mail in mails if kind in (mail.kind, "")], text(request, "start")
@@ -58,8 +59,12 @@ class MyOutbox(UserPage):
             kind=kind,
             counts=[(each, counts[each]) for each in KINDS if counts[each]],
             total=len(mails),
+            older=older,
             page=listed,
-            rows=[(mail, own.subject(mail), in_words(mail, time.time())) for mail in listed.items],
+            rows=[
+                (mail, self._subject(own, mail), in_words(mail, time.time()))
+                for mail in listed.items
+            ],
             clock=clock,
         )
 
@@ -78,7 +83,7 @@ class MyOutbox(UserPage):
             _MAIL,
             REQUEST,
             mail=mail,
-            subject=own.subject(mail),
+            subject=self._subject(own, mail),
             words=in_words(mail, now),
             fates=_FATES,
             clock=clock,
@@ -100,6 +105,10 @@ class MyOutbox(UserPage):
             raise InvalidOption(f"You have tried often enough: try again in {wait:.0f} seconds.")
         own.retry(id)
         return redirect(REQUEST, f"{self.url}/mail", id=id, done="retried")
+
+    def _subject(self, own: OwnMails, mail: Mail) -> str:
+        subjects = Subjects(self.context)
+        return own.subject(mail) or subjects.of(self.owner, mail.message_id, mail.queued_at)
 
 
 def in_words(mail: Mail, now: float) -> str:

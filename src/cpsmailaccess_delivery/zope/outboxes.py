@@ -10,7 +10,8 @@ from Acquisition import aq_base
 from zope.component import getUtilitiesFor, queryUtility
 from zope.security.proxy import removeSecurityProxy
 
-from ..errors import InvalidSettings
+from ..account import DEFAULT_MAILBOX, Account
+from ..errors import InvalidSettings, NoSuchAccount
 from ..interfaces import IMailboxDelivery, IOutbox
 from .policy import Policy
 
@@ -45,6 +46,15 @@ def outbox_of(delivery_name: str) -> Any:
     return outbox
 
 
+def site_account(outbox: Any) -> Account | None:
+    """Return the default account, which is the site-wide relay, or None."""
+    try:
+        account: Account = outbox.accounts.get(DEFAULT_MAILBOX)
+    except NoSuchAccount:
+        return None
+    return account
+
+
 def mail_accounts_near(places: Iterable[Any]) -> Iterator[Any]:
     """Yield the *Mail accounts* objects that are these places, or in them: the first place's first.
 
@@ -55,6 +65,22 @@ def mail_accounts_near(places: Iterable[Any]) -> Iterator[Any]:
             yield place
         elif hasattr(aq_base(place), "objectIds"):
             yield from (place._getOb(id) for id in sorted(place.objectIds(META_TYPE)))
+
+
+def shown_near(places: Iterable[Any], location: str) -> Any:
+    """Return the first *Mail accounts* object of `mail_accounts_near` that shows an outbox.
+
+    `location`: of the outbox.  None: there is none.
+    """
+    location = os.path.realpath(location)
+    for found in mail_accounts_near(places):
+        try:
+            shown = found._outbox().location
+        except InvalidSettings:  # it shows none at all
+            continue
+        if os.path.realpath(shown) == location:
+            return found
+    return None
 
 
 class WithOutbox:

@@ -6,11 +6,11 @@ entry, never by Message-Id: that is part of the message, and whoever writes one 
 
 from __future__ import annotations
 
+import builtins
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from email import policy
-from email.parser import BytesHeaderParser
+from heapq import nlargest
 from typing import Any, Final
 
 from ..attempt import worst
@@ -19,6 +19,8 @@ from ..errors import InvalidOption, NoSuchEntry, OutboxError
 from ..interfaces import Entry, Outcome, Record, State
 from ..journal import MAX_LAG, Event
 from ..status import status_of
+from .header import header_of
+from .queue_view import MOST_OPENED
 
 #: Kinds of mails, in the order in which a page offers them.
 KINDS: Final = ("scheduled", "waiting", "sent", "refused", "unclear", "taken back")
@@ -78,16 +80,23 @@ class OwnMails:
         self._outbox = outbox
         self._since = since
 
-    def list(self) -> list[Mail]:
-        """Return them, the newest first: those in the spool, and as far as the journal goes."""
+    def list(self) -> tuple[list[Mail], int]:
+        """Return them, the newest first, and how many older ones in the spool were not opened.
+
+        Those that have left the spool as far as the journal goes.
+        """
+        entries = self._entries()
+        newest = nlargest(MOST_OPENED, entries, key=lambda entry: (entry.staged_at, entry.id))
         found = {mail.id: mail for mail in self._gone()}
-        found |= {mail.id: mail for mail in self._waiting()}
-        return sorted(found.values(), key=lambda mail: (mail.queued_at, mail.id), reverse=True)
+        found |= {mail.id: mail for mail in self._opened(newest)}
+        mails = sorted(found.values(), key=lambda mail: (mail.queued_at, mail.id), reverse=True)
+        return mails, len(entries) - len(newest)
 
     def get(self, id: str) -> Mail:
         """Return one.  Raises `NoSuchEntry`, whether it is another's or nobody's."""
         for patience in (MAX_LAG, 0.0):
-            for mail in self.list():
+            entries = [entry for entry in self._entries() if entry.id == id]
+            for mail in (*self._opened(entries), *self._gone()):
                 if mail.id == id:
                     return mail
             time.sleep(patience)  # another process has settled it, and its journal is behind
@@ -96,7 +105,8 @@ class OwnMails:
     def sent_as(self, mailbox: str, message_id: str) -> Mail:
         """Return the mail that `send` has just named.  Raises `NoSuchEntry`."""
         for patience in (MAX_LAG, 0.0):
-            for mail in self.list():
+            entries = [record.entry for record in self._outbox.spool.find(message_id)]
+            for mail in (*self._opened(entries), *self._gone()):
                 if (mail.mailbox, mail.message_id) == (mailbox, message_id):
                     return mail
             time.sleep(patience)
@@ -117,26 +127,29 @@ class OwnMails:
         self._outbox.queue.retry(mail.entry)
 
     def subject(self, mail: Mail) -> str:
-        """Return its subject, as far as it is in the spool and not huge: hostile text."""
+        """Return its subject, as far as it is in the spool and not huge."""
         if mail.entry is None or mail.size > _READ:
             return ""
         try:
             message = self._outbox.spool.read_message(mail.entry)
         except OutboxError:  # it has just gone
             return ""
-        header = BytesHeaderParser(policy=policy.default).parsebytes(message)
-        return str(header.get("Subject", ""))
+        fields = header_of(message)  # which is quick, whatever it is
+        return next((value for name, value in fields if name.lower() == "subject"), "")
 
     def _is_own(self, mailbox: str, entry_id: str) -> bool:
         return mailbox in self._since and _staged_at(entry_id) >= self._since[mailbox]
 
-    def _waiting(self) -> Iterator[Mail]:
-        spool, now = self._outbox.spool, time.time()
+    def _entries(self) -> builtins.list[Entry]:
+        """Return the entries in the spool that may be his: the lane is an index only."""
         lanes = {lane_key(Route(mailbox)) for mailbox in self._since}
+        return [entry for entry in self._outbox.spool.scan() if entry.lane in lanes]
+
+    def _opened(self, entries: Iterable[Entry]) -> Iterator[Mail]:
+        """Yield the mails of these entries that are his, as their envelopes say."""
+        spool, now = self._outbox.spool, time.time()
         notes = spool.lane_notes()
-        for entry in spool.scan():
-            if entry.lane not in lanes:  # an index; whose it is says the envelope
-                continue
+        for entry in entries:
             try:
                 record = spool.load(entry)
             except (NoSuchEntry, ValueError):

@@ -117,8 +117,13 @@ def text(request: Any, name: str) -> str:
 
     Zope lets a browser send lists and records in the place of texts: those are none.
     """
+    return as_typed(request, name).strip()
+
+
+def as_typed(request: Any, name: str) -> str:
+    """Return a field as `text` does, white space and all; what is no UTF-8 becomes ``?``."""
     value = request.form.get(name, "")
-    return value.strip() if isinstance(value, str) else ""
+    return _encodable(value) if isinstance(value, str) else ""
 
 
 def typed_title(request: Any) -> str:
@@ -133,7 +138,12 @@ def texts(request: Any, name: str) -> list[str]:
     """Return a field that may be there several times, or have several lines."""
     value = request.form.get(name, ())
     values = value if isinstance(value, list | tuple) else str(value).splitlines()
-    return [each.strip() for each in values if isinstance(each, str) and each.strip()]
+    return [_encodable(each).strip() for each in values if isinstance(each, str) and each.strip()]
+
+
+def _encodable(value: str) -> str:
+    """Zope decodes bytes that are no UTF-8 to lone surrogates, which no page can show."""
+    return value.encode("utf-8", "replace").decode("utf-8")
 
 
 def _saying_problems(method: Method) -> Method:

@@ -14,12 +14,21 @@ from ..account import Account, normalise_mailbox
 from ..address import ascii_host
 from ..errors import InvalidAccount, InvalidAddress
 from ..networks import PUBLIC, check_networks, is_within
+from .account_form import check_source
 
 #: Fields of an account that users may choose themselves; others come from the site's relay.
 RELAY_FIELDS: Final = ("host", "port", "security")
 LOGIN_FIELDS: Final = ("username", "password")
 LIMIT_FIELDS: Final = ("connections", "mails_per_minute")
 USER_FIELDS: Final = RELAY_FIELDS + LOGIN_FIELDS + LIMIT_FIELDS
+
+#: Before the @, of addresses that are nobody's own: sites write in their name, and who had one as a
+#: mailbox would have their mail leave through his relay (RFC 2142, and what is usual).
+_ROLES: Final = (
+    "abuse admin administrator bounce bounces do-not-reply donotreply help hostmaster info"
+    " mailer-daemon no-reply noc noreply postmaster root security service support system"
+    " webmaster www zope"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +96,11 @@ class Policy:
             raise InvalidAccount(
                 f"mailbox {mailbox}: the administrator lets you set up mailboxes in: {allowed}"
             )
+        if mailbox.partition("@")[0].partition("+")[0] in _ROLES.split():
+            raise InvalidAccount(
+                f"mailbox {mailbox}: is an address of the site, not of a person: ask the"
+                " administrator"
+            )
         if owned >= self.accounts:
             raise InvalidAccount(
                 f"mailbox {mailbox}: you have {owned} accounts, which is the limit"
@@ -105,21 +119,25 @@ class Policy:
 
         `chosen`: fields of an account, of which only `Policy.fields` count.  `existing`: the
         account as it was, which is his.  `site`: the default account, whose relay he gets when
-        he chooses none.  Raises `InvalidAccount`.
+        he chooses none.  A password that the administrator reads from somewhere
+        (``password_from``) goes nowhere else.  Raises `InvalidAccount`.
         """
         wanted = {name: value for name, value in chosen.items() if name in self.fields}
         relay = {name: getattr(site, name) for name in RELAY_FIELDS} if site else {}
-        if site and wanted.get("host", site.host) == site.host:
-            relay["verify"] = site.verify  # as the administrator verifies that relay
         base = existing.public() if existing else {"mailbox": mailbox}
         settings = {**relay, **base, **wanted, "owner": owner}
-        if existing and "password" not in wanted:
-            settings["password"] = existing.password
         if "host" not in settings:
             raise InvalidAccount(
                 f"mailbox {mailbox}: the site has no default relay, and you may choose none: ask"
                 " the administrator"
             )
+        if existing is None or settings["host"] != existing.host:
+            # As the administrator verifies that relay, or as usual.
+            settings["verify"] = site.verify if site and settings["host"] == site.host else True
+        if existing and "password" not in wanted:
+            settings["password"] = existing.password
+        if settings.get("password") is not None or settings.get("username") is None:
+            settings["password_from"] = None
         trusted = {
             account.relay for account in (site, existing) if account and not account.networks
         }
@@ -129,6 +147,7 @@ class Policy:
                 f"account {account.mailbox}: host={account.host!r}: is in no network that the"
                 f" administrator allows: {', '.join(account.networks)}"
             )
+        check_source(existing, account)
         return account
 
     def limited(self, account: Account, trusted: Collection[str] = ()) -> Account:

@@ -15,11 +15,12 @@ from ..journal import Event
 from ..queue import record_as_seen
 from ..search import search
 from ..wording import clean, moment, upcoming
+from .choosing import selection_of
 from .header import header_of
 from .page import page, redirect, render, template, text
 from .queue_view import AGE_COLUMNS, AGES, MOST_OPENED, STATES, Look
 from .security import MANAGE_ACCOUNTS, MANAGE_QUEUE
-from .steering import possible, selection_of
+from .steering import possible
 
 _QUEUE: Final = template("queue")
 _MAIL: Final = template("mail")

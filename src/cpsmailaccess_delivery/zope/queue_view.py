@@ -76,6 +76,10 @@ class Selection:
         """What a link keeps of it."""
         return {name: value for name, value in vars(self).items() if value}
 
+    def but(self, **changes: object) -> dict[str, str]:
+        """Return the query of the same selection with other texts for some of its fields."""
+        return {name: str(value) for name, value in {**vars(self), **changes}.items() if value}
+
     def wanted(
         self, queue: Queue, now: float, usual: Collection[str] = ()
     ) -> Callable[[Entry, Entry], bool]:
@@ -245,22 +249,25 @@ class Look:
         self.found = search(
             outbox.queue, outbox.journal, words, limit=_MOST_EVENTS, most=MOST_OPENED
         )
-        rows = [self._record(record) for record in self.found.records]
-        here = {row["id"] for row in rows}
+        here = {record.entry.id: self._record(record) for record in self.found.records}
         gone: dict[str, list[Event]] = {}
         for event in self.found.events:
-            if event.entry and event.entry not in here:
-                gone.setdefault(event.entry, []).append(event)
-        rows += [self._gone(entry, events) for entry, events in gone.items()]
-        rows.sort(key=lambda row: row["id"], reverse=True)
-        self.page = Page.of(rows, start)
+            # What was sent at once was never an entry.
+            name = event.entry or f"{event.at:.0f} {event.message_id}".strip()
+            if event.entry not in here and (event.entry or event.message_id):
+                gone.setdefault(name, []).append(event)
+        rows = {**here, **{name: self._gone(events) for name, events in gone.items()}}
+        self.page = Page.of([rows[name] for name in sorted(rows, reverse=True)], start)
 
-    def _gone(self, entry: str, events: list[Event]) -> dict[str, Any]:
+    def _gone(self, events: list[Event]) -> dict[str, Any]:
         """Return the row of a mail that is in the journal only."""
         last = {event.recipient: event for event in events}
         states = sorted({str(event.kind) for event in last.values()})
+        begin = Entry(events[0].entry, "").staged_at or events[0].at
         return {
-            **self._entry(Entry(entry, "", due=0.0)),
+            **self._entry(Entry(events[0].entry, "", due=0.0)),
+            "age": age(self._now - begin),
+            "queued": moment(begin),
             "message_id": events[-1].message_id,
             "state": ", ".join(states),
             "mailbox": clean(events[-1].mailbox),

@@ -14,9 +14,6 @@ nor a user) is the site's own and may send as any.
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 from AccessControl import getSecurityManager
 from Acquisition import aq_chain, aq_inner
 from zExceptions import Unauthorized
@@ -24,9 +21,8 @@ from zope.globalrequest import getRequest
 from zope.interface import implementer
 
 from ..account import Account
-from ..errors import InvalidSettings
 from ..interfaces import ISendingPolicy
-from .outboxes import mail_accounts_near
+from .outboxes import shown_near
 from .security import MANAGE_ACCOUNTS, SEND_AS_SITE, owner_of
 
 
@@ -51,18 +47,9 @@ def may_send_as(account: Account | None, queue_path: str) -> bool:
     if owner and owner == owner_of(user):
         return True
     places = list((request or {}).get("PARENTS") or aq_chain(aq_inner(user)))
-    place = _where_decided(places, queue_path)
+    place = shown_near(places, queue_path)
+    if place is None:
+        place = places[-1]
     if manager.checkPermission(MANAGE_ACCOUNTS, place):
         return True
     return not owner and bool(manager.checkPermission(SEND_AS_SITE, place))
-
-
-def _where_decided(places: list[Any], queue_path: str) -> Any:
-    for found in mail_accounts_near(places):
-        try:
-            location = found._outbox().location
-        except InvalidSettings:  # it shows none at all
-            continue
-        if os.path.realpath(location) == os.path.realpath(queue_path):
-            return found
-    return places[-1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -15,10 +13,10 @@ from ..errors import InvalidOption
 from ..interfaces import Entry, Record, State
 from ..selection import lane_of
 from ..shape import UNREADABLE
-from ..steering import Steered, entries_of, release, steer
+from ..steering import Steered, is_unclear, release, steer
 from ..wording import clean
+from .choosing import choose
 from .page import action, page, redirect, render, template, text, texts
-from .queue_view import Selection, select
 from .security import MANAGE_QUEUE
 
 _CONFIRM: Final = template("confirm_mails")
@@ -26,9 +24,6 @@ _CONFIRM: Final = template("confirm_mails")
 #: Failures that a message names, and mails that a question does.
 _NAMED: Final = 5
 _SHOWN: Final = 50
-
-#: Mails that are decided on in one request.
-MOST_AT_ONCE: Final = 1000
 
 _NONE: Final = "No mail is chosen: choose mails first."
 
@@ -40,16 +35,6 @@ _DONE: Final = {
     "cancel": "cancelled",
     "accepted": "settled as accepted",
     "refused": "settled as refused",
-}
-
-#: The states that are meant by all mails, when none was chosen.
-_USUAL: Final[dict[str, tuple[State, ...]]] = {
-    "retry": (State.DEFERRED,),
-    "hold": (State.QUEUED, State.DEFERRED),
-    "release": (State.HELD,),
-    "cancel": (),
-    "accepted": (State.UNCLEAR,),
-    "refused": (State.UNCLEAR,),
 }
 
 #: What becomes of the mails that a page asks about: its title, its button, what it says.
@@ -166,21 +151,21 @@ class Steering:
         self: Any, request: Any, what: str, act: Callable[[str | Entry], list[Record]]
     ) -> str:
         outbox = self._outbox()
-        mails, more = _chosen(outbox, request, what)
-        if not mails:
-            return self._back(request, _NONE, failed=True)
-        steered = steer(mails, act, gone_is_fine=_all_are_meant(request))
+        chosen = choose(outbox, request, what)
+        if not chosen.mails:
+            return self._back(request, _NONE + chosen.not_seen, failed=True)
+        steered = steer(chosen.mails, act, gone_is_fine=chosen.all_are_meant)
         outbox.look()
         message = _told(steered, _DONE[what])
-        if more:
-            message += f" {more} more fit: do it again for them."
-        return self._back(request, message, failed=bool(steered.failures))
+        if chosen.more:
+            message += f" {chosen.more} more fit: do it again for them."
+        return self._back(request, message + chosen.not_seen, failed=bool(steered.failures))
 
     def _ask(self: Any, request: Any, what: str, target: str) -> str:
         outbox = self._outbox()
-        chosen, more = _chosen(outbox, request, what)
-        if not chosen:
-            return self._back(request, _NONE, failed=True)
+        chosen = choose(outbox, request, what)
+        if not chosen.mails:
+            return self._back(request, _NONE + chosen.not_seen, failed=True)
         if what != "cancel" and _no_recipient(request):
             return self._back(request, "Choose recipients first.", failed=True)
         title, button, words = _QUESTIONS[what]
@@ -194,9 +179,9 @@ class Steering:
             words=words,
             target=target,
             danger=what != "accepted",
-            mails=_described(outbox.queue, chosen[:_SHOWN]),
+            mails=_described(outbox.queue, chosen.mails[:_SHOWN]),
             ids=texts(request, "ids"),
-            more=len(chosen) + more - _SHOWN,
+            more=len(chosen.mails) + chosen.more - _SHOWN,
             kept=_kept(request),
             recipients=texts(request, "recipients"),
             back=self._back_link(request),
@@ -222,16 +207,10 @@ InitializeClass(Steering)
 _LIST: Final = ("state", "lane", "older", "search", "start")
 
 
-def selection_of(request: Any) -> Selection:
-    """Return what a browser says about which mails are meant."""
-    names = ("state", "lane", "older", "search", "by")
-    return Selection.typed({name: text(request, name) for name in names})
-
-
 def possible(record: Record) -> frozenset[str]:
     """Return what can be done with a mail that is in the spool."""
     state = record.entry.state
-    unclear = any(outcome.state is State.UNCLEAR for outcome in record.outcomes.values())
+    unclear = is_unclear(record)
     may = {"cancel"}
     if state in (State.QUEUED, State.DEFERRED):
         may.add("retry")
@@ -242,20 +221,6 @@ def possible(record: Record) -> frozenset[str]:
     if unclear:
         may.add("settle")
     return frozenset(may)
-
-
-def _all_are_meant(request: Any) -> bool:
-    """Tell whether all mails of the list are meant, not those that were ticked."""
-    return text(request, "which") == "all" and not text(request, "search")
-
-
-def _chosen(outbox: Any, request: Any, what: str) -> tuple[list[str | Entry], int]:
-    """Return the mails that are meant, and how many more fit."""
-    if not _all_are_meant(request):
-        return entries_of(outbox.queue, texts(request, "ids")), 0
-    fitting = select(outbox, selection_of(request), _USUAL[what], time.time())
-    chosen: list[str | Entry] = list(itertools.islice(fitting, MOST_AT_ONCE))
-    return chosen, sum(1 for _ in fitting)
 
 
 def _no_recipient(request: Any) -> bool:

@@ -1,11 +1,12 @@
-"""How often somebody may try something: kept in memory, so for each process of its own."""
+"""How often, and how many at once, may try something: kept in memory, so for each process."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from ..limits import TokenBucket
@@ -35,3 +36,29 @@ class Throttle:
             if len(self._buckets) > _MOST:
                 self._buckets.popitem(last=False)
             return bucket.take(now)
+
+
+class Crowded(Exception):
+    """As many as may be are in already, or he is."""
+
+
+class Turnstile:
+    """Lets ``most`` people in at a time, and each of them once.  Thread-safe."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._inside: set[str] = set()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def enter(self, who: str) -> Iterator[None]:
+        """Be inside for the time of the block.  Raises `Crowded` instead of waiting."""
+        with self._lock:
+            if who in self._inside or len(self._inside) >= self._most:
+                raise Crowded
+            self._inside.add(who)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside.discard(who)

@@ -15,11 +15,10 @@ from ..envelope import Route, lane_key
 from ..errors import InvalidOption, OutboxError
 from ..interfaces import State
 from ..password import resolve_secret
-from ..processor import own_host_name
 from ..smtp.check import Report, check
 from .page import action, link, page, redirect, render, template, text
 from .security import MANAGE_ACCOUNTS, current_owner
-from .throttle import Throttle
+from .throttle import Crowded, Throttle, Turnstile
 
 _CHECKED: Final = template("checked")
 _TEST_MAIL: Final = template("test_mail")
@@ -27,8 +26,12 @@ _TEST_MAIL: Final = template("test_mail")
 #: Checks a minute of one user, so that nobody scans ports with it.
 _checks: Final = Throttle(12)
 
-#: Seconds that a thread of Zope waits for a relay at most, at each step.
+#: Seconds that a thread of Zope waits for a relay at most: at each step, and in all.
 _PATIENCE: Final = 10.0
+_DEADLINE: Final = 20.0
+
+#: Threads of Zope that wait for relays at a time; users choose relays, and some never answer.
+_turnstile: Final = Turnstile(2)
 
 #: Nothing more happens by itself.
 _FINAL: Final = (State.ACCEPTED, State.REFUSED, State.CANCELLED, State.HELD)
@@ -90,7 +93,8 @@ InitializeClass(Trial)
 def check_account(outbox: Any, mailbox: str) -> tuple[Account, Report]:
     """Try an account; mail that waits for one which works need not wait any longer.
 
-    Raises `NoSuchAccount`, `VaultError`; `InvalidOption`: this user has tried too often.
+    Raises `NoSuchAccount`, `VaultError`; `InvalidOption`: this user has tried too often, or others
+    do so now.
     """
     wait = _checks.take(current_owner())
     if wait:
@@ -101,7 +105,12 @@ def check_account(outbox: Any, mailbox: str) -> tuple[Account, Report]:
         command_timeout=min(account.command_timeout, _PATIENCE),
     )
     try:
-        report = check(hasty, resolve_secret(hasty), helo_name=own_host_name())
+        with _turnstile.enter(current_owner()):
+            report = check(
+                hasty, resolve_secret(hasty), helo_name=outbox.helo_name, deadline=_DEADLINE
+            )
+    except Crowded:
+        raise InvalidOption("Another check is not over yet: try again in a moment.") from None
     except OutboxError as error:  # its password is not where it is read from
         report = Report(ok=False, problem=str(error))
     if report.ok:

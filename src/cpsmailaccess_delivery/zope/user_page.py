@@ -17,6 +17,7 @@ from zExceptions import NotFound, Unauthorized
 
 from ..account import Account
 from ..errors import NoSuchAccount
+from .claims import claims_of
 from .outboxes import mail_accounts_near
 from .own_mails import OwnMails
 from .page import Template, render, template, text
@@ -96,10 +97,10 @@ class UserPage(BrowserView):
 
     def own_mails(self) -> OwnMails:
         """Return the user's mails."""
-        mail_accounts = self.mail_accounts()
+        mail_accounts, owner = self.mail_accounts(), self.owner
+        claims = claims_of(mail_accounts.getPhysicalRoot(), mail_accounts.delivery_name)
         since = {
-            account.mailbox: mail_accounts._claims.since(account.mailbox, self.owner)
-            for account in self.own_accounts()
+            account.mailbox: claims.since(account.mailbox, owner) for account in self.own_accounts()
         }
         return OwnMails(mail_accounts._outbox(), since)
 
