@@ -65,7 +65,8 @@ def test_a_password_that_the_administrator_has_read_goes_nowhere_else():
 
 def test_a_certificate_that_is_not_verified_is_that_of_one_relay():
     given = Account(mailbox=ALICE, host="10.0.0.9", owner=OWNER, verify=False)
-    assert of_alice(Policy(), {"port": 2525}, existing=given).verify is False
+    near = Policy(networks=("public", "10.0.0.0/8"))
+    assert of_alice(near, {"port": 2525}, existing=given).verify is False
     moved = of_alice(Policy(), {"host": "smtp.example.net", **LOGIN}, existing=given)
     assert moved.verify is not False
     back = of_alice(Policy(), {"host": SITE.host}, moved, site=SITE.replace(verify="/ca.pem"))
