@@ -280,8 +280,18 @@ class Recorder:
     def _chmod(self, _: None, site: str, path: Any, mode: int, *, dir_fd: Any = None) -> None:
         self._add("mode", self._inode(self._path(path, dir_fd) or ""), mode)
 
-    def _utime(self, _: None, site: str, path: Any, times: Any, *, dir_fd: Any = None) -> None:
-        self._add("time", self._inode(self._path(path, dir_fd) or ""), times[1])
+    def _utime(
+        self,
+        _: None,
+        site: str,
+        path: Any,
+        times: Any = None,
+        *,
+        ns: Any = None,
+        dir_fd: Any = None,
+    ) -> None:
+        when = ns[1] / 1e9 if ns else times[1]
+        self._add("time", self._inode(self._path(path, dir_fd) or ""), when)
 
     def _fsync(self, _: None, site: str, fd: int) -> None:
         self._add("sync", self._inodes[fd], site=f"{site}: {_kind(self._paths[fd])}")

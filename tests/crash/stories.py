@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from recorder import Recorder
 from world import (
@@ -26,6 +27,7 @@ from world import (
 
 from cpsmailaccess_delivery.errors import KeyTaken, SpoolError
 from cpsmailaccess_delivery.interfaces import Settlement, State, Verdict
+from cpsmailaccess_delivery.spool import staging
 
 Story = Callable[[World], Any]
 
@@ -48,6 +50,14 @@ def one_mail(world):
 @story
 def three_mails_of_one_transaction(world):
     world.commit(A, B, C)
+
+
+@story
+def more_mails_than_are_kept_open(world):
+    with mock.patch.object(staging, "_MAX_OPEN", 1):
+        world.commit(A, B)
+    with mock.patch.object(staging, "_MAX_OPEN", 0):
+        world.commit(C)
 
 
 @story
@@ -271,6 +281,21 @@ def an_account_beside_a_mail(world):
 
 
 @story
+def a_new_key(world):
+    world.put("one")
+    world.rest()
+    world.rekey()
+
+
+@story
+def a_new_key_after_a_change(world):
+    world.put("one")
+    world.put("two")
+    world.rekey()
+    world.put("three")
+
+
+@story
 def notes_of_lanes(world):
     world.commit(A)
     world.note(1)
@@ -377,6 +402,17 @@ def died_and_the_database_had_not_committed(root: Path, recorder: Recorder) -> N
     _asked(root, recorder, Verdict.ABORTED, ABSENT)
 
 
+def died_and_the_database_had_committed_an_account(root: Path, recorder: Recorder) -> None:
+    world = World(root, recorder)
+    world.put("one")
+    world.put("two", end="die")
+    after = World(root, recorder, world.die())
+    after.rest()
+    after.ask_about_accounts(Verdict.COMMITTED, "one", "two")
+    after.presence.close()
+    after.spool.close()
+
+
 def died_with_a_mail_half_published(root: Path, recorder: Recorder) -> None:
     """The disk was full, or half of the rename came back; either is put right."""
     world = World(root, recorder)
@@ -414,6 +450,7 @@ ALONE = (
     died_with_a_mail_half_published,
     died_and_the_database_had_committed,
     died_and_the_database_had_not_committed,
+    died_and_the_database_had_committed_an_account,
     the_first_mail,
     the_first_account,
 )

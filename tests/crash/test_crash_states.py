@@ -22,14 +22,21 @@ PROMISED = tuple(model for model in MODELS if model != "unordered")
 #: system (ext4, xfs) needs it too.
 SYNCS = {
     "files.sync_path < files._make: the directory above": False,
+    "files.sync_path < key.forget_former: the directory above": True,
     "files.sync_path < key.make: the directory above": False,
+    "files.sync_path < key.renew: the directory above": False,
     "files.sync_path < vault._publish: accounts/": False,
     "files.sync_path < vault._put_in_place: accounts/": False,
+    "files.sync_path < vault._reseal: accounts/": False,
+    "files.sync_path < vault.forget: accounts/": False,
     "files.sync_path < vault.prepare: accounts/": False,
     "files.sync_path < vault.prepare: the file": True,
+    "files.sync_path < vault.resolve: accounts/": False,
     "files.write_new < key.make: the file": True,
+    "files.write_new < key.renew: the file": True,
     "files.write_new < register.write: the file": True,
     "files.write_new < spool.outcomes.write: the file": True,
+    "files.write_new < vault._reseal: the file": True,
     "spool.durable.settle_files < spool.keys._settle: everything": True,
     "spool.durable.settle_files < spool.keys._settle: the file": True,
     "spool.durable.settle_files < spool.keys._settle: tmp/": False,
@@ -50,6 +57,8 @@ SYNCS = {
     "spool.outcomes.write < spool.mails.hold: outcomes/": False,
     "spool.outcomes.write < spool.mails.record: outcomes/": True,
     "spool.staging.<lambda> < spool.durable.__call__: new/": True,
+    "spool.staging._settle_all < spool.durable.__call__: the file": True,
+    "spool.staging._settle_all < spool.durable.__call__: tmp/": False,
     "spool.staging.discard < spool.maildir.discard: tmp/": True,
 }
 

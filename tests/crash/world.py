@@ -20,10 +20,11 @@ from recorder import BY_HAND, Call, Op, Recorder
 
 from cpsmailaccess_delivery import Account
 from cpsmailaccess_delivery.attempt import Attempt
-from cpsmailaccess_delivery.envelope import Envelope, Route
+from cpsmailaccess_delivery.envelope import Envelope, Route, digest
 from cpsmailaccess_delivery.errors import KeyTaken, NoSuchAccount
-from cpsmailaccess_delivery.interfaces import Entry, LaneNote, Outcome, Settlement, State
+from cpsmailaccess_delivery.interfaces import Entry, LaneNote, Outcome, Settlement, State, Verdict
 from cpsmailaccess_delivery.key import KeySource
+from cpsmailaccess_delivery.rekey import rekey
 from cpsmailaccess_delivery.spool import Maildir, Presence, doubts, forks, keys
 from cpsmailaccess_delivery.vault import Vault
 
@@ -72,6 +73,7 @@ class Truth:
     kept: dict[str, float] = field(default_factory=dict)  # keys, until when at least
     passwords: dict[str, frozenset[str | None]] = field(default_factory=dict)  # by mailbox
     unreported: dict[str, frozenset[str | None]] = field(default_factory=dict)
+    gone: frozenset[str] = frozenset()  # paths that must not come back
 
 
 @dataclass(slots=True)
@@ -83,6 +85,7 @@ class Observation:
     kept: dict[str, float] = field(default_factory=dict)
     passwords: dict[str, str | None] = field(default_factory=dict)
     reported: tuple[str, ...] = ()
+    paths: frozenset[str] = frozenset()  # of the files of the vault, and its keys
     troubles: list[str] = field(default_factory=list)
 
 
@@ -98,9 +101,8 @@ class World:
         self.presence = Presence(root / "box" / "presence")
         clock = itertools.count(NOW)
         self.spool = Maildir(root / "box", self.presence, clock=lambda: next(clock), notify=False)
-        self.vault = Vault(
-            root / "box" / "accounts", KeySource(file=root / "box.key"), self.presence
-        )
+        self._source = KeySource(file=root / "box.key")
+        self.vault = Vault(root / "box" / "accounts", self._source, self.presence)
 
     def die(self) -> Truth:
         """Leave everything as it is, as kill -9 does."""
@@ -286,15 +288,17 @@ class World:
     # Accounts and lanes
 
     def put(self, password: str | None, *, end: str = "publish") -> None:
-        """Change or (None) delete the account; `end`: publish or discard."""
+        """Change or (None) delete the account; `end`: publish, discard, or die in doubt."""
         before = self.truth.passwords.get(MAILBOX, frozenset((None,)))
         account = None
         if password is not None:
             account = Account(
                 mailbox=MAILBOX, host="smtp.example.org", username="alice", password=password
             )
-        token = self.vault.stage(MAILBOX, account)
-        self.vault.prepare([token])
+        token = self.vault.stage(MAILBOX, account, "a transaction" if end == "die" else "")
+        self.vault.prepare([token], witnessed=end == "die")
+        if end == "die":
+            return
         if end == "discard":
             self.vault.discard([token])
             self._holds(passwords={MAILBOX: before})
@@ -304,6 +308,23 @@ class World:
         self._holds(passwords={MAILBOX: before | after}, unreported={MAILBOX: after})
         self.vault.publish([token])
         self._holds(passwords={MAILBOX: after})
+
+    def ask_about_accounts(self, verdict: Verdict, *passwords: str) -> None:
+        """A witness decides; until that is on the disk it is asked again."""
+        ((change, _),) = self.vault.doubts()
+        after = frozenset(passwords[-1:])
+        self._holds(passwords={MAILBOX: frozenset(passwords)}, unreported={MAILBOX: after})
+        self.vault.resolve(change, verdict)
+
+    def rekey(self) -> None:
+        """Change the key of the vault; whatever happens, every account opens."""
+        former = self._source.load()
+        assert former is not None
+        rekey(self.vault, self._source)
+        self.truth = replace(
+            self.truth, gone=frozenset(("box.key.former", f"box/accounts/register-{former.id}"))
+        )
+        self._recorder.mark(self.truth)
 
     def note(self, failures: int) -> None:
         """Note (0: no more) why a lane waits."""
@@ -321,9 +342,13 @@ def observe(root: Path, truth: Truth) -> Observation:
         found.troubles.append(f"no start: {error!r}")
         return found
     vault = Vault(root / "box" / "accounts", KeySource(file=root / "box.key"), presence)
+    here = (*root.glob("box.key*"), *root.glob("box/accounts/*"))
+    found.paths = frozenset(str(path.relative_to(root)) for path in here)
     try:
         spool.sweep()
         found.reported = vault.sweep()
+        in_doubt = {change.partition("-")[0] for change, _ in vault.doubts()}
+        found.reported += tuple(m for m in truth.passwords if digest(m) in in_doubt)
         _observe_mails(spool, found)
         _observe_keys(spool, truth, found)
         _observe_accounts(vault, truth, found)
@@ -425,6 +450,8 @@ def judge(truth: Truth, found: Observation) -> Iterator[str]:
             yield f"the key {key} is free, and {message_id} is there"
         if found.kept.get(key, truth.kept.get(key, 0)) < truth.kept.get(key, 0):
             yield f"the key {key} is forgotten too early"
+    for path in truth.gone & found.paths:
+        yield f"{path}: has come back"
     for mailbox, passwords in truth.passwords.items():
         if mailbox not in found.passwords:
             continue
