@@ -759,10 +759,35 @@ class TestFaults:
         with monkeypatch.context() as patch:
             name = names.file_name(entry)
             fail(patch, "open", errno.EACCES, lambda path, *args, **kw: path == name)
+            patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
             assert spool.claim(entry) is None
         (held,) = spool.scan()
         assert held.state is State.HELD
         assert "ermission" in spool.load(held).reason
+
+    @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+    @pytest.mark.parametrize("call", ["open", "stat"])
+    def test_a_moment_without_permission_holds_nothing(self, spool, monkeypatch, call, number):
+        """Our own file, with a mode that lets us read it: the system says no for now."""
+        entry = queue(spool)
+        name = names.file_name(entry)
+        with monkeypatch.context() as patch:
+            fail(patch, call, number, lambda path, *args, **kw: path == name)
+            with pytest.raises(SpoolError, match="ermi"):
+                spool.claim(entry)
+            if call == "open":
+                with pytest.raises(SpoolError, match="ermi"):
+                    spool.load(entry)
+        assert list(spool.scan()) == [entry]
+        spool.claim(entry).release()
+
+    def test_who_cannot_tell_takes_it_for_leased(self, spool, monkeypatch):
+        """Else nobody looks at it again before the next start."""
+        entry = queue(spool)
+        with monkeypatch.context() as patch:
+            fail(patch, "open", errno.EMFILE, lambda *args, **kw: "dir_fd" in kw)
+            assert spool.leased(entry)
+        assert not spool.leased(entry)
 
     def test_more_mails_than_files_may_be_open(self, spool):
         entries = [spool.stage(envelope(f"{n}@x"), MESSAGE) for n in range(400)]

@@ -225,9 +225,8 @@ def _settling(
                     again.settle(settlement)
         world.spool.sync()
         gone = fate == ABSENT
-        held_for_it = frozenset((fate, HELD)) if lease is None else frozenset((fate,))
         expected = Expected(
-            held_for_it, NOBODY if gone else final, NOBODY if gone else BOTH - final
+            frozenset((fate,)), NOBODY if gone else final, NOBODY if gone else BOTH - final
         )
         world.truth = Truth(mails={A: expected})
         return bad

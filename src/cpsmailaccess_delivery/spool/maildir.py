@@ -32,7 +32,7 @@ from . import names
 from .doubts import Doubts
 from .keys import Keys
 from .layout import Layout
-from .lease import Lease, is_locked, unlock
+from .lease import Lease, unlock
 from .listing import Listing
 from .mails import Mails
 from .notes import LaneNotes
@@ -128,10 +128,7 @@ class Maildir:
 
     def leased(self, entry: Entry) -> bool:
         """See `ISpool`."""
-        try:
-            return is_locked(names.file_name(entry), self._layout[names.folder(entry.state)])
-        except OSError:
-            return False  # no mail: nobody can lease it
+        return self._mails.leased(entry)
 
     def sync(self) -> None:
         """See `ISpool`."""

@@ -28,7 +28,7 @@ from . import forks, names
 from .durable import spool_error
 from .keys import Keys
 from .layout import Layout
-from .lease import Lease, lock_file, unlock
+from .lease import Lease, is_locked, lock_file, unlock
 from .outcomes import NOTHING, DamagedSide, Side, SideFiles
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
@@ -40,8 +40,10 @@ _MAX_BLOCK: Final = 8 * 1024 * 1024  # bytes of a private block, and some
 _ORPHANED: Final = 3600.0  # seconds since a side file was written
 _MAX_BURIED: Final = 256
 
-#: What makes a file no mail, rather than the disk no disk: links, sockets, other people's.
-_NO_MAIL: Final = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
+#: What makes a file no mail, rather than the disk no disk: links, sockets ...
+_NO_MAIL: Final = (errno.ELOOP, errno.ENXIO)
+#: ... and other people's.  Of a file of ours it is said for a moment only.
+_DENIED: Final = (errno.EACCES, errno.EPERM)
 
 
 class Mails:
@@ -80,7 +82,7 @@ class Mails:
         except FileNotFoundError:
             raise
         except OSError as error:
-            if error.errno in _NO_MAIL:
+            if self._is_no_mail(entry, error):
                 raise InvalidEnvelope(f"{entry.id}: cannot be read: {error.strerror}") from error
             raise spool_error(f"read {entry.id}", self._layout.path, error) from error
         envelope, offset = parse_block(data)
@@ -101,11 +103,29 @@ class Mails:
         try:
             return lock_file(names.file_name(entry), self._layout[names.folder(entry.state)])
         except OSError as error:
-            if error.errno not in _NO_MAIL:
+            if not self._is_no_mail(entry, error):
                 raise spool_error(f"lease {entry.id}", self._layout.path, error) from error
             if entry.state is not State.HELD:
                 self.hold(entry, f"the file cannot be opened: {error.strerror}")
             return None
+
+    def leased(self, entry: Entry) -> bool:
+        """See `ISpool.leased`.  Where nobody can tell now, it is: so it is looked at again."""
+        try:
+            return is_locked(names.file_name(entry), self._layout[names.folder(entry.state)])
+        except OSError as error:
+            return not self._is_no_mail(entry, error)
+
+    def _is_no_mail(self, entry: Entry, error: OSError) -> bool:
+        """Tell whether a mail cannot be opened for what it is, not for what the system is now."""
+        if error.errno not in _DENIED:
+            return error.errno in _NO_MAIL
+        directory = self._layout[names.folder(entry.state)]
+        try:
+            status = os.stat(names.file_name(entry), dir_fd=directory, follow_symlinks=False)
+        except OSError:
+            return False
+        return status.st_uid != os.geteuid() or not status.st_mode & stat.S_IRUSR
 
     def claim(self, entry: Entry) -> Lease | None:
         """See `ISpool.claim`."""
