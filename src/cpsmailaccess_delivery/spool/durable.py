@@ -79,7 +79,8 @@ def settle_files(fds: Sequence[int], directory: int) -> None:
 class GroupSync(Generic[T]):
     """One sync for all threads that wait for one: what comes while one runs shares the next.
 
-    `sync` gets what has come; what it raises, each of them gets.
+    `sync` gets what has come; an OSError that it raises, each of them gets.  What ends one thread
+    only (a signal's exception) is not theirs: the next one syncs for them.
     """
 
     def __init__(self, sync: Callable[[list[T]], None]) -> None:
@@ -100,6 +101,10 @@ class GroupSync(Generic[T]):
                     self._sync([turn.item for turn in turns])
                 except OSError as raised:
                     error = raised
+                except BaseException:  # of this thread alone: the others begin anew
+                    turns.remove(turn)
+                    self._waiting.extendleft(reversed(turns))
+                    raise
                 for each in turns:
                     each.error = error
                     each.done = True
