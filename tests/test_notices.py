@@ -264,7 +264,9 @@ def test_many_mails_wait_for_a_dead_relay(outbox, server):
     assert len(notices(server)) == 350
 
 
-def test_a_crash_after_the_notice_makes_no_second_one(outbox, server):
+@pytest.mark.parametrize(("last", "left"), [("Staging.publish", 1), ("Lease.settle", 2)])
+def test_a_crash_beside_the_notice_loses_and_doubles_none(outbox, server, last, left):
+    """Before it is visible: it is made again, and waits for no person.  After: it is found."""
     put(outbox, server)
     server.on("RCPT", reply="550 5.1.1 no such user", match="bob@")
     rule = server.on("MAIL", reply="451 4.3.0 later", match="<>")  # not before the crash
@@ -273,12 +275,13 @@ def test_a_crash_after_the_notice_makes_no_second_one(outbox, server):
         "import os, sys\n"
         "from cpsmailaccess_delivery import Outbox\n"
         "from cpsmailaccess_delivery.spool.lease import Lease\n"
-        "Lease.settle = lambda lease, settlement: os._exit(9)\n"
+        "from cpsmailaccess_delivery.spool.staging import Staging\n"
+        f"{last} = lambda self, what: os._exit(9)\n"
         "Outbox(sys.argv[1]).processor().run(forever=False)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, outbox.location], timeout=30)
     assert done.returncode == 9
-    assert [entry.state for entry in outbox.spool.scan()] == ["queued"] * 2
+    assert [entry.state for entry in outbox.spool.scan()] == ["queued"] * left
     server.forget(rule)
     drain(outbox)
     assert len(notices(server)) == 1
@@ -292,12 +295,12 @@ def test_a_notice_that_cannot_be_written_is_written_later(outbox, server, monkey
     message_id = send(outbox)
     real, failures = outbox.spool.prepare, []
 
-    def prepare(entries):
+    def prepare(entries, **how):
         if entries and len(failures) < 3:
             assert outbox.status(message_id).state == "queued"
             failures.append(1)
             raise SpoolError("no space left on device")
-        real(entries)
+        real(entries, **how)
 
     monkeypatch.setattr(outbox.spool, "prepare", prepare)
     assert drain(outbox).refused == 1

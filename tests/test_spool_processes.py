@@ -238,6 +238,18 @@ class TestSweep:
         assert lease.message == MESSAGE
         lease.release()
 
+    def test_what_a_killed_process_prepared_alone_is_removed(self, spool, start):
+        """No transaction decides about it: whoever wanted it makes it again."""
+        child = start(
+            "entry = spool.stage(envelope(), MESSAGE); spool.prepare([entry], alone=True);"
+            " ready(entry.id); wait()"
+        )
+        entry_id = child.stdout.readline().strip()
+        kill(child)
+        report = spool.sweep()
+        assert (report.removed, report.held) == ((entry_id,), ())
+        assert list(spool.scan()) == []
+
     def test_what_was_being_synced_when_the_power_failed_is_removed(self, spool, start):
         child = start(
             "entry = spool.stage(envelope(), MESSAGE); spool.prepare([entry]);"

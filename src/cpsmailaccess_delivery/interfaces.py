@@ -228,10 +228,13 @@ class ISpool(Interface):
         The entry is due and expires when the envelope says, and has its priority.
         """
 
-    def prepare(entries: Sequence[Entry], *, witnessed: bool = False) -> None:
+    def prepare(
+        entries: Sequence[Entry], *, witnessed: bool = False, alone: bool = False
+    ) -> None:
         """Make staged mails durable: whatever crashes now, they are published or in doubt.
 
-        `witnessed`: a witness will know whether their transaction has committed.  All the
+        `witnessed`: a witness will know whether their transaction has committed.  `alone`: no
+        transaction decides about them; a crash leaves them published or removed.  All the
         fsyncs of one transaction happen here.  When it raises, every one of them can still be
         discarded.  Raises `KeyTaken`: another mail has the same `Envelope.key`, or takes it
         right now.

@@ -297,7 +297,7 @@ class Notices:
                     log.exception("notice %s cannot be made", one.message_id)
                     continue
                 staged.append(self._spool.stage(envelope, message))
-            self._spool.prepare(staged)
+            self._spool.prepare(staged, alone=True)  # else a crash here would hold them
         except BaseException:
             self._spool.discard(staged)
             raise

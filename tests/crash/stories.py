@@ -61,6 +61,16 @@ def more_mails_than_are_kept_open(world):
 
 
 @story
+def a_notice(world):
+    """No transaction decides about it: what a crash leaves is never in doubt."""
+    world.stage(A)
+    world.prepare(A, alone=True)
+    world.publish(A)
+    world.settle(A, State.ACCEPTED, ABSENT, QUEUED)
+    world.sync(A)
+
+
+@story
 def one_after_the_other(world):
     world.commit(A)
     world.commit(B, priority=8)

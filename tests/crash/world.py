@@ -190,7 +190,10 @@ class World:
             )
             self.entries[message_id] = self.spool.stage(envelope, message(message_id))
 
-    def prepare(self, *ids: str, witnessed: bool = False) -> None:
+    def prepare(self, *ids: str, witnessed: bool = False, alone: bool = False) -> None:
+        if alone:  # what it tells of is recorded when it is published
+            self.spool.prepare([self.entries[i] for i in ids], alone=True)
+            return
         self.expect_key(ids, absent_free=True, there_held=True)
         self.expect(ids, ABSENT, DOUBT)
         self._prepared.update(ids)
@@ -199,7 +202,8 @@ class World:
         self.expect_key(ids, held=True)
 
     def publish(self, *ids: str) -> None:
-        self.expect(ids, DOUBT, QUEUED)
+        before = DOUBT if self._prepared.issuperset(ids) else ABSENT
+        self.expect(ids, before, QUEUED)
         self.spool.publish([self.entries[i] for i in ids])
         self.expect(ids, QUEUED)
 

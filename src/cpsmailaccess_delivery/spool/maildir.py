@@ -86,9 +86,11 @@ class Maildir:
         """See `ISpool`."""
         return self._staging.stage(envelope, message)
 
-    def prepare(self, entries: Sequence[Entry], *, witnessed: bool = False) -> None:
+    def prepare(
+        self, entries: Sequence[Entry], *, witnessed: bool = False, alone: bool = False
+    ) -> None:
         """See `ISpool`."""
-        self._staging.prepare(entries, witnessed=witnessed)
+        self._staging.prepare(entries, witnessed=witnessed, alone=alone)
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""

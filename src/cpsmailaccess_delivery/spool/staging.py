@@ -5,7 +5,8 @@
     stage            prepare               publish
     write, 0400  ->  0600, synced     ->   new/ (synced)
        |             1600: a witness         `-- disk full: 0700 in tmp/, a later call
-       |                |                        (of anybody) takes it from there
+       |             0400: alone                  (of anybody) takes it from there
+       |                |
        | dead: removed  | dead: in doubt, held in cur/: see `doubts`
        |                | torn: removed
 
@@ -123,9 +124,11 @@ class Staging:
         self._staged[entry.id] = staged
         return entry
 
-    def prepare(self, entries: Sequence[Entry], *, witnessed: bool = False) -> None:
+    def prepare(
+        self, entries: Sequence[Entry], *, witnessed: bool = False, alone: bool = False
+    ) -> None:
         """See `ISpool`."""
-        mode = _WITNESSED if witnessed else _PREPARED
+        mode = _STAGED if alone else _WITNESSED if witnessed else _PREPARED
         staged = [self._mine(entry) for entry in entries]
         if not staged:
             return

@@ -63,7 +63,9 @@ class MemorySpool:
         self._staged[entry.id] = _Mail(entry, envelope, bytes(message))
         return entry
 
-    def prepare(self, entries: Sequence[Entry], *, witnessed: bool = False) -> None:
+    def prepare(
+        self, entries: Sequence[Entry], *, witnessed: bool = False, alone: bool = False
+    ) -> None:
         """See `ISpool`."""
         with self._lock:
             for entry in entries:
