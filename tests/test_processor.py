@@ -29,6 +29,7 @@ from cpsmailaccess_delivery import (
 )
 from cpsmailaccess_delivery import outbox as outbox_module
 from cpsmailaccess_delivery import processor as processor_module
+from cpsmailaccess_delivery import recorder as recorder_module
 from cpsmailaccess_delivery import scheduler as scheduler_module
 from cpsmailaccess_delivery.agenda import Agenda
 from cpsmailaccess_delivery.errors import NoSuchEntry, SpoolError
@@ -139,6 +140,43 @@ def test_a_commit_of_another_process_wakes_the_processor(outbox, server, running
     )
     subprocess.run([sys.executable, "-c", code, outbox.location], check=True, timeout=DEADLINE)
     server.wait_for(1, DEADLINE)
+
+
+def test_what_was_settled_is_synced_before_a_run_ends(outbox, server, monkeypatch):
+    put(outbox, server)
+    send(outbox)
+    order = []
+    spool = outbox.spool
+    remove, sync = spool._mails.remove, spool.sync
+    monkeypatch.setattr(
+        spool._mails, "remove", lambda *args, **kw: (order.append("remove"), remove(*args, **kw))
+    )
+    monkeypatch.setattr(spool, "sync", lambda: (order.append("sync"), sync()))
+    monkeypatch.setattr(recorder_module, "_SYNC_SOON", 3600.0)
+    outbox.processor().run(forever=False)
+    assert order == ["remove", "sync"]
+
+
+def test_a_sync_that_fails_is_tried_again_without_another_mail(outbox, server, monkeypatch):
+    real, calls, done = outbox.spool.sync, [], threading.Event()
+
+    def sync():
+        calls.append(1)
+        if len(calls) == 1:
+            raise SpoolError("the disk reports an error")
+        real()
+        done.set()
+
+    monkeypatch.setattr(outbox.spool, "sync", sync)
+    put(outbox, server)
+    processor = outbox.processor()
+    processor.start()
+    try:
+        send(outbox)
+        assert done.wait(DEADLINE)
+    finally:
+        assert processor.stop()
+    assert server.mails
 
 
 def test_only_the_deferred_are_tried_again(outbox, server):

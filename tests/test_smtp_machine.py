@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cpsmailaccess_delivery.interfaces import State as MailState
 from cpsmailaccess_delivery.outcome import Phase, Trouble, classify
 from cpsmailaccess_delivery.smtp.machine import Closed, MailDone, MailUnsent, Ready, State
+from cpsmailaccess_delivery.smtp.reply import ProtocolError
 from smtp_helpers import MODES, Drive, Letter, Relay, letter
 
 THREE = [letter(1), letter(2, "a@example.net", "b@example.net"), letter(3)]
@@ -618,6 +619,34 @@ def test_login_dialogue_out_of_order(answer):
     rule = lambda line, _: answer if line.startswith("AUTH") else None  # noqa: E731
     drive = Drive(Relay(("AUTH PLAIN",), rule), [letter(1)], **LOGIN).run()
     assert drive.close.failure.phase is Phase.AUTH
+
+
+@pytest.mark.parametrize("mechanism", ["LOGIN", "PLAIN", "CRAM-MD5"])
+def test_a_relay_that_asks_for_more_than_there_is_to_say(mechanism):
+    rule = lambda line, _: "334 YQ==" if line == "LOGIN" else None  # noqa: E731
+    drive = Drive(Relay((f"AUTH {mechanism}",), rule), [letter(1)], **LOGIN).run()
+    assert isinstance(drive.close.failure.error, ProtocolError)
+    assert f"more than {mechanism} has to say" in drive.close.failure.text
+    assert "" not in drive.relay.commands
+
+
+@pytest.mark.parametrize("mechanism", ["LOGIN", "PLAIN", "CRAM-MD5"])
+def test_what_was_said_at_a_login_is_not_shown(mechanism):
+    """Nor an answer to a challenge: it is good for guessing the password."""
+    for word in range(3):
+        said = []
+
+        def echo(line, relay, word=word, said=said):
+            if line != "LOGIN" or word >= len(relay._auth[1:]):
+                return None
+            said.append(relay._auth[1 + word])
+            return f"535 5.7.8 {said[0]} is wrong"
+
+        drive = Drive(Relay((f"AUTH {mechanism}",), echo), [letter(1)], **LOGIN).run()
+        for text in said:
+            assert "is wrong" in drive.close.failure.text
+            assert text not in drive.close.failure.text + repr(drive.events)
+        assert said or word
 
 
 def test_no_secret_in_anything_that_can_be_shown():

@@ -765,6 +765,20 @@ class TestFaults:
         assert held.state is State.HELD
         assert "ermission" in spool.load(held).reason
 
+    def test_a_sync_that_fails_is_made_up_for(self, spool, monkeypatch):
+        """Else a power loss sends again what was accepted long ago."""
+        spool.claim(queue(spool)).settle(Settlement(State.ACCEPTED))
+        with monkeypatch.context() as patch:
+            fail(patch, "fsync", errno.EIO)
+            with pytest.raises(SpoolError, match="disk reports an error"):
+                spool.sync()
+        synced = []
+        monkeypatch.setattr(os, "fsync", synced.append)
+        spool.sync()
+        assert len(synced) == 3
+        spool.sync()
+        assert len(synced) == 3
+
     @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
     @pytest.mark.parametrize("call", ["open", "stat"])
     def test_a_moment_without_permission_holds_nothing(self, spool, monkeypatch, call, number):

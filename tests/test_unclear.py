@@ -76,6 +76,21 @@ def make_unclear(outbox: Outbox, server: SMTPServer, *to: str) -> str:
     return message_id
 
 
+def test_what_a_person_settles_is_durable_when_that_returns(
+    outbox: Outbox, server: SMTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message_id = make_unclear(outbox, server)
+    order: list[str] = []
+    mails = outbox.spool._mails
+    remove, sync = mails.remove, mails.sync
+    monkeypatch.setattr(
+        mails, "remove", lambda *a, **kw: (order.append("remove"), remove(*a, **kw))
+    )
+    monkeypatch.setattr(mails, "sync", lambda: (order.append("sync"), sync()))
+    outbox.queue.settle(message_id, State.ACCEPTED)
+    assert order == ["remove", "sync"]
+
+
 def test_unclear_twice_holds_no_deferred_neighbour(outbox: Outbox, server: SMTPServer) -> None:
     grey = server.on("RCPT", reply="450 4.7.1 later", match=BEN)
     died = server.on("TAKEN", drop=True)
