@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import os
 import signal
 import threading
@@ -14,8 +15,11 @@ import transaction
 from cli_helpers import Site
 from conftest import PASSWORD
 from cpsmailaccess_delivery import Account
+from cpsmailaccess_delivery import vault as vault_module
 from cpsmailaccess_delivery.errors import BrokenSeal, VaultError, WrongKey
+from cpsmailaccess_delivery.interfaces import Verdict
 from cpsmailaccess_delivery.key import KeySource
+from cpsmailaccess_delivery.register import Register
 from cpsmailaccess_delivery.rekey import rekey
 from cpsmailaccess_delivery.spool.presence import Presence
 from cpsmailaccess_delivery.testing import SMTPServer
@@ -73,6 +77,77 @@ def home(tmp_path):
     home.put(*map(account, MAILBOXES))
     yield home
     home.presence.close()
+
+
+def is_locked(home: Home, *, alone: bool) -> bool:
+    """Tell whether somebody has the lock of the vault; `alone`: so that nobody stages."""
+    with open(home.vault.location + "/lock", "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if alone else fcntl.LOCK_EX))
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_who_changes_the_register_or_the_key_is_alone(home, monkeypatch):
+    locked = []
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def watched(self, *args):
+            locked.append((name, is_locked(home, alone=True)))
+            return real(self, *args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Register, "write")
+    watch(KeySource, "renew")
+    vault = home.vault
+
+    def done() -> int:
+        assert all(held for _, held in locked)
+        number = len(locked)
+        locked.clear()
+        return number
+
+    (first, *_) = MAILBOXES
+    home.put(account(first))
+    assert done() == 2  # announced, settled
+    change = vault.stage(first, account(first), "token")
+    vault.prepare([change], witnessed=True)
+    vault.resolve(change, Verdict.COMMITTED)
+    assert done() == 2
+    change = vault.stage(first, account(first))
+    vault.prepare([change])
+    vault.discard([change])
+    vault.sweep()
+    assert done() == 2
+    rekey(vault, home.keys)
+    assert done() > 2
+    home.check()
+
+
+def test_who_stages_keeps_the_key_from_being_changed(home, monkeypatch):
+    real, locked = vault_module.write_new, []
+
+    def write_new(*args, **kw):
+        locked.append(is_locked(home, alone=False))
+        return real(*args, **kw)
+
+    monkeypatch.setattr(vault_module, "write_new", write_new)
+    home.put(account(MAILBOXES[0]))
+    assert locked == [True]
+
+
+def test_who_stages_uses_the_key_of_now(home, tmp_path):
+    """Also when it has read the former one long ago."""
+    other = Home(tmp_path)
+    rekey(other.vault, other.keys)
+    home.put(account(MAILBOXES[0]))
+    assert not (tmp_path / "outbox.key.former").exists()
+    other.check()
+    other.presence.close()
 
 
 def files(root: Path) -> list[str]:

@@ -228,9 +228,7 @@ class ISpool(Interface):
         The entry is due and expires when the envelope says, and has its priority.
         """
 
-    def prepare(
-        entries: Sequence[Entry], *, witnessed: bool = False, alone: bool = False
-    ) -> None:
+    def prepare(entries: Sequence[Entry], *, witnessed: bool = False, alone: bool = False) -> None:
         """Make staged mails durable: whatever crashes now, they are published or in doubt.
 
         `witnessed`: a witness will know whether their transaction has committed.  `alone`: no

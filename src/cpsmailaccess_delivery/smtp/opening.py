@@ -141,7 +141,6 @@ class Opening:
         assert self.account.username is not None  # noqa: S101 - for the type checker
         self._login = Login(self._mechanisms.pop(0), self.account.username, self._secret)
         self._say(self._login.command() + b"\r\n", self._on_auth, Phase.AUTH)
-        self._hide(self._login.said)
 
     def _on_auth(self, raw: bytes, _: None) -> None:
         login = self._login
