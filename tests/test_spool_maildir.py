@@ -795,6 +795,23 @@ class TestFaults:
         assert list(spool.scan()) == [entry]
         spool.claim(entry).release()
 
+    @pytest.mark.parametrize("prepared", [False, True])
+    def test_who_cannot_tell_who_lives_sweeps_nothing(self, spool, tmp_path, monkeypatch, prepared):
+        other = Presence(tmp_path / "box" / "presence")
+        theirs = Maildir(tmp_path / "box", other)
+        entry = theirs.stage(envelope(), MESSAGE)
+        if prepared:
+            theirs.prepare([entry])
+        with monkeypatch.context() as patch:
+            fail(patch, "open", errno.EMFILE, lambda path, *args, **kw: path == other.token)
+            report = spool.sweep()
+        assert (report.removed, report.held) == ((), ())
+        theirs.prepare([entry])
+        theirs.publish([entry])
+        assert list(spool.scan()) == [entry]
+        theirs.close()
+        other.close()
+
     def test_who_cannot_tell_takes_it_for_leased(self, spool, monkeypatch):
         """Else nobody looks at it again before the next start."""
         entry = queue(spool)

@@ -400,6 +400,18 @@ signal.pause()
         assert dead != alive
 
 
+def test_what_is_being_made_is_not_tidied_away(tmp_path):
+    """A presence that another process has not locked yet; an hour later it is a dead one's."""
+    presence = Presence(tmp_path / "presence")
+    young, old = (tmp_path / "presence" / name for name in (".0123456789abcdef", ".old"))
+    for path in (young, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    presence.tidy()
+    assert (young.exists(), old.exists()) == (True, False)
+    presence.close()
+
+
 def test_a_watch_tells_of_other_processes(spool, start):
     watch = spool.watch()
     child = start("ready(queue(spool).id)")
