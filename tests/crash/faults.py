@@ -134,6 +134,7 @@ def _commit(
     key: str = "",
     account: bool = False,
     database: type[Participant] = Participant,
+    witness: Any = None,
 ) -> list[str]:
     manager = TransactionManager()
     database = database(manager)
@@ -155,10 +156,15 @@ def _commit(
                     world.spool,
                     lambda _, e=envelope: world.spool.stage(e, message(e.message_id)),
                     rank=1,
+                    witness=witness,
                 )
             if account:
                 new = old.replace(password="new")
-                join(manager, world.vault, lambda _: world.vault.stage(MAILBOX, new), rank=0)
+
+                def stage(token: str) -> str:
+                    return world.vault.stage(MAILBOX, new, token)
+
+                join(manager, world.vault, stage, rank=0, witness=witness)
     except OutboxError:
         pass
     except Exception as error:
@@ -190,6 +196,23 @@ def commit_with_key(world: World, fault_goes: Callable[[], None]) -> list[str]:
 @path
 def commit_with_account(world: World, fault_goes: Callable[[], None]) -> list[str]:
     return _commit(world, fault_goes, account=True)
+
+
+class Knowing:
+    """A witness that will know."""
+
+    def mark(self, transaction: Any) -> str:
+        return ""
+
+    def expects(self, transaction: Any) -> bool:
+        return True
+
+
+@path
+def commit_witnessed_with_key_and_account(
+    world: World, fault_goes: Callable[[], None]
+) -> list[str]:
+    return _commit(world, fault_goes, key="k", account=True, witness=Knowing())
 
 
 @path
@@ -329,6 +352,8 @@ def faults(calls: int, *, full: bool) -> Iterator[tuple[int, str, bool]]:
             if full or (number - at) % 3 == 0:
                 yield at, error, False
                 yield at, error, True
+        if full or at % 3 == 0:
+            yield at, "EINTR", False  # which does not last
 
 
 def _open_files() -> int:
