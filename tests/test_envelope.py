@@ -475,3 +475,17 @@ def test_lane_key_follows_the_account():
     assert lane_key(Route(host="a.org", port=25)) != lane_key(Route(host="a.org", port=26))
     assert digest("") == digest("")
     assert len(digest("é\ud800")) == 16
+
+
+def test_a_block_is_as_large_when_it_is_read_as_when_it_is_written():
+    """A file that somebody has put there does not make us parse gigabytes."""
+    recipients = tuple(f"{number:0200}@example.net" for number in range(20_000))
+    block = format_block(ENVELOPE._replace(recipients=recipients[:18_000]))
+    assert parse_block(block)[1] == len(block)
+    with pytest.raises(InvalidEnvelope, match="at most"):
+        format_block(ENVELOPE._replace(recipients=recipients))
+    longer = block.replace(
+        b"\nX-Zope-Hostname", b", " + ", ".join(recipients).encode() + b"\nX-Zope-Hostname"
+    )
+    with pytest.raises(InvalidEnvelope, match="no end"):
+        parse_block(longer)

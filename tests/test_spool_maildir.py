@@ -795,6 +795,16 @@ class TestFaults:
         assert list(spool.scan()) == [entry]
         spool.claim(entry).release()
 
+    def test_a_mail_that_was_removed_before_its_commit_fails_it(self, spool):
+        """Else it commits, and is lost."""
+        kept, removed = (spool.stage(envelope(name), MESSAGE) for name in ("a@x", "b@x"))
+        (name,) = (n for n in names_in(spool, "tmp") if n.startswith(removed.id))
+        os.unlink(Path(spool.location, "tmp", name))
+        with pytest.raises(SpoolError, match="removed a mail from tmp/"):
+            spool.prepare([kept, removed])
+        spool.discard([kept, removed])
+        assert names_in(spool, "tmp") == []
+
     @pytest.mark.parametrize("prepared", [False, True])
     def test_who_cannot_tell_who_lives_sweeps_nothing(self, spool, tmp_path, monkeypatch, prepared):
         other = Presence(tmp_path / "box" / "presence")
