@@ -167,6 +167,17 @@ def test_who_stood_still_finishes_after_all(outbox, monkeypatch, meanwhile):
     assert outbox.processor().run(forever=False).accepted == 1
 
 
+def test_what_belongs_to_no_transaction_is_never_in_doubt(outbox, monkeypatch):
+    """A notice: after a crash it is made again.  While its process lives, it is published."""
+    entry = staged(outbox, alone=True)
+    monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
+    assert outbox.spool.left_overs() == []
+    assert outbox.spool.sweep().held == ()
+    assert list(outbox.spool.scan()) == []
+    outbox.spool.publish([entry])
+    assert list(outbox.spool.scan()) == [entry]
+
+
 def test_what_a_person_has_decided_stays(outbox, monkeypatch, caplog):
     entry = staged(outbox)
     monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
@@ -177,13 +188,13 @@ def test_what_a_person_has_decided_stays(outbox, monkeypatch, caplog):
     assert "cancelled by somebody while in doubt" in caplog.text
 
 
-def staged(outbox: Outbox, *, witnessed: bool = False) -> Any:
+def staged(outbox: Outbox, **how: bool) -> Any:
     from cpsmailaccess_delivery.envelope import Envelope, Route
 
     route = Route(mailbox=ALICE, host="127.0.0.1", port=25)
     envelope = Envelope(ALICE, (BOB,), route, "1@x", token="T0k3n")
     entry = outbox.spool.stage(envelope, MESSAGE)
-    outbox.spool.prepare([entry], witnessed=witnessed)
+    outbox.spool.prepare([entry], **how)
     return entry
 
 

@@ -386,3 +386,13 @@ def test_command(tmp_path):
     assert "1 accounts are sealed anew" in site.run("accounts", "rekey").stdout
     assert all(each["level"] != "fail" for each in site.json("doctor")["findings"])
     assert all(login.accepted for login in server.logins)
+
+
+def test_a_change_in_doubt_is_not_overtaken_by_a_new_key(home):
+    """To be sealed anew is not to be put again."""
+    (first, *_) = MAILBOXES
+    change = home.vault.stage(first, account(first, password="new"), "token")
+    home.vault.prepare([change], witnessed=True)
+    rekey(home.vault, home.keys)
+    home.vault.resolve(change, Verdict.COMMITTED)
+    assert home.vault.get(first).secret.reveal() == "new"

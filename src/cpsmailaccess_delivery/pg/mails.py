@@ -422,7 +422,7 @@ def insertion(
     return [
         *(entry.id, entry.lane, state, entry.due, entry.attempts, entry.priority, entry.expires),
         *(digest(envelope.message_id), format_block(envelope), message, len(message)),
-        *(state == STAGED, witnessed),
+        *(state in (STAGED, ABORTED), witnessed),
     ]
 
 

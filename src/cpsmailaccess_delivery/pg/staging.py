@@ -105,7 +105,9 @@ class Staging:
         entry_id = names.new_id(self._clock(), os.urandom(3).hex(), envelope.message_id)
         return names.first_entry(entry_id, envelope)
 
-    def prepare(self, entries: Sequence[Entry], *, witnessed: bool = False) -> None:
+    def prepare(
+        self, entries: Sequence[Entry], *, witnessed: bool = False, alone: bool = False
+    ) -> None:
         """See `ISpool`."""
         staged = [self._mine(entry) for entry in entries]
         if not staged:
@@ -114,11 +116,12 @@ class Staging:
         for each in staged:
             each.prepared = True
         # One statement is a transaction of its own, and two round trips less.
-        alone = len(staged) == 1 and not staged[0].envelope.key
+        single = len(staged) == 1 and not staged[0].envelope.key
+        state = ABORTED if alone else STAGED  # which `publish` finds, and nobody else
         with self._connections.use("make mails durable") as connection:  # noqa: SIM117
-            with nullcontext() if alone else connection.transaction():
+            with nullcontext() if single else connection.transaction():
                 _take_keys(connection, staged)
-                _insert(connection, staged, state=STAGED, witnessed=witnessed)
+                _insert(connection, staged, state=state, witnessed=witnessed)
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""

@@ -72,9 +72,11 @@ class PostgresSpool:
         """See `ISpool`."""
         return self.staging.stage(envelope, message)
 
-    def prepare(self, entries: Sequence[Entry], *, witnessed: bool = False) -> None:
+    def prepare(
+        self, entries: Sequence[Entry], *, witnessed: bool = False, alone: bool = False
+    ) -> None:
         """See `ISpool`."""
-        self.staging.prepare(entries, witnessed=witnessed)
+        self.staging.prepare(entries, witnessed=witnessed, alone=alone)
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
