@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -102,6 +103,41 @@ def test_who_is_interrupted_takes_nobody_with_it(error):
     (other,) = [waiter for waiter in others if waiter is not interrupted]
     assert other.got == "synced"
     assert disk.synced == ["first", other.item]
+
+
+def test_who_is_interrupted_while_it_waits_leaves_the_queue():
+    """Else the next one syncs a file that is gone, and fails for it."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(number: int, frame: object) -> None:
+        raise Stop
+
+    disk = Disk()
+    group = GroupSync(disk)
+    first = Waiter(group, "first")
+    wait_for(lambda: disk.begun == [["first"]])
+    main = threading.main_thread().ident
+    assert main == threading.get_ident()
+
+    def interrupt() -> None:
+        wait_for(lambda: len(group._waiting) == 1)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        interrupting = threading.Thread(target=interrupt)
+        interrupting.start()
+        with pytest.raises(Stop):
+            group("interrupted")
+        interrupting.join(DEADLINE)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    disk.go.set()
+    first.join(DEADLINE)
+    group("later")
+    assert disk.begun == [["first"], ["later"]]
 
 
 @pytest.mark.parametrize("call", ["socketpair", "close"])

@@ -93,23 +93,35 @@ class GroupSync(Generic[T]):
             self._begin()  # the lock may be held by a thread that the child does not have
         turn = _Turn(item)
         self._waiting.append(turn)
-        with self._lock:
-            if not turn.done:
-                turns = [self._waiting.popleft() for _ in range(len(self._waiting))]
-                error: Exception | None = None
-                try:
-                    self._sync([turn.item for turn in turns])
-                except OSError as raised:
-                    error = raised
-                except BaseException:  # of this thread alone: the others begin anew
-                    turns.remove(turn)
-                    self._waiting.extendleft(reversed(turns))
-                    raise
-                for each in turns:
-                    each.error = error
-                    each.done = True
+        try:
+            with self._lock:
+                if not turn.done:
+                    self._take_turns(turn)
+        except BaseException:
+            try:
+                self._waiting.remove(turn)
+            except ValueError:
+                with self._lock:  # another thread syncs it: not before that is over
+                    pass
+            raise
         if turn.error is not None:
             raise turn.error
+
+    def _take_turns(self, own: _Turn[T]) -> None:
+        """Sync for all that wait."""
+        turns = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        error: Exception | None = None
+        try:
+            self._sync([turn.item for turn in turns])
+        except OSError as raised:
+            error = raised
+        except BaseException:  # of this thread alone: the others begin anew
+            turns.remove(own)
+            self._waiting.extendleft(reversed(turns))
+            raise
+        for turn in turns:
+            turn.error = error
+            turn.done = True
 
     def _begin(self) -> None:
         self._generation = forks.generation()
