@@ -396,3 +396,18 @@ def test_a_change_in_doubt_is_not_overtaken_by_a_new_key(home):
     rekey(home.vault, home.keys)
     home.vault.resolve(change, Verdict.COMMITTED)
     assert home.vault.get(first).secret.reveal() == "new"
+
+
+def test_what_is_announced_while_accounts_are_sealed_anew_stays_so(home, tmp_path):
+    """Died between its rename and the register: it is the last one all the same."""
+    (first, *_) = MAILBOXES
+    with home.vault.locked():
+        home.keys.renew()
+    change = home.vault.stage(first, account(first, password="new"))
+    home.vault.prepare([change])
+    while home.vault.reseal():
+        pass
+    home.vault._put_in_place(change)
+    other = Home(tmp_path)
+    assert other.vault.get(first).secret.reveal() == "new"
+    other.presence.close()

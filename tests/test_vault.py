@@ -11,17 +11,20 @@ import stat
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from zope.interface.verify import verifyObject
 
+from cpsmailaccess_delivery import register
 from cpsmailaccess_delivery import vault as vault_module
 from cpsmailaccess_delivery.account import HIDDEN, Account
 from cpsmailaccess_delivery.envelope import digest
 from cpsmailaccess_delivery.errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
 from cpsmailaccess_delivery.interfaces import IAccountStore, IWatch
 from cpsmailaccess_delivery.key import KeySource
+from cpsmailaccess_delivery.seal import MAX_SIZE
 from cpsmailaccess_delivery.vault import Vault
 from cpsmailaccess_delivery.watch import PollingWatch
 
@@ -662,3 +665,37 @@ def test_first_account_that_a_crash_has_cut_short_is_not_missed(tmp_path, vault)
     sweeper.sweep()
     assert list(vault.problems()) == []
     assert len(json.loads(register_of(vault).read_bytes())["accounts"]) == 1
+
+
+# What is too large, or of another release
+
+
+def test_no_account_is_larger_than_what_is_read(vault):
+    networks = tuple(f"10.{number // 256}.{number % 256}.0/24" for number in range(1200))
+    with pytest.raises(VaultError, match="bytes of settings: shorten them"):
+        vault.stage("alice@example.org", account(networks=networks))
+    put(vault, account(networks=networks[:500]))
+    assert len(vault.get("alice@example.org").networks) == 500
+
+
+def test_a_huge_file_is_not_read(vault):
+    put(vault, account())
+    path = file_of(vault)
+    path.write_bytes(path.read_bytes() + b" " * MAX_SIZE)
+    with pytest.raises(BrokenSeal, match="has more than"):
+        vault.peek("alice@example.org")
+    os.truncate(path, 64 * 1024 * 1024)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BrokenSeal, match="has more than"):
+            vault.peek("alice@example.org")
+        assert tracemalloc.get_traced_memory()[1] < 1024 * 1024
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_register_of_another_release_is_not_believed(tmp_path, vault, monkeypatch):
+    put(vault, account())
+    monkeypatch.setattr(register, "VERSION", 2)
+    with pytest.raises(BrokenSeal, match="has version 1; this release reads 2"):
+        make(tmp_path).get("alice@example.org")
