@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from cpsmailaccess_delivery.files import make_private, write_new
+from cpsmailaccess_delivery.files import make_private, open_inside, write_new
 
 
 def mode(path):
@@ -86,3 +86,20 @@ def test_nothing_is_left_of_a_file_that_fails(tmp_path, monkeypatch, call):
     with pytest.raises(OSError, match="no space"):
         write_new(str(tmp_path / "a"), b"x", sync=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_opened_inside_a_directory_is_inside_of_it(tmp_path):
+    """Neither the directory nor the file is a link, and nothing is waited for."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "real" / "fifo")
+    fd = open_inside(str(tmp_path / "real"), "file")
+    assert os.read(fd, 100) == b"content"
+    os.close(fd)
+    for directory, name in (("link", "file"), ("real", "link")):
+        with pytest.raises(OSError, match="symbolic link") as raised:
+            open_inside(str(tmp_path / directory), name)
+        assert raised.value.errno == errno.ELOOP
+    os.close(open_inside(str(tmp_path / "real"), "fifo"))  # would wait for a writer

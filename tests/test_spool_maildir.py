@@ -16,6 +16,7 @@ from cpsmailaccess_delivery.envelope import format_block
 from cpsmailaccess_delivery.errors import InvalidEnvelope, SpoolError
 from cpsmailaccess_delivery.interfaces import Entry, Outcome, Settlement, State
 from cpsmailaccess_delivery.spool import Maildir, Presence, durable, names
+from cpsmailaccess_delivery.spool.layout import Layout
 from cpsmailaccess_delivery.watch import PollingWatch
 from spool_contract import (
     ACCEPTED,
@@ -135,6 +136,19 @@ class TestLayout:
             for file in files:
                 assert stat.S_IMODE(os.stat(Path(directory, file)).st_mode) & 0o177 == 0
         spool.close()
+        presence.close()
+
+    def test_a_link_that_is_made_while_it_is_opened_is_refused(self, tmp_path, monkeypatch):
+        """Between the look and the open."""
+        (tmp_path / "box").mkdir()
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "box" / "new").symlink_to(tmp_path / "elsewhere")
+        for name in ("tmp", "cur"):
+            (tmp_path / "box" / name).mkdir()
+        monkeypatch.setattr(Layout, "_refuse_link", lambda layout, name: None)
+        presence = Presence(tmp_path / "box" / "presence")
+        with pytest.raises(SpoolError, match="is a symbolic link or a file"):
+            Maildir(tmp_path / "box", presence)
         presence.close()
 
     def test_usable_under_a_hostile_umask(self, tmp_path):
