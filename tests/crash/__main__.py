@@ -55,7 +55,8 @@ def print_syncs(enumerator: Enumerator) -> None:
 
 
 def print_faults(workplace: Path) -> int:
-    print(f"\n{'path':28}{'calls':>7}{'faults':>8}{'bad ends':>10}   errors: {' '.join(ERRORS)} EINTR")
+    errors = " ".join((*ERRORS, "EINTR"))
+    print(f"\n{'path':28}{'calls':>7}{'faults':>8}{'bad ends':>10}   errors: {errors}")
     began = time.monotonic()
     sums = [0, 0, 0]
     for name in PATHS:
