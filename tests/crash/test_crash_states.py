@@ -56,9 +56,9 @@ SYNCS = {
     "spool.outcomes.write < spool.doubts.hold: outcomes/": False,
     "spool.outcomes.write < spool.mails.hold: outcomes/": False,
     "spool.outcomes.write < spool.mails.record: outcomes/": True,
-    "spool.staging.<lambda> < spool.durable.__call__: new/": True,
-    "spool.staging._settle_all < spool.durable.__call__: the file": True,
-    "spool.staging._settle_all < spool.durable.__call__: tmp/": False,
+    "spool.staging.<lambda> < spool.durable._take_turns: new/": True,
+    "spool.staging._settle_all < spool.durable._take_turns: the file": True,
+    "spool.staging._settle_all < spool.durable._take_turns: tmp/": False,
     "spool.staging.discard < spool.maildir.discard: tmp/": True,
 }
 
