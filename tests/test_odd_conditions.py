@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import socket
 import subprocess
@@ -442,6 +443,7 @@ def site() -> Iterator[Site]:
         site.account()
         site.send()
         site.run("doctor", code=None)
+        codecs.lookup("ascii")  # nobody may be unable to read the interpreter's own modules
         for path in (home, *home.rglob("*")):
             os.chown(path, NOBODY, NOBODY)
         yield site
