@@ -400,7 +400,7 @@ def _observe_keys(spool: Maildir, truth: Truth, found: Observation) -> None:
     for key in truth.holders:
         holder = found.holders[key] = spool.key_holder(key)
         if holder is not None:
-            path = Path(spool.location, "keys", keys._digest(key))
+            path = Path(spool.location, "keys", keys.digest_of(key))
             found.kept[key] = os.stat(path).st_mtime
         envelope = Envelope(
             sender=MAILBOX, recipients=(BOB,), route=ROUTE, message_id="new@x", key=key
