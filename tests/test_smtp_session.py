@@ -545,7 +545,7 @@ def test_check_says_what_to_do(ca):
             report = await check(port, ca, security="tls")
             assert "another name than 127.0.0.1" in report.problem
             report = await check(port, security="tls")
-            assert "verify" in report.problem
+            assert "CA file" in report.problem
             report = await check(port, security="plain", command_timeout=0.2)
             assert 'security="tls"' in report.problem
             report = await check(port, security="tls", verify="/nonexistent.pem")

@@ -67,6 +67,7 @@ print("started", flush=True)
 for line in sys.stdin:
     while True:
         app = Zope2.app()
+        transaction.begin()  # asks the server; to open a connection does not
         try:
             app.sent = getattr(app, "sent", 0) + 1
             app.MailHost.send("x", "bob@example.net", "alice@example.org", line.strip())
