@@ -67,10 +67,22 @@ class Contender(ours.Contender):
             "left": call("postgresql", "count", place=self._base["place"]),
         }
 
+    def fill_evenly(self, count: int, lanes: list[int]) -> None:
+        """Queue very many mails, in turn for each of these lanes."""
+        call("postgresql", "fill_evenly", count=count, lanes=lanes, **self._base)
+
     def claims(self, lanes: list[int], count: int) -> list[float]:
         """Lease the next mails of these lanes, so many times; return the seconds of each."""
         taken: list[float] = call("postgresql", "claims", lanes=lanes, count=count, **self._base)
         return taken
+
+
+def fill_evenly(
+    parent: Parent, place: str, accounts: list[Any], size: int, count: int, lanes: list[int]
+) -> None:
+    """See `Contender`."""
+    mails = ((number, lanes[number % len(lanes)]) for number in range(count))
+    ours.fill(parent, place, accounts, size, mails)
 
 
 def count(parent: Parent, place: str) -> int:

@@ -336,18 +336,18 @@ def _pg_claim(bench: Bench, who: str) -> Result:
     waiting = bench.number(100_000, 1000)
     with postgresql.database(bench.place()) as url:
         contender = postgresql.Contender(url, ports=[9] * (dead + live), size=1024)
-        contender.fill([(number, number % dead) for number in range(waiting)])
-        contender.fill([(number, dead + number % live) for number in range(claims * 50)])
+        contender.fill_evenly(waiting, list(range(dead)))
+        contender.fill_evenly(claims * 50, list(range(dead, dead + live)))
         times = sorted(contender.claims(list(range(dead, dead + live)), claims))
     return {"value": _percentile(times, 50) * 1e3, "p99": _percentile(times, 99) * 1e3}
 
 
 def _pg_killed(bench: Bench, who: str) -> Result:
     """Kill the worker that has the only lane, while the other looks for work."""
-    mails = bench.number(400, 40)
+    mails = 400
     with (
         postgresql.database(bench.place(), lease=postgresql.LEASE) as url,
-        Sink(latency=0.01) as sink,
+        Sink(latency=0.02) as sink,
     ):
         contender = postgresql.Contender(url, ports=sink.ports, connections=1)
         contender.fill([(number, 0) for number in range(mails)])
