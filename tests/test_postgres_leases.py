@@ -107,7 +107,8 @@ def test_a_lease_is_renewed_while_its_holder_lives(make):
     first = lease.taken_at
     wait_for(lambda: lease.taken_at > first + 1.5)
     assert make().claim(entry) is None
-    assert lease.settle(Settlement(State.ACCEPTED)) is None
+    lease.settle(Settlement(State.ACCEPTED))
+    assert list(spool.scan()) == []
 
 
 def test_a_lease_ends_when_its_holder_is_silent(make):
@@ -339,6 +340,21 @@ def test_a_large_message_does_not_come_with_its_claim(make):
     assert lease._message is None
     assert lease.message == message
     lease.release()
+
+
+def test_what_is_leased_ahead_is_small(make):
+    """A worker keeps a thousand mails: with each of a megabyte that would be a gigabyte."""
+    spool = make()
+    message = b"A: b\n\n" + b"x" * 100_000
+    staged = spool.stage(envelope(), message)
+    spool.prepare([staged])
+    spool.publish([staged])
+    feed, watch = watch_of(spool)
+    assert told(watch) == [staged]
+    lease = feed.claim(staged)
+    assert lease._message is None
+    assert lease.message == message
+    watch.close()
 
 
 def test_higher_priority_first(make):

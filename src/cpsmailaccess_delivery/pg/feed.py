@@ -38,7 +38,17 @@ from .connections import Connection
 from .engine import JOBS, MOST_AT_ONCE, dequeue
 from .lanes import LANES
 from .lease import Lease
-from .mails import CHANNEL, CLAIM_MANY, DROP_JOBS, ENTRY, MAILS, TAKEABLE, entry_of, row_of
+from .mails import (
+    CHANNEL,
+    CLAIM_MANY,
+    DROP_JOBS,
+    ENTRY,
+    INLINE_AHEAD,
+    MAILS,
+    TAKEABLE,
+    entry_of,
+    row_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +161,7 @@ class Feed:
     # For the thread
 
     def lease(self, connection: Connection, lanes: Sequence[str]) -> list[Entry]:
-        """Lease the next mails of these lanes; return them, and whether there may be more."""
+        """Lease the next mails of these lanes; return them, those to be sent first in front."""
         seconds = self._spool.leases.seconds
         token = uuid.uuid4()
         with connection.transaction():
@@ -159,9 +169,8 @@ class Feed:
             if not jobs:
                 return []
             ids = [job.mail for job in jobs]
-            rows = connection.execute(
-                CLAIM_MANY, {"ids": ids, "lease": token, "seconds": seconds}, binary=True
-            ).fetchall()
+            values = {"ids": ids, "lease": token, "seconds": seconds, "inline": INLINE_AHEAD}
+            rows = connection.execute(CLAIM_MANY, values, binary=True).fetchall()
             if len(rows) < len(jobs):  # of the others some are leased elsewhere: named again later
                 connection.execute(DROP_JOBS, {"ids": ids, "jobs": [job.id for job in jobs]})
         job_of = {job.mail: job.id for job in jobs}

@@ -32,7 +32,9 @@ KEYS: Final = f"{SCHEMA}.keys"
 CHANNEL: Final = "cpsmail"
 
 #: Bytes of the largest message that comes with its claim; a larger one is read when it is sent.
+#: Less of those that are leased ahead: a worker keeps a thousand of them.
 INLINE: Final = 1024 * 1024
+INLINE_AHEAD: Final = 64 * 1024
 
 #: States that nobody sees: before the commit; of a transaction that a witness has seen abort; and
 #: of a mail that comes from another outbox.
@@ -50,7 +52,7 @@ _WIDTH: Final = 7  # columns
 FREE: Final = "(leased_until IS NULL OR leased_until < clock_timestamp())"
 TAKEABLE: Final = "(state = 'queued' OR (state IN ('deferred', 'unclear') AND due > 0))"
 _LAZY: Final = "set_config('synchronous_commit', 'off', true)"
-_CLAIMED: Final = f"""{ENTRY}, block, CASE WHEN size <= {INLINE} THEN message END, side, job"""
+_CLAIMED: Final = f"{ENTRY}, block, CASE WHEN size <= %(inline)s THEN message END, side, job"
 
 CLAIM: Final = f"""
 UPDATE {MAILS} SET lease = %(lease)s,
@@ -220,6 +222,7 @@ class Mails:
             "attempts": entry.attempts,
             "lease": lease,
             "seconds": seconds,
+            "inline": INLINE,
         }
         with self._connections.use(f"lease {entry.id}") as connection:
             row = connection.execute(CLAIM, values, binary=True).fetchone()
