@@ -95,6 +95,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "ready.py",
         "outgoing.py",
         "notices.py",
+        "notice_queue.py",
         "recorder.py",
         "relays.py",
         "results.py",

@@ -13,7 +13,7 @@ import pytest
 import transaction
 
 from cpsmailaccess_delivery import Account, Outbox
-from cpsmailaccess_delivery import notices as notices_module
+from cpsmailaccess_delivery import notice_queue as queue_module
 from cpsmailaccess_delivery import recorder as recorder_module
 from cpsmailaccess_delivery.errors import SpoolError
 from cpsmailaccess_delivery.processor import QueueProcessorThread
@@ -328,8 +328,8 @@ def test_a_slow_journal_keeps_nobody_waiting_longer(outbox, server, monkeypatch)
         clock[0] += 1000.0
         flush()
 
-    monkeypatch.setattr(notices_module, "_BATCH", 5)
-    monkeypatch.setattr(notices_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(queue_module, "_BATCH", 5)
+    monkeypatch.setattr(queue_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(outbox.journal, "flush", slow_flush)
     put(outbox, server)
     server.on("RCPT", reply="550 5.1.1 no such user", match="eve")

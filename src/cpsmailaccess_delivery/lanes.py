@@ -343,7 +343,7 @@ class Lane:
         )
 
     def _tell_owner(self, note: LaneNote) -> None:
-        self._recorder.notices.tell_owner(self.route, note, self.circuit.told)
+        self._recorder.tell_owner(self.route, note, self.circuit.told)
 
     def _circuit_changed(self, paused: bool, reason: str) -> None:
         tell_circuit(

@@ -18,6 +18,7 @@ from .interfaces import IOutbox, Record
 from .journal import MAX_LAG
 from .limits import ALONE, Share
 from .message import DEFAULT_SIZE_LIMIT, LARGEST
+from .notice_queue import NoticeWriter
 from .notices import Notices
 from .parts import open_parts
 from .processor import MAX_SESSIONS, QueueProcessorThread, own_host_name
@@ -203,18 +204,11 @@ class Outbox:
         self.presence.close()
 
     def _notices(self) -> Notices:
-        """Return what makes notices without a loop: `Notices.queue_now` works."""
-        no_loop: Any = None
         return Notices(
-            self.spool,
-            self.vault,
-            self.journal,
+            NoticeWriter(self.spool, self.vault, self.journal),
             schedule=self._schedule,
             reporting_mta=self.helo_name,
-            loop=no_loop,
-            thread=no_loop,
             clock=self._clock,
-            changed=lambda were_full: None,
         )
 
     def _status(self, message_id: str, records: list[Record]) -> Status | None:

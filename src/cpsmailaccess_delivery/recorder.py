@@ -17,8 +17,10 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from .attempt import ALL_ACCEPTED, Attempt
+from .envelope import Route
 from .errors import SpoolError
-from .interfaces import Settlement, State
+from .interfaces import LaneNote, Settlement, State
+from .notice_queue import NoticeQueue, NoticeWriter
 from .notices import Notices
 from .shared import Shared
 from .summary import Summary
@@ -57,16 +59,15 @@ class Recorder:
     ) -> None:
         self.summary = Summary()
         self.deferred: set[str] = set()  # ids tried when draining, and to be tried again
+        writer = NoticeWriter(shared.spool, shared.accounts, shared.journal)
         self.notices = Notices(
-            shared.spool,
-            shared.accounts,
-            shared.journal,
+            writer,
             schedule=shared.schedule,
             reporting_mta=shared.helo_name,
-            loop=shared.loop,
-            thread=thread,
             clock=shared.now,
-            changed=self._notices_done,
+        )
+        self.notice_queue = NoticeQueue(
+            writer, loop=shared.loop, thread=thread, changed=self._notices_done
         )
         self._spool = shared.spool
         self._announcer = shared.announcer
@@ -87,7 +88,7 @@ class Recorder:
     @property
     def full(self) -> bool:
         """Whether so much cannot be recorded that it is better to send nothing."""
-        return len(self._unsettled) >= _MANY_UNSETTLED or self.notices.full
+        return len(self._unsettled) >= _MANY_UNSETTLED or self.notice_queue.full
 
     @property
     def unsettled(self) -> bool:
@@ -122,7 +123,7 @@ class Recorder:
         if self._sync_timer is not None:
             self._sync_timer.cancel()
         self._retry()
-        self.notices.flush()
+        self.notice_queue.flush()
 
     def close(self) -> None:
         """Sync; give back the leases of what cannot be recorded.  When the thread is done."""
@@ -134,6 +135,21 @@ class Recorder:
         for attempt, settlement in self._unsettled:
             log.critical("%s is %s, but cannot be recorded", attempt.entry.id, settlement.state)
             attempt.lease.release()
+
+    def tell_owner(self, route: Route, note: LaneNote, then: Callable[[], None]) -> None:
+        """Tell the owner of a mailbox that it cannot send, if there is another way to him.
+
+        `then`: called when that notice is durable.
+        """
+
+        def told(error: SpoolError | None) -> None:
+            if error is None:
+                then()
+            else:
+                log.error("%s: its owner cannot be told: %s", route.mailbox, error)
+
+        if wanted := self.notices.of_trouble(route, note):
+            self.notice_queue.queue(wanted, told)
 
     def _tell_and_record(self, attempt: Attempt, settlement: Settlement) -> None:
         """Let the notices that a settlement asks for be durable, then record it."""
@@ -150,7 +166,7 @@ class Recorder:
                 self._keep(attempt, settlement, error)
 
         attempt.forget_message()  # many may wait there
-        self.notices.queue(wanted, told)
+        self.notice_queue.queue(wanted, told)
 
     def _record(self, attempt: Attempt, settlement: Settlement) -> None:
         try:

@@ -199,7 +199,7 @@ class Scheduler:
         self.finished.set_result(None)
 
     def _unsettled_matter(self) -> bool:
-        if self._recorder.notices.busy:
+        if self._recorder.notice_queue.busy:
             return True
         return (self._recorder.unsettled or self._sweeping) and not self._stopping
 

@@ -66,8 +66,8 @@ def settle(
         attempt = Attempt(lease)
         if state is State.REFUSED:
             occasion = f"settled-{digest(' '.join(sorted(decided)))}"
-            maker = notices()
-            maker.queue_now(maker.of_refusals(attempt, decided, occasion))
+            made = notices()
+            made.writer.write(made.of_refusals(attempt, decided, occasion))
         known = {**earlier, **decided}
         lease.settle(_settlement(lease, known, record.reason, now))
     finally:
