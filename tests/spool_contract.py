@@ -494,6 +494,16 @@ class SpoolContract:
         assert {record.entry for record in spool.find("a@x")} == {entry, twin}
         assert spool.find("c@x") == []
 
+    def test_which_message_ids_there_are(self, spool):
+        queue(spool, "a@x")
+        spool.hold(queue(spool, "held@x"), "why")
+        staged = spool.stage(envelope(message_id="staged@x"), MESSAGE)
+        gone = queue(spool, "gone@x")
+        spool.claim(gone).settle(Settlement(State.ACCEPTED))
+        assert spool.holding(["a@x", "held@x", "staged@x", "gone@x", "x@x"]) == {"a@x", "held@x"}
+        assert spool.holding([]) == set()
+        spool.discard([staged])
+
     def test_read_message(self, spool):
         entry = queue(spool)
         assert spool.read_message(entry) == MESSAGE

@@ -7,6 +7,8 @@ import os
 import re
 import select
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +133,32 @@ def test_a_mail_expires_while_its_lane_waits(database, relay, when):
         senders = [outbox.spool.load(entry).envelope.sender for entry in outbox.spool.scan()]
         assert sorted(senders) == ["", ALICE, ALICE]  # a notice waits, too
         assert relay.mails == []
+
+
+def test_a_notice_is_not_made_again_after_a_crash(outbox, relay):
+    """By the worker that has the mail then: it sees what no worker has leased, too."""
+    relay.on("RCPT", reply="550 5.1.1 no such user", match="bob@")
+    relay.on("MAIL", reply="451 4.3.0 later", match="<>")  # not before the crash
+    (message_id,) = send(outbox)
+    code = (
+        "import os, sys, time\n"
+        "from cpsmailaccess_delivery import Outbox\n"
+        "from cpsmailaccess_delivery.pg.lease import Lease\n"
+        "Lease.settle = lambda lease, settlement: os._exit(9)\n"
+        "Outbox(sys.argv[1], key=bytes.fromhex(sys.argv[2])).processor().run(forever=False)\n"
+    )
+    place = f"{outbox.location}?lease=1"
+    done = subprocess.run([sys.executable, "-c", code, place, KEY.hex()], timeout=60)
+    assert done.returncode == 9
+    notice = next(e for e in outbox.spool.scan() if not outbox.spool.load(e).envelope.sender)
+    outbox.spool.hold(notice, "so that nothing happens to it, of which the journal would tell")
+    with open_outbox(place) as other:
+        processor = other.processor()
+        processor.start()
+        wait_for(lambda: outbox.status(message_id).state is State.REFUSED)
+        assert processor.stop()
+    senders = [outbox.spool.load(entry).envelope.sender for entry in outbox.spool.scan()]
+    assert sorted(senders) == ["", ALICE]
 
 
 def test_who_delivers_is_told_to_other_hosts(outbox, database):

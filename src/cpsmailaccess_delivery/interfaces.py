@@ -278,6 +278,9 @@ class ISpool(Interface):
     def find(message_id: str) -> list[Record]:
         """Return the mails with this Message-Id (no angle brackets): often one, or none."""
 
+    def holding(message_ids: Collection[str]) -> set[str]:
+        """Return those of these Message-Ids under which we have a mail; nothing is opened."""
+
     def look_up(entry_id: str) -> Entry:
         """Return the entry of an id that a person typed.  Raises `NoSuchEntry`.
 

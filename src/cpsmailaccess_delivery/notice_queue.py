@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from .account import DEFAULT_MAILBOX, Account
-from .envelope import Envelope, Route, digest, lane_key
+from .envelope import Envelope, Route, lane_key
 from .errors import SpoolError, VaultError
 from .interfaces import Entry
 
@@ -61,7 +61,7 @@ class NoticeWriter:
         """
         wanted = {each.message_id: each for each in notices}
         begin = time.monotonic()
-        seen = self._seen(wanted)
+        seen = self._spool.holding(wanted)
         pause = time.monotonic() - begin
         for message_id in self._queued(wanted, seen):
             del wanted[message_id]
@@ -96,11 +96,6 @@ class NoticeWriter:
         except VaultError:
             return None
         return account
-
-    def _seen(self, wanted: Mapping[str, Wanted]) -> set[str]:
-        """Return those that are in the spool: ids end with a digest, so that nothing is opened."""
-        ends = {digest(message_id): message_id for message_id in wanted}
-        return {ends[entry.id[-16:]] for entry in self._spool.scan() if entry.id[-16:] in ends}
 
     def _queued(self, wanted: Mapping[str, Wanted], seen: set[str]) -> list[str]:
         """Return those that are queued already, or were sent: we died after we had queued them.

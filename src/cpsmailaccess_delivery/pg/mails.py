@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from sys import intern
 from typing import Any, Final, NamedTuple
@@ -181,6 +181,13 @@ class Mails:
             if record.envelope.message_id == message_id:
                 records.append(record)
         return records
+
+    def holding(self, message_ids: Collection[str]) -> set[str]:
+        """Return those of these Message-Ids under which there is a mail."""
+        wanted = {digest(message_id): message_id for message_id in message_ids}
+        query = f"SELECT DISTINCT digest FROM {MAILS} WHERE digest = ANY(%s) AND {VISIBLE}"  # noqa: S608
+        with self._connections.use("look for mails") as connection:
+            return {wanted[row[0]] for row in connection.execute(query, [list(wanted)])}
 
     def load(self, entry: Entry) -> Record:
         """Return a mail as it is now.  Raises `NoSuchEntry`, `InvalidEnvelope`."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -143,7 +143,7 @@ class Maildir:
         wanted = digest(message_id)
         records = []
         for entry in self.scan():
-            if entry.lane and not names.stands_for(entry.id, wanted):
+            if entry.lane and names.digest_of(entry.id) != wanted:
                 continue
             try:
                 record = self._read(entry)[0]
@@ -152,6 +152,12 @@ class Maildir:
             if record.envelope.message_id == message_id:
                 records.append(record)
         return records
+
+    def holding(self, message_ids: Collection[str]) -> set[str]:
+        """See `ISpool`: the digest of a name tells."""
+        wanted = {digest(message_id): message_id for message_id in message_ids}
+        ends = (names.digest_of(entry.id) for entry in self.scan())
+        return {wanted[end] for end in ends if end in wanted}
 
     def look_up(self, entry_id: str) -> Entry:
         """See `ISpool`."""

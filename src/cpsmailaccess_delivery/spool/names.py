@@ -126,9 +126,9 @@ def usable_id(name: str) -> Entry | None:
     return parse(name.partition(":")[0], "new")
 
 
-def stands_for(entry_id: str, message_id_digest: str) -> bool:
-    """Tell whether an id that we gave was made for this Message-Id."""
-    return entry_id.endswith(message_id_digest) and len(entry_id) == 42
+def digest_of(entry_id: str) -> str:
+    """Return the digest of the Message-Id for which we gave an id; "": we did not."""
+    return entry_id[-16:] if len(entry_id) == 42 else ""
 
 
 def staged_name(entry: Entry, *, size: int, check: int, presence: str) -> str:

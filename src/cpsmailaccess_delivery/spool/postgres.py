@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 from zope.interface import implementer
@@ -141,6 +141,10 @@ class PostgresSpool:
     def find(self, message_id: str) -> list[Record]:
         """See `ISpool`."""
         return self.mails.find(message_id)
+
+    def holding(self, message_ids: Collection[str]) -> set[str]:
+        """See `ISpool`."""
+        return self.mails.holding(message_ids)
 
     def look_up(self, entry_id: str) -> Entry:
         """See `ISpool`."""

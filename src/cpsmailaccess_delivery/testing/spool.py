@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zope.interface import implementer
@@ -132,6 +132,12 @@ class MemorySpool:
         with self._lock:
             mails = list(self._visible.values())
         return [_record(mail) for mail in mails if mail.envelope.message_id == message_id]
+
+    def holding(self, message_ids: Collection[str]) -> set[str]:
+        """See `ISpool`."""
+        with self._lock:
+            there = {mail.envelope.message_id for mail in self._visible.values()}
+        return there.intersection(message_ids)
 
     def look_up(self, entry_id: str) -> Entry:
         """See `ISpool`."""
