@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,16 @@ from cli_helpers import Site
 from conftest import KEY
 from cpsmailaccess_delivery import Account, Outbox, State
 from cpsmailaccess_delivery.errors import InvalidSettings, SpoolError, WrongKey
-from cpsmailaccess_delivery.interfaces import IMailDelivery, IOutbox, IPresence, Verdict
+from cpsmailaccess_delivery.interfaces import (
+    IMailDelivery,
+    IOutbox,
+    IPresence,
+    LaneNote,
+    Settlement,
+    Verdict,
+)
 from cpsmailaccess_delivery.journal import Event
+from cpsmailaccess_delivery.metrics import Collector
 from cpsmailaccess_delivery.pg import vault as vault_module
 from cpsmailaccess_delivery.pg.connections import Connections
 from cpsmailaccess_delivery.pg.schema import VERSION, upgrade
@@ -173,6 +182,34 @@ def test_who_delivers_is_told_to_other_hosts(outbox, database):
         assert abs(deliverer.since - other.spool.connections.now()) < 60
         assert processor.stop()
         assert other.presence.deliverers() == []
+
+
+def test_metrics_of_all_workers_add_up(outbox, relay, database):
+    """What waits for a person, and what no worker has leased, is counted by one of them."""
+    pytest.importorskip("prometheus_client", reason="is in the extra [metrics]")
+    for state in (State.HELD, State.HELD, State.REFUSED, State.QUEUED):
+        (entry,) = (outbox.spool.find(each)[0].entry for each in send(outbox))
+        if state is State.HELD:
+            outbox.spool.hold(entry, "why")
+        elif state is State.REFUSED:
+            outbox.spool.claim(entry).settle(Settlement(state, attempts=1))
+        else:
+            outbox.spool.note_lane(entry.lane, LaneNote(ALICE, "relay", "down", 1.0, 1e10))
+    with open_outbox(database) as other:
+        workers = [outbox.processor(), other.processor()]
+        found: list[Counter[str]] = []
+        for number, worker in enumerate(workers, 1):
+            worker.start()
+            wait_for(lambda n=number: len(outbox.presence.deliverers()) == n)
+            wait_for(lambda w=worker: w.scheduler)
+        for worker in workers:
+            (family,) = (
+                each for each in Collector(worker).collect() if each.name == "cpsmail_queue_mails"
+            )
+            found.append(Counter({s.labels["state"]: int(s.value) for s in family.samples}))
+        assert all(worker.stop() for worker in workers)
+    assert sum(found, Counter()) == {"held": 2, "refused": 1, "queued": 1}
+    assert found[1].total() == 0
 
 
 def test_what_happened_step_by_step(outbox):

@@ -8,7 +8,8 @@ copies that are made in one step.  Nobody waits for a lock.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from .errors import InvalidSettings, SpoolError
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 MOST_LANES: Final = 100
 OTHERS: Final = "(others)"
 
-#: Mails that wait for a person are counted in the spool: so many seconds apart at least, and
-#: so many times as long as it took.
+#: What lanes do not know, mails that wait for a person, is counted in the spool: so many
+#: seconds apart at least, and so many times as long as it took.
 _COUNT_EVERY: Final = 30.0
 _COUNT_SHARE: Final = 50.0
 
@@ -33,17 +34,11 @@ _FOR_A_PERSON: Final = (State.HELD, State.REFUSED)
 
 
 class Collector:
-    """Reads a processor when it is asked: a `prometheus_client` collector.
+    """Reads a processor when it is asked: a `prometheus_client` collector."""
 
-    `clock`: seconds since the epoch.
-    """
-
-    def __init__(
-        self, processor: QueueProcessorThread, *, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, processor: QueueProcessorThread) -> None:
         self._processor = processor
-        self._clock = clock
-        self._counts: dict[State, int] = {}
+        self._counts: Mapping[State, int] = {}
         self._count_again = 0.0
 
     def collect(self) -> Iterator[Any]:
@@ -72,10 +67,9 @@ class Collector:
     def _lanes(self, scheduler: Scheduler) -> Iterator[Any]:
         from prometheus_client.core import GaugeMetricFamily
 
-        now = self._clock()
+        now = scheduler.shared.now()
         oldest: dict[str, float] = {}
         counts = dict.fromkeys((State.QUEUED, State.DEFERRED, State.UNCLEAR), 0)
-        counts.update(self._for_a_person(scheduler))
         conditions = {"paused": 0, "no_connection": scheduler.lanes_waiting}
         sessions = 0
         names = {}
@@ -95,6 +89,7 @@ class Collector:
             if since < now and entry.lane in names:
                 route = names[entry.lane]
                 oldest[route] = min(oldest[route], since)
+        counts.update(self._counted(scheduler))
         yield _by_label("cpsmail_queue_mails", "Mails in the spool", "state", counts)
         ages = {route: max(now - since, 0.0) for route, since in oldest.items()}
         yield _by_label(
@@ -107,20 +102,25 @@ class Collector:
         yield GaugeMetricFamily("cpsmail_lanes", "Lanes that had a mail", value=len(names))
         yield GaugeMetricFamily("cpsmail_sessions", "Open SMTP sessions", value=sessions)
 
-    def _for_a_person(self, scheduler: Scheduler) -> dict[State, int]:
+    def _counted(self, scheduler: Scheduler) -> Mapping[State, int]:
+        """Return how many mails there are of which lanes know nothing, by state."""
         begun = time.monotonic()
         if begun >= self._count_again:
-            counts = dict.fromkeys(_FOR_A_PERSON, 0)
             try:
-                for entry in scheduler.shared.spool.scan():
-                    if entry.state in counts and scheduler.shared.share.owns(entry.lane):
-                        counts[entry.state] += 1
+                self._counts = (scheduler.totals or partial(_for_a_person, scheduler))()
             except SpoolError:
-                counts = {}  # no number is better than a wrong one
-            self._counts = counts
+                self._counts = {}  # no number is better than a wrong one
             now = time.monotonic()
             self._count_again = now + max(_COUNT_EVERY, _COUNT_SHARE * (now - begun))
         return self._counts
+
+
+def _for_a_person(scheduler: Scheduler) -> dict[State, int]:
+    counts = dict.fromkeys(_FOR_A_PERSON, 0)
+    for entry in scheduler.shared.spool.scan():
+        if entry.state in counts and scheduler.shared.share.owns(entry.lane):
+            counts[entry.state] += 1
+    return counts
 
 
 def bounded(ages: dict[str, float], most: int = MOST_LANES) -> dict[str, float]:

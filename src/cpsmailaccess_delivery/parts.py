@@ -31,7 +31,7 @@ class Parts:
     ``presence``: an `IPresence`.  ``clock``: seconds since the epoch,
     the same on all hosts.  ``feed``: makes the spool of a processor that runs for ever, where
     that is another than the one in which people look; None: the same.  It also has ``part``: our
-    part of a limit over all workers.
+    part of a limit over all workers; and ``totals``: how many mails of each state there are.
     """
 
     spool: Any

@@ -187,11 +187,12 @@ class QueueProcessorThread(threading.Thread):
         if self._helo_name is None:
             self._helo_name = await loop.run_in_executor(None, own_host_name)
         spool, share, part = self._spool, self._share, self._share.part
+        totals = None
         max_sessions = self._max_sessions
         if self._feed is not None and not draining:
             # It gives each worker lanes of its own: here as on other hosts.
             spool, share, max_sessions = self._feed(), ALONE, share.part(max_sessions)
-            part = spool.part
+            part, totals = spool.part, spool.totals
         scheduler = Scheduler(
             spool,
             self._accounts,
@@ -207,6 +208,7 @@ class QueueProcessorThread(threading.Thread):
             witness=self._witness,
             share=share,
             part=part,
+            totals=totals,
         )
         self.summary = scheduler.summary
         with self._lock:

@@ -13,7 +13,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -52,6 +52,7 @@ class Scheduler:
     """See the module.  Called in the loop's thread, but for what says otherwise.
 
     `part`: our part of a limit over all processors, which may change; `share`'s by default.
+    ``totals``: returns how many mails of each state there are, where no scan tells; or None.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Scheduler:
         announcer: Any,
         share: Share = ALONE,
         part: Callable[[int], int] | None = None,
+        totals: Callable[[], Mapping[State, int]] | None = None,
         witness: Any = None,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
@@ -106,6 +108,7 @@ class Scheduler:
         self._stopping = False
         self._checking = False
         part = part or share.part
+        self.totals = totals
         files = _open_files()
         self._agenda = Agenda(loop, clock, self._due)
         self._recorder = Recorder(

@@ -32,7 +32,7 @@ import psycopg
 from zope.interface import implementer
 
 from ..errors import SpoolError
-from ..interfaces import Entry, IWatch
+from ..interfaces import Entry, IWatch, State
 from ..spool.postgres import PostgresSpool
 from .connections import Connection
 from .engine import JOBS, MOST_AT_ONCE, dequeue
@@ -46,9 +46,11 @@ from .mails import (
     INLINE_AHEAD,
     MAILS,
     TAKEABLE,
+    VISIBLE,
     entry_of,
     row_of,
 )
+from .workers import WORKERS
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,13 @@ UPDATE {JOBS} SET status = 'queued', queue_manager_id = NULL, updated = now()
 WHERE id IN (SELECT job FROM mail)"""  # noqa: S608
 
 
+_IN_SPOOL: Final = (State.QUEUED, State.DEFERRED, State.UNCLEAR, State.HELD, State.REFUSED)
+_TOTALS: Final = f"""
+SELECT state, count(*) FROM {MAILS} WHERE {VISIBLE} AND %s = (
+    SELECT id FROM {WORKERS} WHERE until > clock_timestamp() ORDER BY since, id LIMIT 1
+) GROUP BY state"""  # noqa: S608
+
+
 class Feed:
     """The spool of one processor that runs for ever: see `ISpool`, and the module.
 
@@ -157,6 +166,17 @@ class Feed:
     def part(self, limit: int) -> int:
         """Return our part of a limit over all workers; at least 1."""
         return max(1, limit // self.workers)
+
+    def totals(self) -> dict[State, int]:
+        """Return how many mails of each state there are, of all workers; only the oldest says so.
+
+        So the numbers of all may be added.  Raises `SpoolError`.
+        """
+        counts = dict.fromkeys(_IN_SPOOL, 0)
+        with self._spool.connections.use("count the mails") as connection:
+            for state, count in connection.execute(_TOTALS, [self.worker]):
+                counts[State(state)] = count
+        return counts
 
     # For the thread
 
