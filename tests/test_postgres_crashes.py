@@ -381,19 +381,25 @@ def workers_of(database: str) -> int:
 # Connections are lost
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_the_connection_is_lost_at_each_statement(database, outbox, relay, monkeypatch, when):
-    """Of one send and its delivery: whatever is lost, the mail is sent once, or not at all.
-
-    Where the commit raised, nothing is sent; where it did not, the mail arrives.
-    """
-    execute = psycopg.Connection.execute
-    cut = Cut(database, when)
+@pytest.fixture(params=["before", "after"])
+def cut(request, database, monkeypatch) -> Cut:
+    """Ends a connection before or after a statement, or the end of a transaction."""
+    cut = Cut(database, request.param)
+    execute, end = psycopg.Cursor.execute, psycopg.Transaction.__exit__
 
     def execute_and_cut(self: Any, *arguments: Any, **more: Any) -> Any:
-        return cut(self, lambda: execute(self, *arguments, **more))
+        return cut(self.connection, lambda: execute(self, *arguments, **more))
 
-    monkeypatch.setattr(psycopg.Connection, "execute", execute_and_cut)
+    def end_and_cut(self: Any, *arguments: Any) -> Any:
+        return cut(self.connection, lambda: end(self, *arguments))
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", execute_and_cut)
+    monkeypatch.setattr(psycopg.Transaction, "__exit__", end_and_cut)
+    return cut
+
+
+def test_the_connection_is_lost_at_each_statement_of_a_send(cut, outbox, relay, monkeypatch):
+    """Where the commit raised, nothing is sent; where it did not, the mail arrives once."""
     monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
     for number in range(1, 60):
         transaction.abort()
@@ -414,12 +420,44 @@ def test_the_connection_is_lost_at_each_statement(database, outbox, relay, monke
         for entry in held:
             outbox.queue.release(entry.id) if message_id else outbox.queue.cancel(entry.id)
         outbox.processor().run(forever=False)
-        assert len(relay.mails) == bool(message_id), (number, when)
+        assert len(relay.mails) == bool(message_id), number
         if not reached:
             break
     else:
         pytest.fail("it never ended")
     assert number > 5
+
+
+def test_the_connection_is_lost_at_each_statement_of_a_delivery(cut, database, relay):
+    """The mail arrives, and twice at most: where the relay's reply could not be recorded."""
+    with open_outbox(f"{database}?lease=1") as outbox:
+        put(outbox, relay, ALICE)
+        for number in range(1, 60):
+            relay.mails.clear()
+            (message_id,) = send(outbox)
+            cut.at = number
+            drain(outbox)
+            reached = not cut.at
+            cut.at = 0
+            wait_for(lambda: drain(outbox) and not list(outbox.spool.scan()))
+            assert {mail.message_id for mail in relay.mails} == {message_id}, number
+            assert len(relay.mails) <= 2, number
+            assert outbox.status(message_id).state is State.ACCEPTED
+            if not reached:
+                break
+        else:
+            pytest.fail("it never ended")
+        assert number > 5
+
+
+def drain(outbox: Outbox) -> bool:
+    """Return whether the server was there all the time."""
+    outbox.spool.connections._failed_at = -10.0
+    try:
+        outbox.processor().run(forever=False)
+    except OutboxError:
+        return False
+    return True
 
 
 class Cut:
