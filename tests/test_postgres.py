@@ -39,6 +39,7 @@ from cpsmailaccess_delivery.interfaces import (
 )
 from cpsmailaccess_delivery.journal import Event
 from cpsmailaccess_delivery.metrics import Collector
+from cpsmailaccess_delivery.pg import schema as schema_module
 from cpsmailaccess_delivery.pg import vault as vault_module
 from cpsmailaccess_delivery.pg.connections import Connections
 from cpsmailaccess_delivery.pg.schema import VERSION, upgrade
@@ -379,6 +380,37 @@ def test_upgrade_makes_repeats_and_leaves_what_is_newer(postgres):
         connection.execute("INSERT INTO cpsmail.version VALUES (%s, %s)", [VERSION + 2] * 2)
     with Outbox(url, key=KEY) as old, pytest.raises(SpoolError, match="upgrade the package"):
         list(old.spool.scan())
+    connections.close()
+    postgres.drop_database(url)
+
+
+def test_the_schema_is_upgraded_while_the_release_before_works(postgres, relay, monkeypatch):
+    """A step that adds something, and one that fails: then all is as it was before that step."""
+    url = postgres.new_database(empty=True)
+    connections = Connections(url)
+    upgrade(connections)
+    with open_outbox(url) as outbox:
+        put(outbox, relay, ALICE)
+        processor = outbox.processor()
+        processor.start()
+        send(outbox, 5)
+        add = "ALTER TABLE cpsmail.mails ADD COLUMN more text NOT NULL DEFAULT ''"
+        steps = {VERSION + 1: (add, VERSION), VERSION + 2: ("SELECT 1; SELECT wrong", VERSION)}
+        monkeypatch.setattr(schema_module, "_STEPS", {**schema_module._STEPS, **steps})
+        monkeypatch.setattr(schema_module, "VERSION", VERSION + 2)
+        for before in (VERSION, VERSION + 1):
+            with pytest.raises(SpoolError, match="wrong"):
+                upgrade(connections)
+            with connections.use("test") as connection:
+                assert schema_module.found(connection) == (VERSION + 1, VERSION), before
+        send(outbox, 5)
+        relay.wait_for(10, 60)
+        wait_for(lambda: not list(outbox.spool.scan()))
+        assert processor.stop()
+    monkeypatch.undo()
+    with open_outbox(url) as again:  # one of the release before, started now
+        send(again)
+        assert again.processor().run(forever=False).accepted == 1
     connections.close()
     postgres.drop_database(url)
 

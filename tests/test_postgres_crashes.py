@@ -265,6 +265,26 @@ def test_who_has_committed_publishes_when_the_server_is_back(own_server, outbox,
     assert outbox.processor().run(forever=False).accepted == 1
 
 
+def test_a_child_publishes_its_own_when_the_server_is_back(outbox, monkeypatch):
+    """Forked while the parent was trying to: its thread is not the child's, nor are its mails."""
+    staging_ = outbox.spool.staging
+    with monkeypatch.context() as patch:
+        patch.setattr(staging_, "_try_to_publish", lambda staged: False)
+        send(outbox)
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                (message_id,) = send(outbox)
+                patch.undo()
+                wait_for(lambda: outbox.spool.find(message_id), 30.0)
+                status = len(list(outbox.spool.scan())) - 1
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+    wait_for(lambda: len(list(outbox.spool.scan())) == 2)
+
+
 def test_the_server_restarts_while_a_worker_delivers(own_server, database, relay):
     with open_outbox(database) as outbox:
         put(outbox, relay, ALICE, connections=2)

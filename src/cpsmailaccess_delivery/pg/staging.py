@@ -86,6 +86,10 @@ class Staging:
         self._clock = clock
         self._staged: dict[str, _Staged] = {}
         self._closed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._generation = forks.generation()
         self._late: deque[list[_Staged]] = deque()  # committed, and not published yet
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -149,6 +153,8 @@ class Staging:
 
     def _publish_later(self, staged: list[_Staged]) -> None:
         """Go on trying, as long as this process lives: it knows that they are committed."""
+        if self._generation != forks.generation():
+            self._begin()  # the parent's are the parent's, and its thread is not here
         with self._lock:
             self._late.append(staged)
             if self._thread is None:
@@ -326,6 +332,8 @@ class Staging:
         self._staged = {
             entry_id: staged for entry_id, staged in self._staged.items() if staged.prepared
         }
+        if self._generation != forks.generation():
+            return
         self._ended.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
