@@ -63,6 +63,7 @@ ROWS: dict[int, tuple[str, ...]] = {
     2: (
         "spool/*",
         "vault.py",
+        "vault_files.py",
         "watch.py",
         "files.py",
         "seal.py",

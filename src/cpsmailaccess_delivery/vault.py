@@ -13,41 +13,37 @@
                                                   leaves it to a witness, and `resolve`
                                                   publishes or removes
 
-How accounts are read is in `sealed`.  Not here: who may change an account, transactions, and what
-``password_from`` names.
+The files and their register are in `vault_files`, how accounts are read in `sealed`.  Not here: who
+may change an account, transactions, and what ``password_from`` names.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 from zope.interface import implementer
 
 from .account import Account
 from .envelope import digest
-from .errors import VaultError, WrongKey
-from .files import make_private, open_inside, refuse_link, sync_path, write_new
+from .errors import VaultError
+from .files import sync_path, write_new
 from .interfaces import IAccountStore, Verdict
 from .key import Key, KeySource
-from .register import Page, Register
-from .seal import MAX_SIZE, is_deletion, parse, seal, staged_mailbox
-from .sealed import ANNOUNCED, PUBLISHED, SealedAccounts, parsed
+from .seal import parse, seal, staged_mailbox
+from .sealed import ANNOUNCED, PUBLISHED, parsed
+from .vault_files import STAGED, WITNESSED, VaultFiles, read_file
 from .watch import NotifyWatch, PollingWatch, watch_folders
 
 __all__ = ["Presence", "Vault"]
 
 log = logging.getLogger(__name__)
-
-_STAGED: Final = ".staged"
-_WITNESSED: Final = 0o1600
 
 
 class Presence(Protocol):
@@ -62,7 +58,7 @@ class Presence(Protocol):
 
 
 @implementer(IAccountStore)
-class Vault(SealedAccounts):
+class Vault(VaultFiles):
     """See `IAccountStore`.  Thread-safe.
 
     ``directory`` is made by the first change.  Mailboxes are keys, as
@@ -74,7 +70,6 @@ class Vault(SealedAccounts):
     ) -> None:
         super().__init__(os.fspath(directory), key)
         self._presence = presence
-        self._register = Register(self.location)
         self._staged: dict[str, int] = {}  # token -> process: a forked child commits nothing
 
     def stage(self, mailbox: str, account: Account | None, transaction: str = "") -> str:
@@ -82,7 +77,7 @@ class Vault(SealedAccounts):
         if account is not None and account.mailbox != mailbox:
             raise ValueError(f"the account of {account.mailbox} cannot be put as {mailbox}")
         names = (digest(mailbox), secrets.token_hex(4), transaction, self._presence.token)
-        token = "-".join(names) + _STAGED
+        token = "-".join(names) + STAGED
         try:
             self._make()
             # A key that is current here is current until the file is there: see `reseal`.
@@ -98,7 +93,7 @@ class Vault(SealedAccounts):
         try:
             for token in tokens:
                 if witnessed:
-                    os.chmod(self._path(token), _WITNESSED)
+                    os.chmod(self._path(token), WITNESSED)
                 sync_path(self._path(token))
             if tokens:
                 with self._register.locked():
@@ -154,7 +149,7 @@ class Vault(SealedAccounts):
             try:
                 if self._is_witnessed(path):
                     continue
-                mailbox = staged_mailbox(_read_file(path))
+                mailbox = staged_mailbox(read_file(path))
                 os.unlink(path)
             except FileNotFoundError:
                 continue  # another sweeper was faster, and reports it
@@ -169,8 +164,8 @@ class Vault(SealedAccounts):
         """See `IAccountStore`."""
         return [
             name
-            for name in self._names(_STAGED)
-            if not self._presence.is_alive(name.removesuffix(_STAGED).split("-", 3)[-1])
+            for name in self._names(STAGED)
+            if not self._presence.is_alive(name.removesuffix(STAGED).split("-", 3)[-1])
         ]
 
     def doubts(self) -> list[tuple[str, str]]:
@@ -181,8 +176,8 @@ class Vault(SealedAccounts):
                 status = os.lstat(self._path(name))
             except OSError:
                 continue  # resolved meanwhile
-            if stat.S_IMODE(status.st_mode) == _WITNESSED:
-                transaction = name.removesuffix(_STAGED).split("-")[2]
+            if stat.S_IMODE(status.st_mode) == WITNESSED:
+                transaction = name.removesuffix(STAGED).split("-")[2]
                 found.append((status.st_mtime_ns, name, transaction))
         return [(name, transaction) for _, name, transaction in sorted(found)]
 
@@ -191,7 +186,7 @@ class Vault(SealedAccounts):
         path = self._path(change)
         try:
             with self._register.locked():
-                mailbox = staged_mailbox(_read_file(path))
+                mailbox = staged_mailbox(read_file(path))
                 if verdict is Verdict.COMMITTED and not self._overtaken(change):
                     self._put_in_place(change)
                     sync_path(self.location)
@@ -211,154 +206,6 @@ class Vault(SealedAccounts):
             return watch_folders(self.location, (".",))
         except OSError as error:
             raise self._cannot("watch the accounts", error) from error
-
-    def _put_in_place(self, token: str) -> None:
-        path, target = self._path(token), self._path(token.partition("-")[0] + PUBLISHED)
-        if is_deletion(_read_file(path)):
-            Path(target).unlink(missing_ok=True)
-            sync_path(self.location)  # first: what says that it was wanted goes last
-            os.unlink(path)
-            return
-        os.replace(path, target)
-        if self._is_witnessed(target):
-            os.chmod(target, 0o600)  # only now: as long as it is staged, the mode is a promise
-
-    def _overtaken(self, token: str) -> bool:
-        """Tell whether the account was put again after this change was staged."""
-        target = self._path(token.partition("-")[0] + PUBLISHED)
-        try:
-            return os.lstat(target).st_mtime_ns > os.lstat(self._path(token)).st_mtime_ns
-        except FileNotFoundError:
-            return False
-
-    @staticmethod
-    def _is_witnessed(path: str) -> bool:
-        return stat.S_IMODE(os.lstat(path).st_mode) == _WITNESSED
-
-    def _make(self) -> None:
-        make_private(os.path.dirname(self.location))  # the outbox, or what is one later
-        refuse_link(self.location)
-        make_private(self.location)
-
-    def _path(self, name: str) -> str:
-        return f"{self.location}/{name}"
-
-    def _names(self, suffix: str) -> list[str]:
-        try:
-            refuse_link(self.location)
-            return [name for name in os.listdir(self.location) if name.endswith(suffix)]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise self._cannot("list the accounts", error) from error
-
-    def _published(self) -> list[str]:
-        return self._names(PUBLISHED)
-
-    def _listed(self, key: Key) -> Page | None:
-        try:
-            return self._register.page(key)
-        except OSError as error:
-            raise self._cannot("read the register of accounts", error) from error
-
-    def _data(self, name: str, mailbox: str) -> bytes | None:
-        """Read one file; None: there is none.  Raises `VaultError`, `BrokenSeal`."""
-        try:
-            return _read_file(self._path(name))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if error.filename == self.location:  # the directory itself
-                raise self._cannot(f"read {mailbox or name}", error) from error
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EAGAIN):
-                raise self._broken(name, mailbox, "is no regular file") from None
-            raise self._cannot(f"read {mailbox or name}", error) from error
-
-    # The register.  All under its lock.
-
-    def _announce(self, tokens: Sequence[str]) -> None:
-        """List what is staged beside what is in force."""
-        news: dict[str, dict[str, list[str]]] = {}  # by key id, by digest
-        for token in tokens:
-            data = _read_file(self._path(token))
-            if not is_deletion(data):
-                stored = parse(data)
-                by_name = news.setdefault(stored.key_id, {})
-                versions = by_name.setdefault(token.partition("-")[0], [])
-                versions.append(ANNOUNCED + stored.version)
-        for key_id, by_name in news.items():
-            key = self._keys.find(key_id)
-            if key is None:
-                raise WrongKey(f"the key {key_id:.16} was changed meanwhile: put the account again")
-            listed = self._page(key).accounts
-            self._register.write(
-                key, {name: [*listed.get(name, ()), *new] for name, new in by_name.items()}
-            )
-
-    def _settle(self, names: Iterable[str]) -> None:
-        """List of these accounts what is in force or announced, and nothing else."""
-        names = set(names)
-        files = [name + PUBLISHED for name in names]
-        files += [name for name in self._names(_STAGED) if name.partition("-")[0] in names]
-        there = {name: parsed(self._data(name, "")) for name in files}
-        for key in self._keys.known():
-            listed = self._page(key).accounts
-            changed: dict[str, list[str]] = {name: [] for name in names}
-            for file, stored in there.items():
-                if stored is not None and stored.key_id == key.id:
-                    name = file[: len(digest(""))]
-                    if file.endswith(PUBLISHED):
-                        changed[name].append(stored.version)
-                    elif ANNOUNCED + stored.version in listed.get(name, ()):
-                        changed[name].append(ANNOUNCED + stored.version)
-            self._register.write(key, changed)
-
-    def _missing(self) -> list[str]:
-        """Return the files of accounts that are listed and not there."""
-        try:
-            with self._register.locked(shared=True):
-                there = set(self._names(PUBLISHED))
-                return sorted(
-                    name + PUBLISHED
-                    for key in self._keys.known()
-                    for name, versions in self._page(key).accounts.items()
-                    if name + PUBLISHED not in there
-                    and not all(version.startswith(ANNOUNCED) for version in versions)
-                )
-        except FileNotFoundError:
-            return []  # nothing was ever put
-        except OSError as error:
-            raise self._cannot("lock the accounts", error) from error
-
-    def _settle_crashes(self) -> None:
-        """Settle the accounts whose change a crash has cut short."""
-        try:
-            unsettled = {
-                name
-                for key in self._keys.known()
-                for name, versions in self._page(key).accounts.items()
-                if any(version.startswith(ANNOUNCED) for version in versions)
-            }
-            if unsettled:
-                with self._register.locked():
-                    self._settle(unsettled)
-        except (OSError, VaultError) as error:
-            log.error("the register of %s cannot be settled: %s", self.location, error)
-
-    @contextmanager
-    def _lock_anyway(self) -> Iterator[None]:
-        """Hold the lock; without it where there is none to be had: a commit goes on."""
-        try:
-            lock = self._register.locked()
-            lock.__enter__()
-        except OSError as error:
-            log.error("%s cannot be locked: %s", self.location, error.strerror)
-            yield
-            return
-        try:
-            yield
-        finally:
-            lock.__exit__(None, None, None)
 
     # Another key
 
@@ -412,7 +259,7 @@ class Vault(SealedAccounts):
     def needs(self, key: Key) -> int:
         """Return how many accounts, and changes under way, are sealed with a key."""
         found = 0
-        for name in (*self._names(PUBLISHED), *self._names(_STAGED)):
+        for name in (*self._names(PUBLISHED), *self._names(STAGED)):
             stored = parsed(self._data(name, ""))
             found += stored is not None and stored.key_id == key.id
         return found
@@ -429,17 +276,3 @@ class Vault(SealedAccounts):
         """Return the lock under which the key is changed.  Entering raises OSError."""
         self._make()
         return self._register.locked()
-
-    def _cannot(self, what: str, error: OSError) -> VaultError:
-        return VaultError(
-            f"cannot {what} in {self.location}: {error.strerror}: see to the disk and its"
-            " permissions"
-        )
-
-
-def _read_file(path: str) -> bytes:
-    handle = open_inside(*os.path.split(path))
-    try:
-        return os.read(handle, MAX_SIZE + 1)
-    finally:
-        os.close(handle)

@@ -26,7 +26,7 @@ SYNCS = {
     "files.sync_path < key.make: the directory above": False,
     "files.sync_path < key.renew: the directory above": False,
     "files.sync_path < vault._publish: accounts/": False,
-    "files.sync_path < vault._put_in_place: accounts/": False,
+    "files.sync_path < vault_files._put_in_place: accounts/": False,
     "files.sync_path < vault._reseal: accounts/": False,
     "files.sync_path < vault.forget: accounts/": False,
     "files.sync_path < vault.prepare: accounts/": False,

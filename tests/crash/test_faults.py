@@ -92,7 +92,7 @@ _SILENT_SITES = (
     "files._make",
     "files.refuse_link",
     "files.open_inside < spool.presence.is_alive",  # tidying; a sweep tells
-    "files.open_inside < vault._read_file",  # the version of an account: compared again
+    "files.open_inside < vault_files.read_file",  # the version of an account: compared again
     "spool.presence._is_removed",
 )
 
