@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import secrets
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from cpsmailaccess_delivery.envelope import digest
 from cpsmailaccess_delivery.errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
 from cpsmailaccess_delivery.interfaces import IAccountStore, Verdict
 from cpsmailaccess_delivery.key import KeySource
+from cpsmailaccess_delivery.pg import vault as vault_module
 from cpsmailaccess_delivery.pg.connections import Connections
 from cpsmailaccess_delivery.pg.vault import PostgresVault
 from cpsmailaccess_delivery.rekey import rekey
@@ -204,6 +207,26 @@ def test_rekey_keeps_the_former_key_for_what_is_in_doubt(make, vault, monkeypatc
     monkeypatch.setenv("CPSMAIL_FORMER_KEY", text(KEY))
     changed = make(OTHER)
     assert rekey(changed, changed._keys).needed == 1
+
+
+def test_a_change_that_is_published_meanwhile_needs_its_key(vault, monkeypatch):
+    """Its account has been looked at, its change not yet: the key must not be forgotten."""
+    token = vault.stage(ALICE, account())
+    vault.prepare([token])
+    other = threading.Thread(target=vault.publish, args=[[token]])
+    rows = vault_module._rows
+
+    def rows_and_publish(*arguments: Any) -> Any:
+        found = rows(*arguments)
+        if other.ident is None:
+            other.start()
+            other.join(0.3)  # it waits for us
+        return found
+
+    monkeypatch.setattr(vault_module, "_rows", rows_and_publish)
+    assert vault.needs(vault._keys.load()) == 1
+    other.join(30)
+    assert not other.is_alive()
 
 
 def test_rekey_without_a_new_key_says_what_to_do(vault):

@@ -16,11 +16,13 @@ from cli_helpers import Site
 from conftest import PASSWORD
 from cpsmailaccess_delivery import Account
 from cpsmailaccess_delivery import vault as vault_module
+from cpsmailaccess_delivery.envelope import digest
 from cpsmailaccess_delivery.errors import BrokenSeal, VaultError, WrongKey
 from cpsmailaccess_delivery.interfaces import Verdict
 from cpsmailaccess_delivery.key import KeySource
 from cpsmailaccess_delivery.register import Register
 from cpsmailaccess_delivery.rekey import rekey
+from cpsmailaccess_delivery.sealed import PUBLISHED
 from cpsmailaccess_delivery.spool.presence import Presence
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.vault import Vault
@@ -279,6 +281,29 @@ def test_killed_at_every_step(tmp_path):
         step += 1
     home.presence.close()
     assert killed >= 30, "is every step counted?"
+
+
+def test_a_change_that_is_published_meanwhile_needs_its_key(tmp_path, home, monkeypatch):
+    """Its account has been looked at, its staged file not yet: the key must not be forgotten."""
+    token = home.vault.stage(MAILBOXES[0], account(MAILBOXES[0], connections=7))
+    home.vault.prepare([token])
+    key = home.keys.load()
+    home.keys.renew()
+    assert home.vault.reseal() == len(MAILBOXES)
+    other = threading.Thread(target=home.vault.publish, args=[[token]])
+    data = home.vault._data
+
+    def data_and_publish(name: str, mailbox: str) -> bytes | None:
+        found = data(name, mailbox)
+        if name == digest(MAILBOXES[0]) + PUBLISHED and other.ident is None:
+            other.start()
+            other.join(0.3)  # it waits for us
+        return found
+
+    monkeypatch.setattr(home.vault, "_data", data_and_publish)
+    assert home.vault.needs(key) == 1
+    other.join(30)
+    assert not other.is_alive()
 
 
 def test_while_others_put_accounts(tmp_path, home):

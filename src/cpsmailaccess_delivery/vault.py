@@ -257,12 +257,18 @@ class Vault(VaultFiles):
         return len(new)
 
     def needs(self, key: Key) -> int:
-        """Return how many accounts, and changes under way, are sealed with a key."""
-        found = 0
-        for name in (*self._names(PUBLISHED), *self._names(STAGED)):
-            stored = parsed(self._data(name, ""))
-            found += stored is not None and stored.key_id == key.id
-        return found
+        """Return how many accounts, and changes under way, are sealed with a key.
+
+        Under the lock: a change that is published meanwhile would be seen in neither place.
+        Raises `VaultError`.
+        """
+        try:
+            with self._register.locked():
+                names = (*self._names(PUBLISHED), *self._names(STAGED))
+                found = [parsed(self._data(name, "")) for name in names]
+        except OSError as error:
+            raise self._cannot("look for a key's accounts", error) from error
+        return sum(stored is not None and stored.key_id == key.id for stored in found)
 
     def forget(self, key: Key) -> None:
         """Forget what is known of a key that nothing needs any more.  Raises `VaultError`."""

@@ -202,8 +202,13 @@ class PostgresVault(SealedAccounts):
         return len(names)
 
     def needs(self, key: Key) -> int:
-        """Return how many accounts, and changes under way, are sealed with a key."""
-        with self._use("look for a key's accounts") as connection:
+        """Return how many accounts, and changes under way, are sealed with a key.
+
+        Under the lock: a change that is published meanwhile would be seen in neither place.
+        Raises `VaultError`.
+        """
+        with self._use("look for a key's accounts") as connection, connection.transaction():
+            self._register.lock(connection)
             rows = [*_rows(connection, ACCOUNTS, "name"), *_rows(connection, CHANGES, "token")]
         found = [parsed(data) for _, data in rows]
         return sum(stored is not None and stored.key_id == key.id for stored in found)
