@@ -118,7 +118,13 @@ def charsets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def zmi(zope_in_process: Any, tmp_path: Path) -> Iterator[Any]:
+def outbox_path(tmp_path: Path) -> str:
+    """Where the outbox of `zmi` is."""
+    return str(tmp_path / "outbox")
+
+
+@pytest.fixture
+def zmi(zope_in_process: Any, outbox_path: str) -> Iterator[Any]:
     """What a test sees of it, with an outbox of its own: see `zope_helpers.Zmi`."""
     from zope.component.hooks import setHooks
 
@@ -126,7 +132,7 @@ def zmi(zope_in_process: Any, tmp_path: Path) -> Iterator[Any]:
 
     setHooks()  # as Zope does when it starts; `cleanUp` of other tests takes them away
     with zope_in_process.registry():
-        made = Zmi(zope_in_process, tmp_path)
+        made = Zmi(zope_in_process, outbox_path)
         try:
             yield made
         finally:

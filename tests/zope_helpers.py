@@ -25,7 +25,7 @@ from AccessControl.SecurityManagement import noSecurityManager
 from Acquisition import aq_base
 from paste.deploy import loadapp
 from waitress.server import create_server
-from zope.component import getGlobalSiteManager, getUtilitiesFor, getUtility
+from zope.component import getGlobalSiteManager, getUtilitiesFor
 from zope.testbrowser.wsgi import Browser
 
 from cpsmailaccess_delivery import Account, Outbox
@@ -131,14 +131,16 @@ class ZopeInProcess:
 class Zmi:
     """What a test sees: ``zmi.outbox``, browsers, and the root to put objects into.
 
-    ``mail``: a *Mail accounts* object that is there already, ``/mail``.
+    ``mail``: a *Mail accounts* object that is there already, ``/mail``.  `path`: of the outbox, or
+    its URL.
     """
 
-    def __init__(self, zope: ZopeInProcess, place: Path) -> None:
+    def __init__(self, zope: ZopeInProcess, path: str) -> None:
         self._zope = zope
         self.wsgi = zope.wsgi
-        Zope2.App.zcml.load_string(DELIVERY.format(name="Mail", path=place / "outbox"))
-        self.outbox: Outbox = getUtility(IOutbox, os.path.realpath(place / "outbox"))
+        Zope2.App.zcml.load_string(DELIVERY.format(name="Mail", path=path))
+        ((_, outbox),) = getUtilitiesFor(IOutbox)
+        self.outbox: Outbox = outbox
         self.url = "http://localhost"
         with self.app() as app:
             self._before = set(app.objectIds()), set(app.acl_users.getUserNames())

@@ -36,7 +36,8 @@ def outbox_of(delivery_name: str) -> Any:
     delivery = removeSecurityProxy(queryUtility(IMailboxDelivery, delivery_name))
     outbox = None
     if delivery is not None:
-        outbox = queryUtility(IOutbox, os.path.realpath(delivery.queuePath))
+        outboxes = (found for _, found in getUtilitiesFor(IOutbox))
+        outbox = next((each for each in outboxes if each.location == delivery.queuePath), None)
     if outbox is None:
         known = ", ".join(map(repr, delivery_names())) or "none"
         raise InvalidSettings(
