@@ -506,3 +506,27 @@ class Cut:
         process = connection.info.backend_pid
         with psycopg.connect(self._database, autocommit=True) as other:
             other.execute("SELECT pg_terminate_backend(%s, 5000)", [process])
+
+
+@pytest.mark.parametrize("how", ["terminated", "idle for too long"])
+def test_a_connection_that_the_server_has_ended_is_not_used(database, outbox, how):
+    """It said why before it ended it; the next commit is not the one to read that."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        if how == "terminated":
+            send(outbox)
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'cpsmail' AND datname = current_database()"
+            )
+        else:
+            with outbox.spool.connections.use("be idle") as idle:
+                idle.execute("SET idle_session_timeout = 1")
+        wait_for(
+            lambda: (
+                not connection.execute(
+                    "SELECT 1 FROM pg_stat_activity"
+                    " WHERE application_name = 'cpsmail' AND datname = current_database()"
+                ).fetchone()
+            )
+        )
+    send(outbox, 2)

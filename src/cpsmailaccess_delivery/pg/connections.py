@@ -32,6 +32,16 @@ _DEFAULTS: Final = {
     "tcp_user_timeout": "30000",  # milliseconds
 }
 
+#: Whatever the database or the user is set to: times as the driver reads them; and nobody's lock
+#: is waited for without end, in the loop of a processor least of all.
+_SESSION: Final = """
+SELECT set_config('DateStyle', 'ISO', false), set_config('lock_timeout',
+    CASE current_setting('lock_timeout') WHEN '0' THEN '10s'
+    ELSE current_setting('lock_timeout') END, false)"""
+
+#: For the transaction: it waits for its turn, however long that is.
+PATIENT: Final = "SELECT set_config('lock_timeout', '0', true)"
+
 #: Seconds after a connect that took long to fail in which none is tried: who asks is told at once.
 _PAUSE: Final = 1.0
 _LONG: Final = 0.5
@@ -103,6 +113,11 @@ class Connections:
         begun = time.monotonic()
         try:
             connection = psycopg.connect(self._conninfo, autocommit=True)
+            try:
+                connection.execute(_SESSION)
+            except psycopg.Error:
+                connection.close()
+                raise
         except psycopg.Error as error:
             self._failure = str(self.error("connect", error))
             if time.monotonic() - begun > _LONG:
@@ -192,9 +207,30 @@ def _is_usable(connection: Connection) -> bool:
     """
     if connection.closed:
         return False
+    return not wait_for_any(connection, seconds=0.0)
+
+
+def wait_for_any(*files: Any, seconds: float | None = None) -> list[int]:
+    """Wait until one of some descriptors, or of things that have one, can be read; return which.
+
+    None: for ever.  In a process that has more of them than `select` can count.
+    """
     poll = select.poll()
-    poll.register(connection.fileno(), select.POLLIN)
-    return not poll.poll(0)
+    for file in files:
+        poll.register(file, select.POLLIN)
+    return [fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)]
+
+
+def notes_of(connection: Connection, ended: int, *, seconds: float | None = None) -> list[str]:
+    """Return the payloads of notifications; wait for one, or until `ended` can be read.
+
+    Those that came with the answer to a query are not in the socket any more: first these.
+    """
+    notes = [note.payload for note in connection.notifies(timeout=0)]
+    if not notes:
+        wait_for_any(connection, ended, seconds=seconds)
+        notes = [note.payload for note in connection.notifies(timeout=0)]
+    return notes
 
 
 def _without_secret(given: dict[str, Any]) -> str:

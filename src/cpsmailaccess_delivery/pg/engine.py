@@ -110,7 +110,13 @@ def upgrade(connection: Connection) -> None:
         _run(queries.apply_upgrade())
     else:
         _run(queries.install(create_schema=False))
-    connection.execute(f"ALTER TABLE {JOBS} DISABLE TRIGGER {SETTINGS.trigger}")
+    # Only where it is on: who changes a table waits for all transactions with mails in them, and
+    # all others wait for him.
+    query = (
+        "SELECT 1 FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname = %s AND tgenabled <> 'D'"
+    )
+    if connection.execute(query, [JOBS, SETTINGS.trigger]).fetchone():
+        connection.execute(f"ALTER TABLE {JOBS} DISABLE TRIGGER {SETTINGS.trigger}")
 
 
 def enqueue(connection: Connection, mails: Sequence[tuple[str, str, int, float]]) -> list[int]:

@@ -14,7 +14,7 @@ from psycopg.pq import TransactionStatus
 
 from ..key import Key
 from ..register import Page, changed_page, check_generation, dump_page, load_page
-from .connections import Connection
+from .connections import PATIENT, Connection
 from .engine import SCHEMA
 
 REGISTERS: Final = f"{SCHEMA}.registers"
@@ -32,6 +32,7 @@ class RegisterTable:
 
     def lock(self, connection: Connection) -> None:
         """Be the only one who changes accounts until the transaction ends."""
+        connection.execute(PATIENT)
         connection.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
 
     def page(self, connection: Connection, key: Key) -> Page | None:

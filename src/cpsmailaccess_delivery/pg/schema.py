@@ -13,7 +13,7 @@ import psycopg
 
 from ..errors import SpoolError
 from . import engine
-from .connections import Connection, Connections
+from .connections import PATIENT, Connection, Connections
 from .engine import SCHEMA
 
 #: What this release makes and reads.
@@ -123,11 +123,13 @@ class Upgrade(NamedTuple):
 def upgrade(connections: Connections) -> Upgrade:
     """Bring the schema to the version of this release; one that is newer stays.
 
-    Safe to repeat, and beside living processes of this release and the one before.  Raises
-    `SpoolError`.
+    Safe to repeat, and beside living processes of this release and the one before.  Where there
+    is nothing to do, nothing is locked.  Raises `SpoolError`.
     """
     with connections.use("upgrade the schema") as connection:
-        connection.execute("SELECT pg_advisory_lock(%s)", [_LOCK])
+        with connection.transaction():
+            connection.execute(PATIENT)
+            connection.execute("SELECT pg_advisory_lock(%s)", [_LOCK])
         try:
             return _upgrade(connection)
         finally:

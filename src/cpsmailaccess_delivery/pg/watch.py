@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from zope.interface import implementer
 
 from ..errors import SpoolError
 from ..interfaces import Entry, IWatch
-from .connections import Connection, Connections
+from .connections import Connection, Connections, notes_of, wait_for_any
 
 log = logging.getLogger(__name__)
 
@@ -108,17 +107,14 @@ class Watch:
                     if connection is not None:
                         connection.close()
                         connection = None
-                    select.select([self._ended], [], [], _RETRY)
+                    wait_for_any(self._ended, seconds=_RETRY)
         finally:
             if connection is not None:
                 connection.close()
 
     def _wait(self, connection: Connection) -> None:
-        ready, _, _ = select.select([connection.fileno(), self._ended], [], [])
-        if self._ended in ready:
-            return
-        told = [note.payload for note in connection.notifies(timeout=0)]
-        if not told:
+        told = notes_of(connection, self._ended)
+        if not told or self._closed:
             return
         entries = self._tell_of(connection, told)
         if entries is None:
