@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import logging
+import os
+import resource
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
+import psycopg
 import pytest
 
 pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
 from cpsmailaccess_delivery.envelope import Route
 from cpsmailaccess_delivery.errors import SpoolError
-from cpsmailaccess_delivery.interfaces import LaneNote, Settlement, State
+from cpsmailaccess_delivery.interfaces import Entry, LaneNote, Settlement, State
 from cpsmailaccess_delivery.pg import feed as feed_module
-from cpsmailaccess_delivery.pg.connections import Connections
+from cpsmailaccess_delivery.pg.connections import (
+    Connection,
+    Connections,
+    notes_of,
+    wait_for_any,
+)
 from cpsmailaccess_delivery.pg.engine import JOBS
-from cpsmailaccess_delivery.pg.feed import TAKE, Feed
-from cpsmailaccess_delivery.pg.mails import MAILS
+from cpsmailaccess_delivery.pg.feed import TAKE, Feed, FeedWatch
+from cpsmailaccess_delivery.pg.mails import MAILS, Mails
+from cpsmailaccess_delivery.spool.outcomes import Side
 from cpsmailaccess_delivery.spool.postgres import PostgresSpool
-from postgres_helpers import wait_for
+from postgres_helpers import DEADLINE, wait_for
 from spool_contract import ACCEPTED, DEFERRED, MESSAGE, envelope, queue, settle, told
 
 Make = Callable[..., PostgresSpool]
@@ -376,3 +386,197 @@ def test_of_two_that_seek_at_once_one_gets_the_lane(make):
     expire(spool)
     with spool.connections.use("take") as connection:
         assert connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall() == first
+
+
+# Fair, and not in each other's way
+
+
+def deliver(feed: Feed, watch: FeedWatch, wanted: set[str], seconds: float = 30.0) -> list[str]:
+    """Deliver what is told, slowly, until all wanted mails are told; return what was."""
+    seen: list[str] = []
+    waiting: list[Entry] = []
+    deadline = time.monotonic() + seconds
+    while not wanted.issubset(seen):
+        assert time.monotonic() < deadline, "never told"
+        if wait_for_any(watch, seconds=0.1):
+            entries = watch.read()
+            seen += [entry.id for entry in entries]
+            waiting += [entry for entry in entries if entry.id not in wanted]
+        if waiting and (lease := feed.claim(waiting.pop())) is not None:
+            lease.settle(Settlement(State.ACCEPTED))
+    return seen
+
+
+def queue_many(spool: PostgresSpool, number: int, route: Route) -> list[Entry]:
+    entries = [
+        spool.stage(envelope(f"{route.mailbox}{n}@x", route=route), MESSAGE) for n in range(number)
+    ]
+    spool.prepare(entries)
+    spool.publish(entries)
+    return entries
+
+
+def test_lanes_that_are_slow_leave_others_their_mail(make, monkeypatch):
+    """Ten accounts with a limit and much mail: all that may be leased ahead is theirs."""
+    monkeypatch.setattr(feed_module, "_LANE_AHEAD", 10)
+    monkeypatch.setattr(feed_module, "_AHEAD", 40)
+    monkeypatch.setattr(feed_module, "MOST_AT_ONCE", 10)
+    spool = make()
+    for number in range(5):
+        queue_many(spool, 40, Route(f"slow{number}@example.org"))
+    feed, watch = watch_of(make())
+    wait_for(lambda: feed.held().total() >= 40)
+    fast = queue(spool, "fast@x", route=Route("fast@example.org"))
+    deliver(feed, watch, {fast.id}, 10.0)
+    assert feed.held().total() < 100
+    watch.close()
+
+
+def test_lanes_with_much_mail_take_turns(make, monkeypatch):
+    monkeypatch.setattr(feed_module, "MOST_LANES", 2)
+    monkeypatch.setattr(feed_module, "_TURN", 1.0)
+    spool = make()
+    for number in range(3):
+        queue_many(spool, 300, Route(f"busy{number}@example.org"))
+    feed, watch = watch_of(make())
+    told(watch, 2)
+    others = {queue(spool, f"{n}@x", route=Route(f"o{n}@example.org")).id for n in range(3)}
+    deliver(feed, watch, others)
+    assert len(feed.lanes) <= 2
+    watch.close()
+
+
+def test_lanes_that_get_mail_again_and_again_take_turns(make, monkeypatch):
+    monkeypatch.setattr(feed_module, "MOST_LANES", 2)
+    spool = make()
+    routes = {Route(f"m{n}@example.org") for n in range(6)}
+    for route in routes:
+        queue(spool, f"{route.mailbox}@x", route=route)
+    feed, watch = watch_of(make())
+    served: set[Route] = set()
+
+    def serve() -> bool:
+        for entry in watch.read():
+            lease = feed.claim(entry)
+            if lease is not None:
+                route = lease.envelope.route
+                served.add(route)
+                lease.settle(Settlement(State.ACCEPTED))
+                queue(spool, f"{uuid.uuid4()}@x", route=route)
+        return served == routes
+
+    wait_for(serve)
+    watch.close()
+
+
+def test_a_lane_that_was_taken_when_the_answer_was_lost_is_fed(make, monkeypatch):
+    real = psycopg.Connection.execute
+    lost: list[object] = []
+
+    def execute(self: Connection, query: object, *values: object, **more: object) -> object:
+        result = real(self, query, *values, **more)
+        if query is TAKE and not lost:
+            lost.append(result)
+            raise psycopg.OperationalError("the answer is lost")
+        return result
+
+    monkeypatch.setattr(psycopg.Connection, "execute", execute)
+    entry = queue(make())
+    _, watch = watch_of(make(lease=3.0))
+    wait_for(lambda: lost)
+    assert told(watch) == [entry]
+    watch.close()
+
+
+def test_a_mail_that_somebody_has_locked_stops_no_other(make, database):
+    spool = make()
+    locked, other = queue(spool, "1@x"), queue(spool, "2@x")
+    with psycopg.connect(database) as connection:
+        connection.execute(f"SELECT 1 FROM {MAILS} WHERE id = %s FOR UPDATE", [locked.id])
+        _, watch = watch_of(make())
+        assert told(watch) == [other]
+    watch.close()
+
+
+def test_a_mail_that_somebody_has_locked_ends_no_other_lease(make, database):
+    spool = make(lease=1.0)
+    locked, other = queue(spool, "1@x"), queue(spool, "2@x")
+    spool.claim(locked)
+    lease = spool.claim(other)
+    first = lease.taken_at
+    with psycopg.connect(database) as connection:
+        connection.execute(f"SELECT 1 FROM {MAILS} WHERE id = %s FOR UPDATE", [locked.id])
+        wait_for(lambda: lease.taken_at > first + 1.5)
+    lease.release()
+
+
+def test_a_person_and_the_feed_do_not_wait_for_each_other(make, monkeypatch):
+    """He has the mail and wants its job; the feed has the job and wants the mail."""
+    monkeypatch.setattr(feed_module, "_START", 3600.0)  # the thread does nothing here
+    spool, person = make(), make()
+    entry = queue(spool)
+    feed, watch = watch_of(spool)
+    write = Mails._write
+
+    def write_later(self: Mails, connection: Connection, after: Entry, side: Side) -> None:
+        with spool.connections.use("lease") as other:
+            assert feed.lease(other, [entry.lane], 50) == []
+        write(self, connection, after, side)
+
+    monkeypatch.setattr(Mails, "_write", write_later)
+    assert person.hold(entry, "why").state is State.HELD
+    watch.close()
+
+
+def test_leases_that_could_not_be_renewed_are_soon(make, monkeypatch):
+    spool = make(lease=6.0)
+    lease = spool.claim(queue(spool))
+    use, failed = Connections.use, []
+
+    def refuse(self: Connections, action: str) -> AbstractContextManager[Connection]:
+        if action == "renew leases" and not failed:
+            failed.append(time.monotonic())
+            raise SpoolError("the server is away")
+        return use(self, action)
+
+    monkeypatch.setattr(Connections, "use", refuse)
+    first = lease.taken_at
+    wait_for(lambda: lease.taken_at > first)
+    assert lease.taken_at - failed[0] < 1.9  # else the next of three beats
+    lease.release()
+
+
+def test_a_notification_that_comes_with_an_answer_is_told(database):
+    with (
+        psycopg.connect(database, autocommit=True) as connection,
+        psycopg.connect(database, autocommit=True) as other,
+    ):
+        connection.execute("LISTEN c")
+        other.execute("NOTIFY c, 'first'")
+        other.execute("NOTIFY c, 'second'")
+        connection.execute("SELECT 1")  # reads both from its socket
+        reader, writer = os.pipe()
+        assert notes_of(connection, reader, seconds=DEADLINE) == ["first", "second"]
+        os.close(reader)
+        os.close(writer)
+
+
+def test_watches_in_a_process_with_many_files(make):
+    """`select` counts to 1024; an application with many sockets has more."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        spool = make()
+        watch = spool.watch()
+        _, feed_watch = watch_of(make())
+        queue(spool)
+        assert wait_for_any(watch, seconds=DEADLINE)
+        assert wait_for_any(feed_watch, seconds=DEADLINE)
+        feed_watch.close()
+        watch.close()
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

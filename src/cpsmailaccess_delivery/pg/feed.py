@@ -3,6 +3,7 @@
 ::
 
     a lane with mail that is due, and nobody's --take--> ours --dry for a while--> nobody's
+        |                                                 |--- others wait for their turn --^
         the engine names its next mails --lease--> told --claim--> delivered
                                                      `-- its lane waits: given back
 
@@ -20,7 +21,6 @@ import json
 import logging
 import math
 import os
-import select
 import threading
 import time
 import uuid
@@ -34,7 +34,7 @@ from zope.interface import implementer
 from ..errors import SpoolError
 from ..interfaces import Entry, IWatch, State
 from ..spool.postgres import PostgresSpool
-from .connections import Connection
+from .connections import Connection, notes_of, wait_for_any
 from .engine import JOBS, MOST_AT_ONCE, dequeue
 from .lanes import LANES
 from .lease import Lease
@@ -59,7 +59,8 @@ log = logging.getLogger(__name__)
 MOST_LANES: Final = 100
 _LANES_AT_ONCE: Final = 20
 
-#: Mails that are leased ahead: of one lane, of one worker.
+#: Mails that are leased ahead: of one lane, of one worker.  Of a lane that has none it is always
+#: some: the others may be slow.
 _LANE_AHEAD: Final = 100
 _AHEAD: Final = 1000
 
@@ -69,9 +70,13 @@ _START: Final = 0.25
 #: Seconds between two looks when nothing is told, and when what is leased must be sent first.
 _LOOK: Final = 1.0
 _SOON: Final = 0.02
+_FULL: Final = 0.1
 
 #: Seconds after its last mail in which a lane stays ours: longer than an idle session lasts.
 _KEPT: Final = 15.0
+
+#: Seconds that a lane is fed when others wait: as many as may be are fed already.
+_TURN: Final = 15.0
 
 #: Seconds between two looks at the mails of lanes that wait, and how many are told in one.
 _AGE: Final = 60.0
@@ -79,6 +84,7 @@ _AGE_STEP: Final = 1000
 
 #: The lanes that are some worker's, and those with mail that is due, found by skipping through an
 #: index, or with mails of the dead.  What is leased ahead is not due: so both, or shares differ.
+#: Whose turn is longest ago comes first.
 _ACTIVE: Final = f"""
 WITH RECURSIVE queued AS (
     (SELECT entrypoint, execute_after FROM {JOBS} WHERE status = 'queued'
@@ -94,9 +100,9 @@ WITH RECURSIVE queued AS (
     SELECT entrypoint FROM {JOBS} WHERE status = 'picked'
         AND heartbeat < clock_timestamp() - make_interval(secs => %(lease)s)
 )
-SELECT lane, taken IS NOT NULL FROM active FULL JOIN (
+SELECT lane, taken IS NOT NULL FROM (active FULL JOIN (
     SELECT lane, worker AS taken FROM {LANES} WHERE worker IS NOT NULL AND until > clock_timestamp()
-) taken USING (lane)"""  # noqa: S608
+) taken USING (lane)) known LEFT JOIN {LANES} USING (lane) ORDER BY until NULLS FIRST"""  # noqa: S608
 
 TAKE: Final = f"""
 INSERT INTO {LANES} (lane, worker, until)
@@ -109,6 +115,10 @@ RETURNING lane"""  # noqa: S608
 _RENEW: Final = f"""
 UPDATE {LANES} SET until = clock_timestamp() + make_interval(secs => %(lease)s)
 WHERE worker = %(worker)s AND until > clock_timestamp() RETURNING lane"""  # noqa: S608
+
+_LEAVE: Final = f"""
+UPDATE {LANES} SET worker = NULL, until = clock_timestamp()
+WHERE worker = %(worker)s AND lane = ANY(%(lanes)s)"""  # noqa: S608
 
 _GIVE_BACK: Final = f"""
 WITH mail AS (
@@ -180,12 +190,15 @@ class Feed:
 
     # For the thread
 
-    def lease(self, connection: Connection, lanes: Sequence[str]) -> list[Entry]:
-        """Lease the next mails of these lanes; return them, those to be sent first in front."""
+    def lease(self, connection: Connection, lanes: Sequence[str], most: int) -> list[Entry]:
+        """Lease the next mails of these lanes; return them, those to be sent first in front.
+
+        `most`: if there are so many, there may be more.
+        """
         seconds = self._spool.leases.seconds
         token = uuid.uuid4()
         with connection.transaction():
-            jobs = dequeue(connection, lanes, self.worker, most=MOST_AT_ONCE, lease=seconds)
+            jobs = dequeue(connection, lanes, self.worker, most=most, lease=seconds)
             if not jobs:
                 return []
             ids = [job.mail for job in jobs]
@@ -236,7 +249,8 @@ class FeedWatch:
         self._seconds = spool.leases.seconds
         self._told: deque[Entry] = deque()
         self._lanes: dict[str, float] = {}  # ours, and when they last had mail (monotonic)
-        self._leaving: set[str] = set()  # of them: too many
+        self._begun: dict[str, float] = {}  # and when they became ours
+        self._leaving: set[str] = set()  # of them: too many, or their turn is over
         self._waiting: set[str] = set()  # of them: their circuits are open
         self._turn = 0
         self._renew_at = 0.0  # monotonic, as all times here
@@ -301,17 +315,15 @@ class FeedWatch:
                 if connection is not None:
                     connection.close()
                     connection = None
-                select.select([self._ended], [], [], _LOOK)
+                wait_for_any(self._ended, seconds=_LOOK)
             except Exception:  # a fault of ours: nothing spins on it, and it is not the end
                 log.exception("a fault in the feed; going on in a moment")
-                select.select([self._ended], [], [], _LOOK)
+                wait_for_any(self._ended, seconds=_LOOK)
         if connection is not None:
             self._leave(connection)
 
     def _wait(self, connection: Connection, seconds: float) -> None:
-        if seconds > 0:
-            select.select([connection.fileno(), self._ended], [], [], seconds)
-        if any(True for _ in connection.notifies(timeout=0)):
+        if notes_of(connection, self._ended, seconds=seconds):
             self._seek_at = 0.0
 
     def _leave(self, connection: Connection) -> None:
@@ -319,7 +331,8 @@ class FeedWatch:
             self._feed.give_back(connection)
             values = {"worker": self._feed.worker}
             connection.execute(
-                f"UPDATE {LANES} SET worker = NULL WHERE worker = %(worker)s",  # noqa: S608
+                f"UPDATE {LANES} SET worker = NULL, until = clock_timestamp()"  # noqa: S608
+                " WHERE worker = %(worker)s",
                 values,
             )
             self._spool.workers.leave(connection, self._feed.worker)
@@ -346,26 +359,26 @@ class FeedWatch:
             self._expired.clear()  # one that is still there is told again
             self._age_at = now + _AGE
         held = self._feed.held()
-        if sum(held.values()) >= _AHEAD:
-            return _SOON
         for lane, count in held.items():
             if count and lane in self._lanes:
                 self._lanes[lane] = now
         fed = [lane for lane in self._lanes if lane not in self._leaving | self._waiting]
-        open_ = [lane for lane in fed if held[lane] < _LANE_AHEAD]
-        if not open_:
-            return _SOON if fed else max(0.0, self._seek_at - now)
+        full = held.total() >= _AHEAD
+        open_ = [lane for lane in fed if held[lane] < (1 if full else _LANE_AHEAD)]
         more = False
         for _ in range(math.ceil(len(open_) / _LANES_AT_ONCE)):
             part = self._next_of(open_)
-            entries = self._feed.lease(connection, part)
+            most = len(part) if full else MOST_AT_ONCE
+            entries = self._feed.lease(connection, part, most)
             self._tell(entries)
             for entry in entries:
                 self._lanes[entry.lane] = now
-            more = more or len(entries) >= MOST_AT_ONCE
+            more = more or len(entries) >= most
         if more:
             return 0.0
-        return _SOON if len(open_) < len(fed) else max(0.0, self._seek_at - now)
+        if len(open_) < len(fed):
+            return _FULL if full else _SOON
+        return max(0.0, self._seek_at - now)
 
     def _next_of(self, lanes: list[str]) -> list[str]:
         start = self._turn % len(lanes)
@@ -379,7 +392,9 @@ class FeedWatch:
         kept = {row[0] for row in connection.execute(_RENEW, values)}
         for lost in set(self._lanes) - kept:
             log.warning("the lane %s is another worker's now: we were silent for too long", lost)
-            del self._lanes[lost]
+            del self._lanes[lost], self._begun[lost]
+        for lane in kept - set(self._lanes):  # taken when the answer was lost
+            self._lanes[lane] = self._begun[lane] = time.monotonic()
         self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
 
     def _seek(self, connection: Connection, now: float) -> None:
@@ -390,23 +405,29 @@ class FeedWatch:
         """
         self._feed.workers = max(1, self._spool.workers.count(connection))
         rows = connection.execute(_ACTIVE, {"lease": self._seconds}).fetchall()
-        share = max(1, math.ceil(len(rows) / self._feed.workers))
+        workers = self._feed.workers
+        share = max(1, math.ceil(len(rows) / workers))
         wanted = [lane for lane, taken in rows if not taken and lane not in self._lanes]
-        # Those that wait cost nothing: they are in nobody's way.
-        room = min(share - len(self._lanes), MOST_LANES - len(self._lanes.keys() - self._waiting))
-        if wanted and room > 0:
+        # Those that wait cost nothing, nor do those that leave: they are in nobody's way.
+        most = MOST_LANES - len(self._lanes.keys() - self._waiting - self._leaving)
+        room = max(0, min(share - len(self._lanes), most))
+        if wanted and room:
             # Each worker begins elsewhere: two that seek at once do not want the same.
-            wanted.sort(key=lambda lane: hash((lane, self._feed.worker.int)))
+            next_ = wanted[: room * workers]
+            next_.sort(key=lambda lane: hash((lane, self._feed.worker.int)))
             values = {
                 "worker": self._feed.worker,
                 "lease": self._seconds,
-                "lanes": sorted(wanted[:room]),
+                "lanes": sorted(next_[:room]),
             }
             for (lane,) in connection.execute(TAKE, values).fetchall():
-                self._lanes[lane] = now
-        kept = 0.0 if len(wanted) > max(room, 0) else _KEPT
+                self._lanes[lane] = self._begun[lane] = now
+        kept = 0.0 if len(wanted) > room else _KEPT
         surplus = len(self._lanes) - share
         self._leaving = set(list(self._lanes)[:surplus]) if surplus > 0 else set()
+        in_vain = len(wanted) - max(most, 0)
+        if in_vain > 0:
+            self._leaving |= self._whose_turn_is_over(math.ceil(in_vain / workers), now)
         self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
         self._feed.give_back(connection, self._leaving)
         held = self._feed.held()
@@ -417,13 +438,15 @@ class FeedWatch:
             and (lane in self._leaving or (now - last > kept and lane not in self._waiting))
         ]
         if dry:
-            connection.execute(
-                f"UPDATE {LANES} SET worker = NULL WHERE worker = %s AND lane = ANY(%s)",  # noqa: S608
-                [self._feed.worker, dry],
-            )
+            connection.execute(_LEAVE, {"worker": self._feed.worker, "lanes": dry})
             for lane in dry:
-                del self._lanes[lane]
+                del self._lanes[lane], self._begun[lane]
             self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
+
+    def _whose_turn_is_over(self, most: int, now: float) -> set[str]:
+        """Return lanes that let others be fed, however much mail they have."""
+        fed = [lane for lane in self._lanes if lane not in self._waiting]
+        return set([lane for lane in fed if now - self._begun[lane] >= _TURN][:most])
 
     def _look_at_notes(self, connection: Connection) -> None:
         """Feed no lane that waits: what is leased of it is given back."""

@@ -38,6 +38,9 @@ _SETTLED: Final = (State.DEFERRED, State.HELD, State.UNCLEAR, State.REFUSED)
 #: Of the length of a lease: how often it is renewed.
 _BEATS: Final = 3
 
+#: Seconds until leases are renewed that could not be: some have few left.
+_AGAIN: Final = 1.0
+
 
 @implementer(ILease)
 class Lease:
@@ -222,11 +225,14 @@ class Leases:
             self._thread = None
 
     def _run(self) -> None:
-        while not self._closed.wait(self.seconds / _BEATS):
+        pause = self.seconds / _BEATS
+        while not self._closed.wait(pause):
             try:
                 self.renew()
+                pause = self.seconds / _BEATS
             except SpoolError as error:
                 log.error("leases cannot be renewed: %s", error)
+                pause = min(_AGAIN, self.seconds / _BEATS)
 
     def renew(self) -> None:
         """Renew those that were not claimed just now.  Raises `SpoolError`."""
@@ -238,8 +244,9 @@ class Leases:
             return
         query = (
             f"UPDATE {MAILS} SET leased_until = clock_timestamp() + make_interval(secs => %s)"  # noqa: S608
-            " FROM unnest(%s::text[], %s::uuid[]) each (id, lease)"
-            " WHERE mails.id = each.id AND mails.lease = each.lease RETURNING mails.lease, mails.id"
+            f" WHERE id IN (SELECT mails.id FROM {MAILS}"
+            " JOIN unnest(%s::text[], %s::uuid[]) each (id, lease) USING (id, lease)"
+            " FOR UPDATE OF mails SKIP LOCKED) RETURNING lease, id"  # none waits for another's
         )
         ids, tokens = [lease.entry.id for lease in old], [lease.token for lease in old]
         with self._connections.use("renew leases") as connection:

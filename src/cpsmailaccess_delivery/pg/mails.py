@@ -62,10 +62,12 @@ RETURNING {_CLAIMED}, {_LAZY}"""  # noqa: S608
 
 #: Of those that the engine has named: who is a processor's to take, and nobody has.
 #: Timed with the engine's claim, in one transaction: neither ends before the other.
+#: What somebody has locked is not waited for: he may wait for its job, which we have by now.
 CLAIM_MANY: Final = f"""
 UPDATE {MAILS} SET lease = %(lease)s,
     leased_until = now() + make_interval(secs => %(seconds)s)
-WHERE id = ANY(%(ids)s) AND {FREE} AND {TAKEABLE}
+WHERE id IN (SELECT id FROM {MAILS} WHERE id = ANY(%(ids)s) AND {FREE} AND {TAKEABLE}
+    FOR UPDATE SKIP LOCKED)
 RETURNING {_CLAIMED}, {_LAZY}"""  # noqa: S608
 
 #: Jobs of mails that are gone, or a person's: the engine must not name them again.
