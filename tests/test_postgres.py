@@ -505,3 +505,75 @@ def test_the_queries_of_the_docs_are_queries(database):
     with psycopg.connect(database) as connection:
         for query in queries:
             connection.execute(query)
+
+
+def test_one_key_twice_within_a_transaction(outbox, database):
+    with psycopg.connect(database, row_factory=psycopg.rows.dict_row) as connection:
+        within = outbox.within(connection)
+        first = within.send(ALICE, [BOB], MESSAGE, idempotency_key="a key")
+        assert within.send(ALICE, [BOB], MESSAGE, idempotency_key="a key") == first
+        with connection.transaction(force_rollback=True):
+            other = within.send(ALICE, [BOB], MESSAGE, idempotency_key="another")
+        assert within.send(ALICE, [BOB], MESSAGE, idempotency_key="another") != other
+    assert len(list(outbox.spool.scan())) == 2
+
+
+@pytest.mark.parametrize("setting", ["DateStyle = 'German'", "lock_timeout = '7s'"])
+def test_whatever_the_database_is_set_to(database, relay, setting):
+    name, (variable, _, value) = database.rpartition("/")[2], setting.partition(" = ")
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} SET {setting}")
+        try:
+            with open_outbox(database) as outbox:
+                put(outbox, relay, ALICE)
+                outbox.processor().start()
+                send(outbox)
+                relay.wait_for(1)
+                if variable == "lock_timeout":  # an operator's own stays
+                    with outbox.spool.connections.use("look") as own:
+                        assert own.execute(f"SHOW {variable}").fetchone() == (value.strip("'"),)
+        finally:
+            connection.execute(f"ALTER DATABASE {name} RESET {variable}")
+
+
+def test_an_upgrade_with_nothing_to_do_waits_for_nobody(outbox, database):
+    """Somebody's transaction with a mail is open; all others would wait behind the upgrade."""
+    connections = Connections(database)
+    with psycopg.connect(database) as connection:
+        outbox.within(connection).send(ALICE, [BOB], MESSAGE)
+        assert upgrade(connections).before == VERSION
+        send(outbox)
+    connections.close()
+
+
+def test_what_another_worker_has_noted_of_a_lane_is_ended(outbox, relay):
+    """We had the lane, another one had trouble with it, and now it is ours again."""
+    processor = outbox.processor()
+    processor.start()
+    send(outbox)
+    relay.wait_for(1)
+    (lane,) = processor.scheduler.lanes
+    relay.drop_sessions()
+    wait_for(lambda: not lane.sessions)
+    now = outbox.spool.connections.now()
+    note = LaneNote(lane.name, "relay", "down", now, now + 1.0, 3, lane.terms.version())
+    outbox.spool.note_lane(lane.key, note)
+    send(outbox)
+    relay.wait_for(2)
+    wait_for(lambda: outbox.spool.lane_note(lane.key) is None)
+
+
+def test_the_trouble_of_a_lane_is_counted_on_by_another_worker(outbox, relay):
+    processor = outbox.processor()
+    processor.start()
+    send(outbox)
+    relay.wait_for(1)
+    (lane,) = processor.scheduler.lanes
+    relay.drop_sessions()
+    wait_for(lambda: not lane.sessions)
+    relay.on("GREETING", reply="421 not now")
+    now = outbox.spool.connections.now()
+    note = LaneNote(lane.name, "relay", "down", now, now + 1.0, 3, lane.terms.version())
+    outbox.spool.note_lane(lane.key, note)
+    send(outbox)
+    wait_for(lambda: outbox.spool.lane_note(lane.key).failures == 4)

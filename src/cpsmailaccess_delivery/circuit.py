@@ -118,10 +118,20 @@ class Circuit:
         if tell:
             self._changed(False, why)
 
-    def look(self) -> None:
-        """Close when a person has removed the note."""
-        if self.until and self._spool.lane_note(self._key) is None:
-            self._go_on("a person asks for a try", tell=self._paused)
+    def look(self, *, begins: bool = False) -> None:
+        """Close when a person has removed the note.
+
+        `begins`: nothing of the lane is under way.  What another processor has noted since we had
+        the lane is then ours: to wait for, to go on counting from, and to end.
+        """
+        if not (self.until or begins):
+            return
+        note = self._spool.lane_note(self._key)
+        if note is None:
+            if self.until:
+                self._go_on("a person asks for a try", tell=self._paused)
+        elif begins and note.until > self.until:
+            self._take_over(note)
 
     def recall(self, *, draining: bool) -> None:
         """Go on waiting where the last processor stopped, but not on a mended account.
@@ -132,11 +142,14 @@ class Circuit:
         note = self._spool.lane_note(self._key)
         if note is None:
             return
+        self._take_over(note)
+        if self.until and draining and note.trouble != Trouble.LOGIN:
+            self.until = 0.0
+
+    def _take_over(self, note: LaneNote) -> None:
         self.failures, self.until, self._paused = note.failures, note.until, note.paused
         if note.version != self._version():
             self.close("the account was changed")
-        elif draining and note.trouble != Trouble.LOGIN:
-            self.until = 0.0
 
     def _note(self, note: LaneNote | None) -> None:
         try:

@@ -142,7 +142,7 @@ class Lane:
         """Put the ready entries to work: wake sessions, open what is missing."""
         if self._stopping or not (self.ready or self._aging.walking):
             return
-        self.circuit.look()
+        self.circuit.look(begins=not (self.sessions or self._shared.draining))
         if self.circuit.is_open:
             self._aging.look()
             self.wait_for_probe()

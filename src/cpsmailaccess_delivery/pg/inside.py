@@ -13,7 +13,7 @@ from ..envelope import Envelope
 from ..errors import InvalidSettings
 from ..interfaces import Entry
 from .connections import Connection, Connections
-from .staging import Staging
+from .staging import Staging, holder_of
 
 
 class Inside:
@@ -42,8 +42,12 @@ class Inside:
             raise self._connections.error("put a mail into the transaction", error) from error
 
     def key_holder(self, key: str) -> str | None:
-        """See `ISpool`."""
-        return self._staging.key_holder(key)
+        """See `ISpool`.  The transaction's own mails have theirs, too."""
+        try:
+            own = holder_of(self._connection, key)
+        except psycopg.Error as error:
+            raise self._connections.error("look for a key", error) from error
+        return own or self._staging.key_holder(key)
 
 
 def _driver_connection(connection: Any) -> Connection:

@@ -25,6 +25,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
+import psycopg
+from psycopg.rows import tuple_row
+
 from ..envelope import Envelope, format_block, parse_block
 from ..errors import InvalidEnvelope, KeyTaken, OutboxClosed, SpoolError
 from ..interfaces import Entry, Record, State, SweepReport, Verdict
@@ -234,10 +237,8 @@ class Staging:
 
     def key_holder(self, key: str) -> str | None:
         """See `ISpool`."""
-        query = f"SELECT message_id FROM {KEYS} WHERE digest = %s AND until > clock_timestamp()"  # noqa: S608
         with self._connections.use("look for a key") as connection:
-            row = connection.execute(query, [_digest(key)], binary=True).fetchone()
-        return row[0].decode("utf-8", "surrogatepass") if row else None
+            return holder_of(connection, key)
 
     def sweep(self) -> SweepReport:
         """See `ISpool`: hold what has been staged for long, and forget old keys."""
@@ -352,6 +353,15 @@ class Staging:
                 " transaction commits in the process that began it"
             )
         return staged
+
+
+def holder_of(connection: Connection, key: str) -> str | None:
+    """Return the Message-Id of the mail that has a key, as this connection sees it."""
+    query = f"SELECT message_id FROM {KEYS} WHERE digest = %s AND until > clock_timestamp()"  # noqa: S608
+    # Not its own cursor: it may be the application's connection.
+    cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+    row = cursor.execute(query, [_digest(key)], binary=True).fetchone()
+    return row[0].decode("utf-8", "surrogatepass") if row else None
 
 
 def _take_keys(connection: Connection, staged: Sequence[_Staged]) -> None:
