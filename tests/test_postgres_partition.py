@@ -120,7 +120,7 @@ class Hosts:
         with transaction.manager:
             for mailbox in self.mailboxes:
                 self.outbox.accounts.put(
-                    Account(mailbox=mailbox, host=RELAY, port=port, security="plain")
+                    Account(mailbox=mailbox, host=RELAY, port=port, security="plain", connections=1)
                 )
 
     def _listen(self, relay: subprocess.Popen[str]) -> None:
@@ -212,7 +212,7 @@ def test_what_a_worker_had_is_sent_by_another(hosts: Hosts) -> None:
     times = Counter(message_id for _, message_id in hosts.delivered)
     again = [message_id for message_id, count in times.items() if count > 1]
     assert all(times[message_id] == 2 for message_id in again)
-    # What was on its way in each of its sessions, and nothing that it began later.
+    # What was on its way in the session of each mailbox, and nothing that it began later.
     assert len(again) <= WINDOW * len(hosts.mailboxes)
     assert not set(again) & set(more)
 
