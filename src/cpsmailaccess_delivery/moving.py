@@ -132,7 +132,7 @@ class Mover:
                 continue
             try:
                 self._add(batch, lease)
-            except BaseException:
+            except BaseException:  # an interrupt, too, must not keep the leases
                 lease.release()
                 batch.release()
                 raise
@@ -186,7 +186,7 @@ class Mover:
             if batch.mails or batch.half_marked:
                 marked += self._mark_all([*self._send_ahead(batch), *batch.half_marked])
             self._transit.admit([lease.entry.id for lease in marked])
-        except BaseException:
+        except BaseException:  # an interrupt, too, may have come after the mark
             batch.leave()
             raise
         for lease in marked:

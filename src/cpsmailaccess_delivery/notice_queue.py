@@ -77,7 +77,7 @@ class NoticeWriter:
                     continue
                 staged.append(self._spool.stage(envelope, message))
             self._spool.prepare(staged, alone=True)  # else a crash here would hold them
-        except BaseException:
+        except BaseException:  # an interrupt, too, must leave nothing staged
             self._spool.discard(staged)
             raise
         self._spool.publish(staged)
@@ -182,7 +182,7 @@ class NoticeQueue:
             self._running = done
             try:
                 done.set_result(self._write(self._batch))
-            except Exception as error:
+            except Exception as error:  # as the thread would hand it over
                 done.set_exception(error)
             self._over(done)
 

@@ -91,7 +91,7 @@ def _of_directory(directory: Path, key: bytes | None) -> Parts:
     presence = Presence(directory / "presence")
     try:
         spool = Maildir(directory, presence)
-    except BaseException:
+    except BaseException:  # an interrupt, too, must not keep the lock
         presence.close()
         raise
     keys = KeySource(key, file=directory.with_name(directory.name + ".key"))

@@ -104,6 +104,55 @@ class NotifyWatch:
         return self._entry_of(folder, event.name)
 
 
+class Told:
+    """What a thread tells who reads a watch, and the descriptor that is readable meanwhile."""
+
+    def __init__(self) -> None:
+        self._entries: deque[Entry] = deque()
+        self._stale = False
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+
+    def fileno(self) -> int:
+        """See `IWatch`."""
+        return self._reader
+
+    def tell(self, entries: Iterable[Entry]) -> None:
+        """Pass entries on."""
+        self._entries.extend(entries)
+        self._wake()
+
+    def lose_count(self) -> None:
+        """Let who reads look again: nobody knows what has changed."""
+        self._stale = True
+        self._wake()
+
+    def read(self) -> list[Entry] | None:
+        """See `IWatch`."""
+        try:
+            while os.read(self._reader, 4096):
+                pass
+        except BlockingIOError:
+            pass
+        stale, self._stale = self._stale, False
+        told = []
+        while self._entries:
+            told.append(self._entries.popleft())
+        return None if stale else told
+
+    def close(self) -> None:
+        """Close the descriptor, once nobody tells any more."""
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._writer, b"!")
+        except BlockingIOError:
+            pass  # full: it is readable
+
+
 @implementer(IWatch)
 class PollingWatch:
     """See `IWatch`.  What `tell` is told is passed on at once, the rest is looked for.
@@ -121,12 +170,8 @@ class PollingWatch:
     ) -> None:
         self._paths = [os.path.join(root, folder) for folder in folders]
         self._on_close = on_close
-        self._told: deque[Entry] = deque()
-        self._stale = False
+        self._told = Told()
         self._stamps = self._look()
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._reader, False)
-        os.set_blocking(self._writer, False)
         self._stop = threading.Event()
         self._interval = interval
         self._thread = threading.Thread(target=self._watch, name="cpsmail-watch", daemon=True)
@@ -134,25 +179,15 @@ class PollingWatch:
 
     def tell(self, entries: Iterable[Entry]) -> None:
         """Pass on what this process has made visible or changed."""
-        self._told.extend(entries)
-        self._wake()
+        self._told.tell(entries)
 
     def fileno(self) -> int:
         """See `IWatch`."""
-        return self._reader
+        return self._told.fileno()
 
     def read(self) -> Iterable[Entry] | None:
         """See `IWatch`."""
-        try:
-            while os.read(self._reader, 4096):
-                pass
-        except BlockingIOError:
-            pass
-        stale, self._stale = self._stale, False
-        told = []
-        while self._told:
-            told.append(self._told.popleft())
-        return None if stale else told
+        return self._told.read()
 
     def close(self) -> None:
         """See `IWatch`."""
@@ -160,16 +195,14 @@ class PollingWatch:
             self._stop.set()
             self._thread.join()
             self._on_close(self)
-            os.close(self._reader)
-            os.close(self._writer)
+            self._told.close()
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
             stamps = self._look()
             if stamps != self._stamps:
                 self._stamps = stamps
-                self._stale = True
-                self._wake()
+                self._told.lose_count()
 
     def _look(self) -> list[int]:
         stamps = []
@@ -179,9 +212,3 @@ class PollingWatch:
             except OSError:
                 stamps.append(0)  # gone for now
         return stamps
-
-    def _wake(self) -> None:
-        try:
-            os.write(self._writer, b"!")
-        except BlockingIOError:
-            pass  # full: it is readable

@@ -130,7 +130,7 @@ class Connections:
         except psycopg.Error as error:
             connection.close()
             raise self.error("work", error) from error
-        except BaseException:
+        except BaseException:  # an interrupt, too, must not keep it open
             connection.close()
             raise
         return connection

@@ -24,7 +24,7 @@ import os
 import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
@@ -34,6 +34,7 @@ from zope.interface import implementer
 from ..errors import SpoolError
 from ..interfaces import Entry, IWatch, State
 from ..spool.postgres import PostgresSpool
+from ..watch import Told
 from .connections import Connection, notes_of, wait_for_any
 from .engine import JOBS, MOST_AT_ONCE, dequeue
 from .lanes import LANES
@@ -247,7 +248,7 @@ class FeedWatch:
         self._feed = feed
         self._spool = spool
         self._seconds = spool.leases.seconds
-        self._told: deque[Entry] = deque()
+        self._told = Told()
         self._lanes: dict[str, float] = {}  # ours, and when they last had mail (monotonic)
         self._begun: dict[str, float] = {}  # and when they became ours
         self._leaving: set[str] = set()  # of them: too many, or their turn is over
@@ -260,10 +261,7 @@ class FeedWatch:
         self._expired: set[str] = set()  # ids that were told since because their time is over
         self._closed = False
         connection = self._listen()
-        self._reader, self._writer = os.pipe()
         self._ended, self._end = os.pipe()
-        os.set_blocking(self._reader, False)
-        os.set_blocking(self._writer, False)
         self._thread = threading.Thread(
             target=self._run, args=[connection], name="cpsmail-feed", daemon=True
         )
@@ -271,19 +269,11 @@ class FeedWatch:
 
     def fileno(self) -> int:
         """See `IWatch`."""
-        return self._reader
+        return self._told.fileno()
 
-    def read(self) -> list[Entry]:
+    def read(self) -> list[Entry] | None:
         """See `IWatch`."""
-        try:
-            while os.read(self._reader, 4096):
-                pass
-        except BlockingIOError:
-            pass
-        told = []
-        while self._told:
-            told.append(self._told.popleft())
-        return told
+        return self._told.read()
 
     def close(self) -> None:
         """See `IWatch`.  Gives back what is leased ahead, and the lanes."""
@@ -292,8 +282,9 @@ class FeedWatch:
         self._closed = True
         os.write(self._end, b"!")
         self._thread.join()
-        for fd in (self._reader, self._writer, self._ended, self._end):
-            os.close(fd)
+        self._told.close()
+        os.close(self._ended)
+        os.close(self._end)
 
     def _listen(self) -> Connection:
         connection = self._spool.connections.connect()
@@ -492,13 +483,8 @@ class FeedWatch:
         self._tell(entries)
 
     def _tell(self, entries: list[Entry]) -> None:
-        if not entries:
-            return
-        self._told.extend(entries)
-        try:
-            os.write(self._writer, b"!")
-        except BlockingIOError:
-            pass  # full: it is readable
+        if entries:
+            self._told.tell(entries)
 
 
 def _until(note: str) -> float:

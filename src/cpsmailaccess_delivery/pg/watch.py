@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -17,6 +16,7 @@ from zope.interface import implementer
 
 from ..errors import SpoolError
 from ..interfaces import Entry, IWatch
+from ..watch import Told
 from .connections import Connection, Connections, notes_of, wait_for_any
 
 log = logging.getLogger(__name__)
@@ -44,14 +44,10 @@ class Watch:
         self._channel = channel
         self._tell_of = tell_of
         self._on_close = on_close
-        self._told: deque[Entry] = deque()
-        self._stale = False
+        self._told = Told()
         self._closed = False
         connection = self._listen()
-        self._reader, self._writer = os.pipe()
         self._ended, self._end = os.pipe()
-        os.set_blocking(self._reader, False)
-        os.set_blocking(self._writer, False)
         self._thread = threading.Thread(
             target=self._run, args=[connection], name="cpsmail-listen", daemon=True
         )
@@ -59,20 +55,11 @@ class Watch:
 
     def fileno(self) -> int:
         """See `IWatch`."""
-        return self._reader
+        return self._told.fileno()
 
     def read(self) -> Iterable[Entry] | None:
         """See `IWatch`."""
-        try:
-            while os.read(self._reader, 4096):
-                pass
-        except BlockingIOError:
-            pass
-        stale, self._stale = self._stale, False
-        told = []
-        while self._told:
-            told.append(self._told.popleft())
-        return None if stale else told
+        return self._told.read()
 
     def close(self) -> None:
         """See `IWatch`."""
@@ -82,8 +69,9 @@ class Watch:
         os.write(self._end, b"!")
         self._thread.join()
         self._on_close(self)
-        for fd in (self._reader, self._writer, self._ended, self._end):
-            os.close(fd)
+        self._told.close()
+        os.close(self._ended)
+        os.close(self._end)
 
     def _listen(self) -> Connection:
         connection = self._connections.connect()
@@ -100,7 +88,7 @@ class Watch:
                 try:
                     if connection is None:
                         connection = self._listen()
-                        self._lost_count()
+                        self._told.lose_count()
                     self._wait(connection)
                 except (SpoolError, psycopg.Error) as error:
                     log.warning("not told of changes for a while: %s", error)
@@ -118,17 +106,6 @@ class Watch:
             return
         entries = self._tell_of(connection, told)
         if entries is None:
-            self._lost_count()
+            self._told.lose_count()
         elif entries:
-            self._told.extend(entries)
-            self._wake()
-
-    def _lost_count(self) -> None:
-        self._stale = True
-        self._wake()
-
-    def _wake(self) -> None:
-        try:
-            os.write(self._writer, b"!")
-        except BlockingIOError:
-            pass  # full: it is readable
+            self._told.tell(entries)

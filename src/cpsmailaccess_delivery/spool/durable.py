@@ -97,7 +97,7 @@ class GroupSync(Generic[T]):
             with self._lock:
                 if not turn.done:
                     self._take_turns(turn)
-        except BaseException:
+        except BaseException:  # an interrupt: nobody waits for our turn any more
             try:
                 self._waiting.remove(turn)
             except ValueError:
