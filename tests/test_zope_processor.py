@@ -27,11 +27,13 @@ CONFIGURED = """\
 """
 
 OTHER = """
-import sys
+import sys, time
 from cpsmailaccess_delivery import Outbox
 with Outbox(sys.argv[1]) as outbox:
     processor = outbox.processor()
     processor.start()
+    while not outbox.presence.deliverers():  # which its thread says
+        time.sleep(0.01)
     print("started", flush=True)
     sys.stdin.read()
     processor.stop()
