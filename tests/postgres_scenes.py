@@ -15,7 +15,7 @@ import transaction
 
 from conftest import KEY
 from cpsmailaccess_delivery import Outbox
-from cpsmailaccess_delivery.pg import staging
+from cpsmailaccess_delivery.pg import functions, staging
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
 MESSAGE = b"From: alice@example.org\r\nSubject: hello\r\n\r\nhello\r\n"
@@ -23,6 +23,12 @@ MESSAGE = b"From: alice@example.org\r\nSubject: hello\r\n\r\nhello\r\n"
 
 def die(*arguments: Any, **more: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def publish_and_die(connection, *values):
+    connection.execute("BEGIN")
+    assert functions.publish(connection, *values)
+    die()
 
 
 def commit(url: str, moment: str) -> None:
@@ -36,7 +42,7 @@ def commit(url: str, moment: str) -> None:
     elif moment == "after the vote":
         spool.publish = die
     elif moment == "inside the finish":
-        staging.give_jobs = die
+        staging.publish = publish_and_die
     elif moment == "after the finish":
         transaction.get().addAfterCommitHook(die)
     transaction.commit()

@@ -28,7 +28,7 @@ pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 from cli_helpers import Site
 from conftest import KEY
 from cpsmailaccess_delivery import Account, Outbox, State
-from cpsmailaccess_delivery.errors import InvalidSettings, SpoolError, WrongKey
+from cpsmailaccess_delivery.errors import InvalidSettings, OutboxError, SpoolError, WrongKey
 from cpsmailaccess_delivery.interfaces import (
     IMailDelivery,
     IOutbox,
@@ -105,6 +105,34 @@ def test_from_send_to_accepted(outbox, relay, way):
     assert [mail.recipients for mail in relay.mails] == [(BOB,)]
     assert outbox.status(message_id).state is State.ACCEPTED
     assert list(outbox.spool.scan()) == []
+
+
+def test_more_mails_than_one_notification_holds(outbox, relay):
+    """Scheduled or not, with keys or none: all of one commit."""
+    watch = outbox.spool.watch()
+    try:
+        with transaction.manager:
+            for number in range(400):
+                options = {"idempotency_key": str(number)} if number % 3 else {}
+                outbox.delivery.send(
+                    ALICE, [BOB], MESSAGE, undo=600 * (number % 2) or None, **options
+                )
+        told: set[str] = set()
+        wait_for(lambda: told.update(e.id for e in watch.read() or ()) or len(told) == 400)
+    finally:
+        watch.close()
+    entries = list(outbox.spool.scan())
+    assert {entry.id for entry in entries} == told
+    with outbox.spool.connections.use("test") as connection:
+        rows = connection.execute(
+            "SELECT mails.due, extract(epoch FROM execute_after - pgqueuer.created)::float8,"
+            " mails.lane = entrypoint, convert_from(payload, 'UTF8') = mails.id"
+            " FROM cpsmail.mails JOIN cpsmail.pgqueuer ON job = pgqueuer.id"
+        ).fetchall()
+    assert len(rows) == 400
+    assert all(lane and payload for _, _, lane, payload in rows)
+    assert all(wait <= 0 if due == 0 else 0 < wait <= 600 for due, wait, _, _ in rows)
+    assert sum(due > 0 for due, _, _, _ in rows) == 200
 
 
 def test_mails_that_come_in_while_it_runs(outbox, relay):
@@ -265,6 +293,20 @@ def test_within_a_session_of_sqlalchemy(outbox, database):
     assert len(list(outbox.spool.scan())) == 1
 
 
+@pytest.mark.parametrize("kind", [psycopg.RawCursor, psycopg.ClientCursor, "dictionaries"])
+def test_within_a_connection_set_as_the_application_likes(outbox, database, kind):
+    rows = (
+        {"row_factory": psycopg.rows.dict_row}
+        if kind == "dictionaries"
+        else {"cursor_factory": kind}
+    )
+    with psycopg.connect(database, **rows) as connection:
+        send_within = outbox.within(connection).send
+        message_id = send_within(ALICE, [BOB], MESSAGE, idempotency_key="k")
+        assert send_within(ALICE, [BOB], MESSAGE, idempotency_key="k") == message_id
+    assert len(list(outbox.spool.scan())) == 1
+
+
 def test_within_refuses_what_would_not_follow(outbox, database, tmp_path):
     with psycopg.connect(database, autocommit=True) as connection:
         with pytest.raises(InvalidSettings, match="autocommit"):
@@ -380,6 +422,25 @@ def test_upgrade_makes_repeats_and_leaves_what_is_newer(postgres):
         connection.execute("INSERT INTO cpsmail.version VALUES (%s, %s)", [VERSION + 2] * 2)
     with Outbox(url, key=KEY) as old, pytest.raises(SpoolError, match="upgrade the package"):
         list(old.spool.scan())
+    connections.close()
+    postgres.drop_database(url)
+
+
+def test_from_the_first_schema(postgres, relay):
+    """It has no functions: who needs them says so before a mail is staged."""
+    url = postgres.new_database(empty=True)
+    connections = Connections(url)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema_module, "VERSION", 1)
+        assert upgrade(connections) == (0, 1)
+    with open_outbox(url) as outbox, pytest.raises(OutboxError, match="cpsmail schema upgrade"):
+        put(outbox, relay, ALICE)
+    transaction.abort()
+    assert upgrade(connections) == (1, VERSION)
+    with open_outbox(url) as outbox:
+        put(outbox, relay, ALICE)
+        send(outbox)
+        assert outbox.processor().run(forever=False).accepted == 1
     connections.close()
     postgres.drop_database(url)
 

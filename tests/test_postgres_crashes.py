@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -299,8 +300,8 @@ def test_the_server_restarts_while_a_worker_delivers(own_server, database, relay
         assert processor.stop()
     ids = [mail.message_id for mail in relay.mails]
     assert len(set(ids)) == 160
-    # At most what was on its way when the server died was sent again.
-    assert len(ids) - 160 <= 40
+    # Removals that the server had not synced came back: see the module `spool.postgres`.
+    assert max(Counter(ids).values()) <= 2
 
 
 # Workers die, or stand still
@@ -445,7 +446,7 @@ def test_the_connection_is_lost_at_each_statement_of_a_send(cut, outbox, relay, 
             break
     else:
         pytest.fail("it never ended")
-    assert number > 5
+    assert number >= 4, "account, vote, finish, and one that nothing stopped"
 
 
 def test_the_connection_is_lost_at_each_statement_of_a_delivery(cut, database, relay):

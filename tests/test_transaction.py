@@ -570,6 +570,40 @@ def test_after_commit_hook_of_a_failed_commit(stocked):
     assert nothing_left(stocked)
 
 
+# What a transaction has found
+
+
+def test_an_account_is_read_once_in_a_transaction(stocked, account, monkeypatch):
+    """Many mails cost one question; what the transaction changes itself is seen at once."""
+    asked: list[str] = []
+    peek = stocked.accounts._store.peek
+    monkeypatch.setattr(
+        stocked.accounts._store, "peek", lambda mailbox: asked.append(mailbox) or peek(mailbox)
+    )
+
+    def host() -> str:
+        """Send, and return the relay of the mail."""
+        send(stocked)
+        doings = transaction.get().data(stocked.delivery)
+        return list(doings.sent.values())[-1].envelope.route.host
+
+    assert [host(), host(), host()] == ["smtp.example.org"] * 3
+    assert asked == [ALICE]
+    savepoint = transaction.savepoint()
+    stocked.accounts.put(account.replace(host="other.example.org"))
+    assert host() == "other.example.org"
+    savepoint.rollback()
+    assert host() == "smtp.example.org"
+    stocked.accounts.delete(ALICE)
+    with pytest.raises(UnknownMailbox):
+        send(stocked)
+    transaction.abort()
+    other = transaction.TransactionManager()
+    with Outbox(stocked.location, key=KEY, transaction_manager=other) as second, other:
+        second.accounts.put(account.replace(host="later.example.org"))
+    assert host() == "later.example.org", "the next transaction asks again"
+
+
 # Managers
 
 

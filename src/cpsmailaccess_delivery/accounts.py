@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from transaction.interfaces import NoTransaction
@@ -16,7 +17,15 @@ from .interfaces import IAccounts
 #: Accounts are published before the mails that need them.
 _RANK = 0
 
-_Changes = list[tuple[str, Account | None]]  # a method of `Accounts` is called list, too
+_Change = tuple[str, Account | None]
+
+
+@dataclass(slots=True)
+class _Doings:
+    """What the current transaction has changed, in order, and what it has found."""
+
+    changes: list[_Change] = field(default_factory=list)
+    found: dict[str, Account] = field(default_factory=dict)
 
 
 @implementer(IAccounts)
@@ -48,8 +57,8 @@ class Accounts:
         return account
 
     def list(self) -> list[Account]:
-        pending = self._pending()
-        mailboxes = {*self._store.mailboxes(), *(mailbox for mailbox, _ in pending)}
+        changes = self._doings().changes
+        mailboxes = {*self._store.mailboxes(), *(mailbox for mailbox, _ in changes)}
         found = (self._look(mailbox) for mailbox in sorted(mailboxes))
         return [account for account in found if account is not None]
 
@@ -67,8 +76,17 @@ class Accounts:
             f" outbox.accounts.put(Account(mailbox={tried[0]!r}, ...)) or `cpsmail accounts set`"
         )
 
+    def find_once(self, sender: str) -> Account:
+        if not isinstance(sender, str):
+            return self.find(sender)  # which says what is wrong with it
+        found = self._doings(create=True).found
+        account = found.get(sender)
+        if account is None:
+            account = found[sender] = self.find(sender)
+        return account
+
     def _look(self, mailbox: str) -> Account | None:
-        for changed, account in reversed(self._pending()):
+        for changed, account in reversed(self._doings().changes):
             if changed == mailbox:
                 return account.without_secret() if account is not None else None
         found: Account | None = self._store.peek(mailbox)
@@ -88,18 +106,19 @@ class Accounts:
             )
 
     def _kept_secret(self, mailbox: str) -> Any:
-        for changed, account in reversed(self._pending()):
+        for changed, account in reversed(self._doings().changes):
             if changed == mailbox:
                 return account.password if account is not None else None
         return self._store.get(mailbox).password
 
     def _change(self, mailbox: str, account: Account | None) -> None:
-        pending = self._pending(create=True)
+        doings = self._doings(create=True)
         change = (mailbox, account)
 
         def forget() -> None:
             # by identity: the same account may be put twice
-            pending[:] = [other for other in pending if other is not change]
+            doings.changes[:] = [other for other in doings.changes if other is not change]
+            doings.found.clear()
 
         join(
             self._manager,
@@ -109,20 +128,20 @@ class Accounts:
             on_abort=forget,
             witness=self._witness,
         )
-        pending.append(change)
+        doings.changes.append(change)
+        doings.found.clear()
 
-    def _pending(self, create: bool = False) -> _Changes:
-        """Return the changes of the current transaction, in order."""
+    def _doings(self, create: bool = False) -> _Doings:
         try:
             transaction = self._manager.get()
         except NoTransaction:  # explicit mode: reading needs none
             if create:
                 raise
-            return []
+            return _Doings()
         try:
-            pending: _Changes = transaction.data(self)
+            doings: _Doings = transaction.data(self)
         except KeyError:
-            pending = []
+            doings = _Doings()
             if create:
-                transaction.set_data(self, pending)
-        return pending
+                transaction.set_data(self, doings)
+        return doings

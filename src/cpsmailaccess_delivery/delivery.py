@@ -236,11 +236,14 @@ class MailboxDelivery:
 
     def _find_account(self, mailbox: str) -> Account:
         try:
-            account: Account = self._accounts.find(mailbox)
+            return self._ask(mailbox)
         except InvalidAccount as error:
             raise UnknownMailbox(str(error)) from None
         except VaultError as error:
             raise NotQueued(str(error)) from error
+
+    def _ask(self, mailbox: str) -> Account:
+        account: Account = self._accounts.find_once(mailbox)
         return account
 
 
@@ -256,6 +259,10 @@ class _Within(MailboxDelivery):
 
     def _doings(self) -> Doings:
         return Doings()
+
+    def _ask(self, mailbox: str) -> Account:
+        account: Account = self._accounts.find(mailbox)  # it is in no transaction of `transaction`
+        return account
 
     def _join(
         self, store: Any, stage: Callable[[str], Any], members: dict[int, Any], *, rank: int

@@ -555,6 +555,14 @@ class IAccounts(Interface):
         Raises `UnknownMailbox`, `InvalidAddress`.
         """
 
+    def find_once(sender: str) -> Account:
+        """As `find`, but the store is asked once: later in the transaction it is the same.
+
+        What the transaction changes itself is seen.  For who takes part in it: a read alone
+        would let a transaction begin that nobody ends.  Raises `NoTransaction` in explicit mode,
+        and as `find` does.
+        """
+
 
 class IMailboxDelivery(IQueuedMailDelivery):
     """The delivery utility."""

@@ -22,6 +22,9 @@ from ..errors import InvalidSettings, SpoolError
 
 Connection = psycopg.Connection[Any]
 
+#: What runs statements; a cursor: of a connection that is the application's, set as it likes.
+Executor = psycopg.Connection[Any] | psycopg.Cursor[Any]
+
 #: What we ask of libpq where the URL says nothing: a server that has vanished is noticed.
 _DEFAULTS: Final = {
     "application_name": "cpsmail",

@@ -51,7 +51,6 @@ LOG: Final = SETTINGS.qualified.queue_table_log
 #: The claim's cost grows with lanes and batch: see docs/scaling.rst.
 MOST_AT_ONCE: Final = 50
 
-_FARTHEST: Final = timedelta(days=365_000)
 _T = TypeVar("_T")
 
 
@@ -89,6 +88,10 @@ def _queries(connection: Connection) -> Queries:
 
 _BUILDER: Final = QueryQueueBuilder(SETTINGS)
 
+#: How the engine takes jobs: its own statement, for a function on the server.  Priorities, lanes,
+#: payloads, seconds until they are due, dedupe keys, headers; returns positions and jobs.
+ENQUEUE: Final = _BUILDER.build_enqueue_query()
+
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:
     """Run what never waits, since its driver does not."""
@@ -119,20 +122,6 @@ def upgrade(connection: Connection) -> None:
         connection.execute(f"ALTER TABLE {JOBS} DISABLE TRIGGER {SETTINGS.trigger}")
 
 
-def enqueue(connection: Connection, mails: Sequence[tuple[str, str, int, float]]) -> list[int]:
-    """Give each mail (id, lane, priority, seconds until it is due) a job; return the jobs."""
-    ids = _run(
-        _queries(connection).enqueue(
-            [lane for _, lane, _, _ in mails],
-            [mail.encode() for mail, _, _, _ in mails],
-            [priority for _, _, priority, _ in mails],
-            [_delay(seconds) for _, _, _, seconds in mails],
-            [mail for mail, _, _, _ in mails],
-        )
-    )
-    return [int(each) for each in ids]
-
-
 def dequeue(
     connection: Connection, lanes: Sequence[str], worker: uuid.UUID, *, most: int, lease: float
 ) -> list[Job]:
@@ -157,12 +146,6 @@ def beat(connection: Connection, jobs: Sequence[int]) -> None:
     """Say that the mails of these jobs are being delivered."""
     if jobs:
         _run(_queries(connection).update_heartbeat([JobId(job) for job in jobs]))
-
-
-def _delay(seconds: float) -> timedelta | None:
-    if seconds <= 0:
-        return None
-    return min(timedelta(seconds=min(seconds, 1e11)), _FARTHEST)
 
 
 #: For statements that settle a mail, see `mails`.  A job goes with its mail, or is free again.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import psycopg
+from psycopg.rows import tuple_row
 
 from ..envelope import Envelope
 from ..errors import InvalidSettings
@@ -37,17 +38,21 @@ class Inside:
                 " would be committed at once: open one with `with connection.transaction():`"
             )
         try:
-            return self._staging.insert(connection, envelope, message)
+            return self._staging.insert(self._cursor(), envelope, message)
         except psycopg.Error as error:
             raise self._connections.error("put a mail into the transaction", error) from error
 
     def key_holder(self, key: str) -> str | None:
         """See `ISpool`.  The transaction's own mails have theirs, too."""
         try:
-            own = holder_of(self._connection, key)
+            own = holder_of(self._cursor(), key)
         except psycopg.Error as error:
             raise self._connections.error("look for a key", error) from error
         return own or self._staging.key_holder(key)
+
+    def _cursor(self) -> psycopg.Cursor[Any]:
+        """Return a cursor of our kind, whatever kind the connection makes."""
+        return psycopg.Cursor(self._connection, row_factory=tuple_row)
 
 
 def _driver_connection(connection: Any) -> Connection:

@@ -18,12 +18,13 @@ from dataclasses import replace
 from sys import intern
 from typing import Any, Final, NamedTuple
 
-from ..envelope import Envelope, digest, format_block, parse_block
+from ..envelope import Envelope, digest, parse_block
 from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
 from ..interfaces import Entry, Record, State
 from ..spool.outcomes import NOTHING, DamagedSide, Side, dump_side, load_side
 from .connections import Connection, Connections
-from .engine import DELETE_JOB, FREE_JOB, SCHEMA, enqueue
+from .engine import DELETE_JOB, FREE_JOB, SCHEMA
+from .functions import give_jobs, tell
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
@@ -45,7 +46,6 @@ VISIBLE: Final = f"state NOT IN ('{STAGED}', '{ABORTED}', '{ARRIVING}')"
 
 _ID = re.compile(r"\d{10}\.M\d{6}R[0-9a-f]{6}\.[0-9a-f]{16}", re.ASCII)
 _PAGE: Final = 5_000
-_PER_NOTE: Final = 180  # ids: a NOTIFY takes 8,000 bytes
 
 ENTRY: Final = "id, lane, state, due, attempts, priority, expires"
 _WIDTH: Final = 7  # columns
@@ -281,7 +281,7 @@ class Mails:
                 row = connection.execute(query, values).fetchone()
                 done = bool(row and row[0])
                 if done and is_takeable(before):
-                    give_jobs(connection, [before], self._connections.now())
+                    give_jobs(connection, [before.id])
                     tell(connection, [before.id])
         return done
 
@@ -363,7 +363,7 @@ class Mails:
         )
         connection.execute(query, values)
         if is_takeable(after):
-            give_jobs(connection, [after], 0.0)
+            give_jobs(connection, [after.id])
 
     def _read(self, entry_id: str, columns: str) -> Sequence[Any]:
         query = f"SELECT {ENTRY}, {columns} FROM {MAILS} WHERE id = %s AND {VISIBLE}"  # noqa: S608
@@ -383,25 +383,6 @@ def some(connection: Connection, ids: Sequence[str]) -> list[Entry]:
     """Return the visible entries of these ids, the oldest first."""
     query = f"SELECT {ENTRY} FROM {MAILS} WHERE id = ANY(%s) AND {VISIBLE} ORDER BY id"  # noqa: S608
     return [entry_of(row) for row in connection.execute(query, [list(ids)])]
-
-
-def give_jobs(connection: Connection, entries: Sequence[Entry], now: float) -> None:
-    """Let the engine name these mails when they are due.  `now`: the server's time."""
-    jobs = enqueue(
-        connection, [(e.id, e.lane, e.priority, e.due - now if e.due else 0.0) for e in entries]
-    )
-    connection.execute(
-        f"UPDATE {MAILS} SET job = each.job"  # noqa: S608
-        " FROM unnest(%s::text[], %s::bigint[]) each (id, job) WHERE mails.id = each.id",
-        [[entry.id for entry in entries], jobs],
-    )
-
-
-def tell(connection: Connection, ids: Sequence[str]) -> None:
-    """Tell every watch of these mails, when the transaction commits."""
-    for start in range(0, len(ids), _PER_NOTE):
-        part = ",".join(ids[start : start + _PER_NOTE])
-        connection.execute("SELECT pg_notify(%s, %s)", [CHANNEL, part])
 
 
 def _values(after: Entry, side: Side, lease: uuid.UUID | None) -> dict[str, Any]:
@@ -427,18 +408,15 @@ def record_of(row: Sequence[Any]) -> Record:
     return Record(entry, envelope, known.outcomes, size, reason)
 
 
-def insertion(
-    entry: Entry, envelope: Envelope, message: bytes, *, state: str, witnessed: bool
-) -> list[Any]:
-    """Return the values of `INSERT` for a new mail."""
-    return [
-        *(entry.id, entry.lane, state, entry.due, entry.attempts, entry.priority, entry.expires),
-        *(digest(envelope.message_id), format_block(envelope), message, len(message)),
-        *(state in (STAGED, ABORTED), witnessed),
-    ]
-
-
+_COLUMNS: Final = f"{ENTRY}, digest, block, message, size, doubt, witnessed"
 INSERT: Final = (
-    f"INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed)"  # noqa: S608
+    f"INSERT INTO {MAILS} ({_COLUMNS})"  # noqa: S608
     " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %b, %b, %s, %s, %s)"
+)
+
+#: The same for many at once: a third of the time.
+COPY: Final = f"COPY {MAILS} ({_COLUMNS}) FROM STDIN (FORMAT binary)"
+COPY_TYPES: Final = (
+    *("text", "text", "text", "float8", "int4", "int2", "float8"),
+    *("text", "bytea", "bytea", "int4", "bool", "bool"),
 )

@@ -15,12 +15,13 @@ from ..errors import SpoolError
 from . import engine
 from .connections import PATIENT, Connection, Connections
 from .engine import SCHEMA
+from .functions import FUNCTIONS
 
 #: What this release makes and reads.
-VERSION: Final = 1
+VERSION: Final = 2
 
 #: The oldest schema with which this release works.
-READS: Final = 1
+READS: Final = 2
 
 _LOCK: Final = 0x63707361  # "cpsa": of two upgrades at once, one waits
 
@@ -110,7 +111,7 @@ CREATE INDEX events_recipient ON {SCHEMA}.events (lower(recipient), at);
 """
 
 #: By the version that they lead to: what is executed, and the oldest release that works then.
-_STEPS: Final[dict[int, tuple[str, int]]] = {1: (_FIRST, 1)}
+_STEPS: Final[dict[int, tuple[str, int]]] = {1: (_FIRST, 1), 2: (FUNCTIONS, 1)}
 
 
 class Upgrade(NamedTuple):
@@ -147,6 +148,8 @@ def _upgrade(connection: Connection) -> Upgrade:
     if before > VERSION:
         return Upgrade(before, before)
     engine.upgrade(connection)
+    if before:  # with the statements of the engine as it is now
+        connection.execute(FUNCTIONS.encode())
     for version in range(before + 1, VERSION + 1):
         statements, oldest = _STEPS[version]
         with connection.transaction():

@@ -26,17 +26,19 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import psycopg
-from psycopg.rows import tuple_row
 
-from ..envelope import Envelope, format_block, parse_block
+from ..envelope import Envelope, digest, format_block, parse_block
 from ..errors import InvalidEnvelope, KeyTaken, OutboxClosed, SpoolError
 from ..interfaces import Entry, Record, State, SweepReport, Verdict
 from ..spool import forks, names
 from ..spool.doubts import ASKED, IN_DOUBT
 from ..spool.outcomes import Side, dump_side
-from .connections import Connection, Connections
+from .connections import Connection, Connections, Executor
+from .functions import give_jobs, publish, tell
 from .mails import (
     ABORTED,
+    COPY,
+    COPY_TYPES,
     ENTRY,
     FREE,
     INSERT,
@@ -44,10 +46,7 @@ from .mails import (
     MAILS,
     STAGED,
     entry_of,
-    give_jobs,
-    insertion,
     record_of,
-    tell,
 )
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
@@ -73,6 +72,7 @@ _ABORTED_KEPT: Final = "interval '1 day'"
 class _Staged:
     entry: Entry
     envelope: Envelope
+    block: bytes
     message: bytes
     generation: int
     prepared: bool = False
@@ -102,15 +102,15 @@ class Staging:
         """See `ISpool`.  Nothing is asked of the server."""
         if self._closed:
             raise OutboxClosed(f"outbox {self._connections.location}: was closed")
-        format_block(envelope)  # refuses what no spool could keep
-        entry = self.new_entry(envelope)
-        self._staged[entry.id] = _Staged(entry, envelope, bytes(message), forks.generation())
-        return entry
+        staged = self._new(envelope, message)
+        self._staged[staged.entry.id] = staged
+        return staged.entry
 
-    def new_entry(self, envelope: Envelope) -> Entry:
-        """Return the entry of a mail that comes in now."""
+    def _new(self, envelope: Envelope, message: bytes) -> _Staged:
+        block = format_block(envelope)  # refuses what no spool could keep
         entry_id = names.new_id(self._clock(), os.urandom(3).hex(), envelope.message_id)
-        return names.first_entry(entry_id, envelope)
+        entry = names.first_entry(entry_id, envelope)
+        return _Staged(entry, envelope, block, bytes(message), forks.generation())
 
     def prepare(
         self, entries: Sequence[Entry], *, witnessed: bool = False, alone: bool = False
@@ -122,12 +122,13 @@ class Staging:
         # First: where the answer to the commit is lost, `discard` has something to remove.
         for each in staged:
             each.prepared = True
-        # One statement is a transaction of its own, and two round trips less.
-        single = len(staged) == 1 and not staged[0].envelope.key
+        has_keys = any(each.envelope.key for each in staged)
         state = ABORTED if alone else STAGED  # which `publish` finds, and nobody else
         with self._connections.use("make mails durable") as connection:  # noqa: SIM117
-            with nullcontext() if single else connection.transaction():
-                _take_keys(connection, staged)
+            # One statement is a transaction of its own, and two round trips less.
+            with connection.transaction() if has_keys else nullcontext():
+                if has_keys:
+                    _take_keys(connection, staged)
                 _insert(connection, staged, state=state, witnessed=witnessed)
 
     def publish(self, entries: Sequence[Entry]) -> None:
@@ -183,20 +184,12 @@ class Staging:
 
     def _publish(self, staged: Sequence[_Staged]) -> None:
         ids = [each.entry.id for each in staged]
-        now = self._clock()
-        with self._connections.use("publish mails") as connection, connection.transaction():
-            found = connection.execute(
-                f"UPDATE {MAILS} SET state = 'queued', due = each.due, side = NULL, doubt = false"  # noqa: S608
-                " FROM unnest(%s::float8[], %s::text[]) each (due, id)"
-                " WHERE mails.id = each.id AND doubt RETURNING mails.id",
-                [[each.entry.due for each in staged], ids],
-            ).fetchall()
-            there = {row[0] for row in found}
-            entries = [each.entry for each in staged if each.entry.id in there]
-            if entries:
-                _confirm_keys(connection, staged)
-                give_jobs(connection, entries, now)
-                tell(connection, [entry.id for entry in entries])
+        keys = [each.entry.id for each in staged if each.envelope.key]
+        with self._connections.use("publish mails") as connection:  # noqa: SIM117
+            with connection.transaction() if keys else nullcontext():
+                there = publish(connection, ids, [each.entry.due for each in staged])
+                if keys:
+                    _confirm_keys(connection, keys)
         for missing in set(ids) - there:
             log.critical("%s: published already, or cancelled by somebody while in doubt", missing)
 
@@ -221,18 +214,20 @@ class Staging:
         except SpoolError as error:
             log.error("%s: discarded mails may come back held: %s", ", ".join(prepared), error)
 
-    def insert(self, connection: Connection, envelope: Envelope, message: bytes) -> Entry:
+    def insert(self, cursor: psycopg.Cursor[Any], envelope: Envelope, message: bytes) -> Entry:
         """Put a mail into a transaction of the application's own: visible with its commit.
 
         Raises `KeyTaken`, and what the database does.
         """
-        entry = self.new_entry(envelope)
-        staged = [_Staged(entry, envelope, message, 0)]
-        _take_keys(connection, staged)
-        _insert(connection, staged, state=State.QUEUED, witnessed=False)
-        _confirm_keys(connection, staged)
-        give_jobs(connection, [entry], self._clock())
-        tell(connection, [entry.id])
+        staged = [self._new(envelope, message)]
+        entry = staged[0].entry
+        if envelope.key:
+            _take_keys(cursor, staged)
+        cursor.execute(INSERT, _values(staged[0], State.QUEUED, witnessed=False))
+        if envelope.key:
+            _confirm_keys(cursor, [entry.id])
+        give_jobs(cursor, [entry.id])
+        tell(cursor, [entry.id])
         return entry
 
     def key_holder(self, key: str) -> str | None:
@@ -309,7 +304,7 @@ class Staging:
                 " WHERE id = %s",
                 [entry.due, entry.id],
             )
-            give_jobs(connection, [entry], self._clock())
+            give_jobs(connection, [entry.id])
         elif verdict is Verdict.ABORTED:
             connection.execute(f"UPDATE {MAILS} SET state = '{ABORTED}' WHERE id = %s", [entry.id])  # noqa: S608
             connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry.id])  # noqa: S608
@@ -355,60 +350,74 @@ class Staging:
         return staged
 
 
-def holder_of(connection: Connection, key: str) -> str | None:
-    """Return the Message-Id of the mail that has a key, as this connection sees it."""
+def holder_of(executor: Executor, key: str) -> str | None:
+    """Return the Message-Id of the mail that has a key, as this transaction sees it."""
     query = f"SELECT message_id FROM {KEYS} WHERE digest = %s AND until > clock_timestamp()"  # noqa: S608
-    # Not its own cursor: it may be the application's connection.
-    cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-    row = cursor.execute(query, [_digest(key)], binary=True).fetchone()
+    row = executor.execute(query, [_digest(key)], binary=True).fetchone()
     return row[0].decode("utf-8", "surrogatepass") if row else None
 
 
-def _take_keys(connection: Connection, staged: Sequence[_Staged]) -> None:
+def _take_keys(executor: Executor, staged: Sequence[_Staged]) -> None:
     """Raises `KeyTaken`; who is about to commit the same one is waited for."""
-    for each in sorted(staged, key=lambda each: each.envelope.key):  # else two could deadlock
+    keyed = {_digest(each.envelope.key): each for each in staged if each.envelope.key}
+    # Each in the same order, else two of us could wait for each other.
+    executor.execute(
+        f"DELETE FROM {KEYS} WHERE digest IN (SELECT digest FROM {KEYS} WHERE digest = ANY(%s)"  # noqa: S608
+        " AND until < clock_timestamp() ORDER BY digest FOR UPDATE)",
+        [list(keyed)],
+    )
+    rows = executor.execute(
+        f"INSERT INTO {KEYS} (digest, mail, message_id)"  # noqa: S608
+        " SELECT * FROM unnest(%s::text[], %s::text[], %s::bytea[]) each (digest, mail, id)"
+        " ORDER BY digest ON CONFLICT DO NOTHING RETURNING digest",
+        [
+            list(keyed),
+            [each.entry.id for each in keyed.values()],
+            [_encoded(each.envelope.message_id) for each in keyed.values()],
+        ],
+    ).fetchall()
+    taken = {row[0] for row in rows}
+    for each in staged:
         key = each.envelope.key
-        if not key:
-            continue
-        message_id = each.envelope.message_id.encode("utf-8", "surrogatepass")
-        connection.execute(
-            f"DELETE FROM {KEYS} WHERE digest = %s AND until < clock_timestamp()",  # noqa: S608
-            [_digest(key)],
-        )
-        taken = connection.execute(
-            f"INSERT INTO {KEYS} (digest, mail, message_id) VALUES (%s, %s, %b)"  # noqa: S608
-            " ON CONFLICT DO NOTHING RETURNING 1",
-            [_digest(key), each.entry.id, message_id],
-        ).fetchone()
-        if taken is None:
+        if key and (_digest(key) not in taken or keyed[_digest(key)] is not each):
             raise KeyTaken(
                 f"idempotency_key={key!r}: another transaction has committed it, or is about to;"
                 " begin again, and send returns its Message-Id"
             )
 
 
-def _confirm_keys(connection: Connection, staged: Sequence[_Staged]) -> None:
-    ids = [each.entry.id for each in staged if each.envelope.key]
-    if ids:
-        connection.execute(
-            f"UPDATE {KEYS} SET until = greatest(clock_timestamp(), to_timestamp(mails.due))"  # noqa: S608
-            f" + {_KEPT} FROM {MAILS} WHERE mails.id = keys.mail AND keys.mail = ANY(%s)",
-            [ids],
-        )
+def _encoded(message_id: str) -> bytes:
+    return message_id.encode("utf-8", "surrogatepass")
+
+
+def _confirm_keys(executor: Executor, ids: Sequence[str]) -> None:
+    executor.execute(
+        f"UPDATE {KEYS} SET until = greatest(clock_timestamp(), to_timestamp(mails.due))"  # noqa: S608
+        f" + {_KEPT} FROM {MAILS} WHERE mails.id = keys.mail AND keys.mail = ANY(%s)",
+        [list(ids)],
+    )
 
 
 def _insert(
     connection: Connection, staged: Sequence[_Staged], *, state: str, witnessed: bool
 ) -> None:
-    values: list[Any] = [
-        insertion(each.entry, each.envelope, each.message, state=state, witnessed=witnessed)
-        for each in staged
+    rows = [_values(each, state, witnessed=witnessed) for each in staged]
+    if len(rows) == 1:
+        connection.execute(INSERT, rows[0])
+        return
+    with connection.cursor() as cursor, cursor.copy(COPY) as copy:
+        copy.set_types(COPY_TYPES)
+        for row in rows:
+            copy.write_row(row)
+
+
+def _values(staged: _Staged, state: str, *, witnessed: bool) -> list[Any]:
+    entry, size = staged.entry, len(staged.message)
+    return [
+        *(entry.id, entry.lane, state, entry.due, entry.attempts, entry.priority, entry.expires),
+        *(digest(staged.envelope.message_id), staged.block, staged.message, size),
+        *(state in (STAGED, ABORTED), witnessed),
     ]
-    if len(values) == 1:
-        connection.execute(INSERT, values[0])
-    else:
-        with connection.cursor() as cursor:
-            cursor.executemany(INSERT, values)
 
 
 def _digest(key: str) -> str:

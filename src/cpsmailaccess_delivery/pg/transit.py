@@ -13,7 +13,8 @@ from ..spool import names
 from ..spool.doubts import ASKED
 from ..spool.outcomes import Side, dump_side
 from .connections import Connections
-from .mails import ARRIVING, ENTRY, KEYS, MAILS, entry_of, give_jobs, is_takeable, tell
+from .functions import give_jobs, tell
+from .mails import ARRIVING, ENTRY, KEYS, MAILS, entry_of, is_takeable
 
 _ARRIVE: Final = f"""
 INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed, side, next_state,
@@ -62,8 +63,7 @@ class Transit:
         with self._connections.use("admit mails") as connection, connection.transaction():
             rows = connection.execute(_ADMIT, [list(ids)]).fetchall()
             entries = [entry_of(row) for row in rows]
-            if takeable := [entry for entry in entries if is_takeable(entry)]:
-                give_jobs(connection, takeable, self._connections.now())
+            give_jobs(connection, [entry.id for entry in entries if is_takeable(entry)])
             tell(connection, [entry.id for entry in entries])
 
     def dismiss(self, ids: Collection[str]) -> None:

@@ -1,0 +1,106 @@
+"""What the server does in one call: a commit waits for two of its answers, not for ten.
+
+Made anew by every `cpsmail schema upgrade`, since the engine's own statement is in one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from .connections import Connection, Executor
+from .engine import ENQUEUE, SCHEMA
+
+#: Ids in one notification, which takes 8,000 bytes.
+_PER_NOTE: Final = 180
+
+#: Seconds that a mail waits at most: the engine adds them to a date.
+_FARTHEST: Final = 1e11
+
+#: That `doubt` is in `coalesce` keeps the planner from the index of mails in doubt: until it is
+#: vacuumed it holds every mail that came since.
+FUNCTIONS: Final = f"""
+CREATE OR REPLACE FUNCTION {SCHEMA}.enqueue(int[], text[], bytea[], interval[], text[], jsonb[])
+RETURNS TABLE (ord bigint, id bigint) LANGUAGE plpgsql AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY {ENQUEUE};
+END $function$;
+
+-- The jobs of new mails, in their order.
+CREATE OR REPLACE FUNCTION {SCHEMA}.new_jobs(
+    ids text[], lanes text[], priorities int[], dues float8[]
+) RETURNS bigint[] LANGUAGE plpgsql AS $function$
+BEGIN
+    RETURN ARRAY(SELECT queued.id FROM {SCHEMA}.enqueue(
+        priorities, lanes, ARRAY(SELECT convert_to(each, 'UTF8') FROM unnest(ids) each),
+        ARRAY(SELECT make_interval(secs => least(greatest(each - extract(epoch FROM now()), 0),
+            {_FARTHEST})) FROM unnest(dues) each),
+        ids, array_fill('null'::jsonb, ARRAY[cardinality(ids)])) queued ORDER BY ord);
+END $function$;
+
+-- Let the engine name these mails when they are due.
+CREATE OR REPLACE FUNCTION {SCHEMA}.give_jobs(mail_ids text[]) RETURNS void
+LANGUAGE sql AS $function$
+    WITH mail AS (
+        SELECT array_agg(id) ids, array_agg(lane) lanes, array_agg(priority::int) priorities,
+            array_agg(due) dues
+        FROM {SCHEMA}.mails WHERE id = ANY(mail_ids)
+    ) UPDATE {SCHEMA}.mails SET job = each.job
+    FROM mail, unnest(ids, {SCHEMA}.new_jobs(ids, lanes, priorities, dues)) each (id, job)
+    WHERE mails.id = each.id;
+$function$;
+
+-- Tell every watch of these mails, when the transaction commits.
+CREATE OR REPLACE FUNCTION {SCHEMA}.tell(mail_ids text[]) RETURNS void
+LANGUAGE plpgsql AS $function$
+BEGIN
+    PERFORM pg_notify('cpsmail', array_to_string(mail_ids[start : start + {_PER_NOTE - 1}], ','))
+    FROM generate_series(1, cardinality(mail_ids), {_PER_NOTE}) start;
+END $function$;
+
+-- The end of a commit; returns those that were still there to be published.
+CREATE OR REPLACE FUNCTION {SCHEMA}.publish(mail_ids text[], mail_dues float8[])
+RETURNS SETOF text LANGUAGE plpgsql AS $function$
+DECLARE
+    ids text[];
+    lanes text[];
+    priorities int[];
+    dues float8[];
+BEGIN
+    SELECT array_agg(id), array_agg(lane), array_agg(priority::int), array_agg(due)
+    INTO ids, lanes, priorities, dues
+    FROM (SELECT mails.id, lane, priority, each.due
+        FROM unnest(mail_ids, mail_dues) each (id, due) JOIN {SCHEMA}.mails USING (id)
+        WHERE coalesce(doubt, true) FOR UPDATE OF mails) mail;
+    IF ids IS NOT NULL THEN
+        UPDATE {SCHEMA}.mails
+        SET state = 'queued', due = each.due, side = NULL, doubt = false, job = each.job
+        FROM unnest(ids, dues, {SCHEMA}.new_jobs(ids, lanes, priorities, dues)) each (id, due, job)
+        WHERE mails.id = each.id;
+        PERFORM {SCHEMA}.tell(ids);
+    END IF;
+    RETURN QUERY SELECT unnest(ids);
+END $function$;
+"""  # noqa: S608
+
+
+def give_jobs(executor: Executor, ids: Sequence[str]) -> None:
+    """Let the engine name these mails when they are due."""
+    if ids:
+        executor.execute(f"SELECT {SCHEMA}.give_jobs(%s::text[])", [list(ids)])
+
+
+def tell(executor: Executor, ids: Sequence[str]) -> None:
+    """Tell every watch of these mails, when the transaction commits."""
+    if ids:
+        executor.execute(f"SELECT {SCHEMA}.tell(%s::text[])", [list(ids)])
+
+
+def publish(connection: Connection, ids: Sequence[str], dues: Sequence[float]) -> set[str]:
+    """Let mails in doubt be seen; return those that there still were.
+
+    `dues`: seconds since the epoch, 0: at once.
+    """
+    query = f"SELECT {SCHEMA}.publish(%s::text[], %s::float8[])"
+    return {row[0] for row in connection.execute(query, [list(ids), list(dues)])}
