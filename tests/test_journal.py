@@ -393,7 +393,7 @@ def test_memory_is_bounded_and_what_is_lost_is_told(make, path, caplog, impatien
     journal = make()
     for n in range(1000):
         journal.record(event(n))
-        assert len(journal._pending) <= 100
+        assert len(journal._events) <= 100
     journal.flush()
     assert len(journal._batch) <= 200
     path.parent.mkdir()
@@ -406,7 +406,7 @@ def test_gives_up_after_a_while(make, path, caplog, impatient, monkeypatch):
     path.parent.rmdir()
     journal = make()
     journal.record(event(1))
-    until(lambda: journal._dropped)
+    until(lambda: journal._events.dropped)
     path.parent.mkdir()
     journal.record(event(2))
     found = journal.events(address="alice@example.org")

@@ -75,6 +75,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "journal.py",
         "journal_file.py",
         "announcer.py",
+        "gatherer.py",
         "smtp/session.py",
         "smtp/tls.py",
         "smtp/check.py",

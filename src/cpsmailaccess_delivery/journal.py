@@ -2,7 +2,7 @@
 
 ::
 
-    record --> deque --> writer thread, every 50 ms --> SQLite (`journal_file`)
+    record --> writer thread (`gatherer`), every 50 ms --> SQLite (`journal_file`)
 
 Whatever is wrong with the file, mail is not affected: events wait for a while, then are
 dropped with a line in the log.  Nothing is on disk, and no thread runs, before the first
@@ -11,18 +11,15 @@ event.  A forked child starts afresh; what its parent recorded, its parent write
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 from zope.interface import implementer
 
+from .gatherer import Gatherer
 from .interfaces import IJournal, Outcome, State
 from .journal_file import Event, JournalFile
 
@@ -42,7 +39,6 @@ _PRUNE_EVERY: Final = 3600.0  # seconds
 _PRUNE_SLICE: Final = 2000  # events: other writers wait meanwhile
 _DAY: Final = 86400.0  # seconds
 
-_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
 _abandoned: list[EventStore] = []  # of the parent: SQLite forbids to use or close them here
 
 
@@ -69,8 +65,6 @@ class Journal:
     ``path``: of the file, or the location of what `store` makes: called again in a forked child.
     """
 
-    _thread: threading.Thread | None
-
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -82,21 +76,23 @@ class Journal:
         self._make = store or (lambda: JournalFile(self.path))
         self._keep = keep_days * _DAY
         self._clock = clock
-        self._closed = False
         self._begin()
-        _journals.add(self)
+        self._events = Gatherer[Event](
+            self._handle,
+            name="cpsmail-journal",
+            delay=_DELAY,
+            retry=_RETRY,
+            limit=_LIMIT,
+            patience=_PATIENCE,
+            forked=self._forked,
+        )
 
     def __repr__(self) -> str:
         return f"<Journal {self.path}>"
 
     def record(self, event: Event) -> None:
         """See `IJournal`."""
-        if len(self._pending) < _LIMIT:
-            self._pending.append(event)
-        else:
-            self._dropped += 1
-        if not self._signalled:
-            self._signal()
+        self._events.put(event)
 
     def events(
         self, *, message_id: str | None = None, address: str | None = None, limit: int = 1000
@@ -153,82 +149,31 @@ class Journal:
 
     def flush(self) -> None:
         """See `IJournal`.  Returns, too, when that cannot be done now: see `trouble`."""
-        done = threading.Event()
-        with self._lock:
-            if self._thread is None or self._closed:
-                return
-            self._waiting.append(done)
-        self._hurry.set()
-        self._wake.set()
-        done.wait(_PATIENCE)
+        self._events.flush()
 
     def close(self) -> None:
         """See `IJournal`."""
-        with self._lock:
-            self._closed = True
-            thread = self._thread
-            self._thread = None
-        if thread is not None:
-            atexit.unregister(self.flush)
-            self._hurry.set()
-            self._wake.set()
-            thread.join(_PATIENCE)
+        self._events.close()
 
     def _begin(self) -> None:
         self.trouble = ""
-        self._pending = deque[Event]()
-        self._waiting = deque[threading.Event]()
-        self._dropped = 0
-        self._signalled = False  # the writer will look at what is pending
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._hurry = threading.Event()
-        self._thread = None
         # The writer's own
         self._file = self._make()
         self._batch: list[Event] = []
         self._failing_since: float | None = None
         self._prune_at = 0.0
 
-    def _after_fork(self) -> None:
+    def _forked(self) -> None:
         _abandoned.append(self._file)
         self._begin()
 
-    def _signal(self) -> None:
-        with self._lock:
-            if self._closed:
-                self._pending.clear()
-                return
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="cpsmail-journal", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError as error:  # no more threads, or the process ends
-                    log.error("the journal %s cannot be written: %s", self.path, error)
-                    self._pending.clear()
-                    return
-                self._thread = thread
-                atexit.register(self.flush)  # not close: a processor may still stop
-            self._signalled = True
-        self._wake.set()
-
-    def _run(self) -> None:
-        last = False
-        while not last:
-            self._wake.wait()
-            self._hurry.wait(_RETRY if self._batch else _DELAY)
-            self._hurry.clear()
-            self._wake.clear()
-            self._signalled = False  # from here on, who records wakes us again
-            last, waiting = self._closed, list(self._waiting)
-            for _ in waiting:
-                self._waiting.popleft()
-            self._batch += [self._pending.popleft() for _ in range(len(self._pending))]
-            if self._batch:
-                self._write(last)
-            for done in waiting:
-                done.set()
-        self._file.close()
+    def _handle(self, events: Iterator[Event], last: bool) -> bool:
+        self._batch += events
+        if self._batch:
+            self._write(last)
+        if last:
+            self._file.close()
+        return bool(self._batch)
 
     def _write(self, last: bool) -> None:
         try:
@@ -240,14 +185,14 @@ class Journal:
             return
         self._failing_since = None
         self.trouble = ""
-        if self._dropped:
+        if self._events.dropped:
             log.error(
                 "the journal %s lacks %d events: it could not be written, or they were too many"
                 " at once; no mail is affected",
                 self.path,
-                self._dropped,
+                self._events.dropped,
             )
-            self._dropped = 0
+            self._events.dropped = 0
 
     def _put_off(self, error: Exception, last: bool) -> None:
         now = time.monotonic()
@@ -257,10 +202,8 @@ class Journal:
             self._failing_since = now
             log.error("the journal %s cannot be written: %s: trying again", self.path, error)
         if last or now - self._failing_since > _GIVE_UP or len(self._batch) >= _LIMIT:
-            self._dropped += len(self._batch)
+            self._events.dropped += len(self._batch)
             self._batch.clear()
-        else:
-            self._wake.set()
 
     def _prune(self) -> None:
         now = self._clock()
@@ -271,11 +214,3 @@ class Journal:
 
 
 _STATES: Final = frozenset(State)
-
-
-def _after_fork_in_child() -> None:
-    for journal in list(_journals):
-        journal._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
