@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -169,3 +171,22 @@ def test_who_asks_for_less(phase, reply, delivered, less):
 
 def test_silence_asks_for_nothing():
     assert not asks_for_less(Phase.CONNECT, None)
+
+
+@pytest.mark.parametrize("gap", [0.0, 3.0, 60.0])
+def test_a_bucket_goes_on_from_another(gap):
+    """However often the lane of an account moves, no more than before passes."""
+    one = TokenBucket(per_minute=60, at=1000.0)
+    taken = sum(one.take(1000.0) == 0.0 for _ in range(7))
+    other = TokenBucket(per_minute=60, at=1000.0 + gap)
+    other.go_on(one.full_at)
+    taken += sum(other.take(1000.0 + gap) == 0.0 for _ in range(100))
+    assert taken == min(10 + gap, 7 + 10)
+
+
+def test_a_bucket_goes_on_from_nothing_sure():
+    """What a worker that was killed has sent last nobody knows: as if all were spent."""
+    bucket = TokenBucket(per_minute=30, at=1000.0)
+    bucket.go_on(math.inf)
+    assert bucket.take(1000.0) == pytest.approx(2.0)
+    assert bucket.take(1002.0) == 0.0

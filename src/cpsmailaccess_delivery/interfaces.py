@@ -221,6 +221,10 @@ class ISpool(Interface):
     """The durable store of mails.  Thread-safe.  Raises `SpoolError` and its children."""
 
     location = Attribute("Where it is: a path or URL without secrets (str)")
+    paces = Attribute(
+        "When the limit of a lane's account per minute is unspent again, by lane key: seconds since"
+        " the epoch, MutableMapping[str, float]; for who delivers, and whom he hands a lane to"
+    )
 
     def stage(envelope: Envelope, message: bytes) -> Entry:
         """Write a mail that nobody sees yet.  Not durable.  Leaves nothing when it fails.

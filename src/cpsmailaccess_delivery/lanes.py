@@ -64,7 +64,7 @@ class Lane:
         self.name = str(route)
         self.key = lane_key(route)
         self.ready = Ready()
-        self.terms = Terms(route, shared.accounts, shared.now)
+        self.terms = Terms(route, shared.accounts, shared.now, shared.spool.paces)
         self.sessions = Sessions(self, shared, connections)
         self._aging = Aging(self, shared, recorder, claim=claim, changed=changed)
         self._shared = shared
@@ -118,7 +118,9 @@ class Lane:
         """Sessions are open, and there is nothing for them to do now."""
         if self.sessions.working <= 0 or self.in_flight:
             return False
-        held_back = self.circuit.is_open or self._recorder.full or self.terms.asks_to_wait
+        held_back = (
+            self.circuit.is_open or self._recorder.full or self.terms.wait(self._shared.now()) > 0
+        )
         return not self.ready or held_back
 
     def entries(self) -> list[Entry]:
@@ -204,8 +206,7 @@ class Lane:
                 if size > LARGE:  # the session makes the wire form before anything else
                     self._shared.loop.call_soon(attempt.forget_message)
                 return attempt
-            if self.terms.bucket is not None:
-                self.terms.bucket.give_back()
+            self.terms.give_back()
         if self.idle:
             self.sessions.have_nothing_to_do()
         return None
@@ -259,10 +260,8 @@ class Lane:
             return False
         if (self.circuit.until and self.circuit.is_open) or self._recorder.full:
             return False
-        if self.terms.bucket is None:
-            return True
         now = self._shared.now()
-        wait = self.terms.bucket.take(now)
+        wait = self.terms.take(now)
         if wait:
             self.wake_at(now + wait)
         return not wait

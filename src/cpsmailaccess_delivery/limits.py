@@ -50,6 +50,16 @@ class TokenBucket:
     def burst(self) -> float:
         return max(1.0, self.per_minute / 6)
 
+    @property
+    def full_at(self) -> float:
+        """When all tokens are there again, in seconds on the caller's clock."""
+        return self.at + (self.burst - self.tokens) * 60 / self.per_minute
+
+    def go_on(self, full_at: float) -> None:
+        """Go on from another bucket of the same account: from how full that was."""
+        missing = (full_at - self.at) * self.per_minute / 60
+        self.tokens = min(self.burst, max(0.0, self.burst - missing))
+
     def give_back(self) -> None:
         """Return a token that was not used."""
         self.tokens += 1.0

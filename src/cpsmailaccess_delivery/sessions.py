@@ -175,7 +175,7 @@ class Sessions:
 
     def _wants_one(self) -> bool:
         count, terms, now = self.here, self._lane.terms, self._shared.now()
-        if terms.bucket is not None and (wait := terms.bucket.wait(now)):
+        if wait := terms.wait(now):
             self._lane.wake_at(now + wait)
             return False
         if not count:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from .account import Account
 from .address import relay_name
-from .envelope import Route
+from .envelope import Route, lane_key
 from .errors import VaultError
 from .limits import SessionLimit, TokenBucket, mails_per_minute
 
@@ -15,16 +15,24 @@ from .limits import SessionLimit, TokenBucket, mails_per_minute
 class Terms:
     """Of one route; `accounts`: where they are kept.  `now`: seconds since the epoch.
 
-    ``relay``: host and port.  ``bucket``: lets mails pass; None: as many as there are.
+    `paces`: see `ISpool`.  ``relay``: host and port.
     """
 
-    def __init__(self, route: Route, accounts: Any, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        route: Route,
+        accounts: Any,
+        now: Callable[[], float],
+        paces: MutableMapping[str, float],
+    ) -> None:
         self.route = route
         self._accounts = accounts
         self._now = now
+        self._paces = paces
+        self._key = lane_key(route)
         self._version = self.version()
         self.account: Account | None = None
-        self.bucket: TokenBucket | None = None
+        self._bucket: TokenBucket | None = None  # None: as many as there are
         self.limit = SessionLimit(1)
         self.relay = relay_name(route.host, route.port)
 
@@ -38,7 +46,9 @@ class Terms:
             account = self._accounts.get(route.mailbox)
         if account != self.account:
             per_minute = mails_per_minute(account.host, account.mails_per_minute)
-            self.bucket = TokenBucket(per_minute, self._now()) if per_minute else None
+            self._bucket = TokenBucket(per_minute, self._now()) if per_minute else None
+            if self._bucket is not None and self._key in self._paces:
+                self._bucket.go_on(self._paces[self._key])
             self.account = account
             self.limit = SessionLimit(account.connections)
             self.relay = account.relay
@@ -58,7 +68,20 @@ class Terms:
         """Whether the account is another than the one that was loaded."""
         return bool(self.route.mailbox) and self._version != self.version()
 
-    @property
-    def asks_to_wait(self) -> bool:
-        """Whether no mail may go just now."""
-        return self.bucket is not None and self.bucket.wait(self._now()) > 0
+    def take(self, now: float) -> float:
+        """Take leave to send one mail: return 0.0, or the seconds until there is some."""
+        if self._bucket is None:
+            return 0.0
+        wait = self._bucket.take(now)
+        self._paces[self._key] = self._bucket.full_at
+        return wait
+
+    def give_back(self) -> None:
+        """Return a leave that was not used."""
+        if self._bucket is not None:
+            self._bucket.give_back()
+            self._paces[self._key] = self._bucket.full_at
+
+    def wait(self, now: float) -> float:
+        """Return the seconds until a mail may go."""
+        return 0.0 if self._bucket is None else self._bucket.wait(now)

@@ -65,6 +65,7 @@ class Maildir:
         notify: bool = True,
     ) -> None:
         self.location = os.fspath(path)
+        self.paces: dict[str, float] = {}  # a lane stays with its process
         self._notify = notify
         self._layout = Layout(self.location, beside=_BESIDE)
         self._keys = Keys(self._layout, presence, self.sweep)

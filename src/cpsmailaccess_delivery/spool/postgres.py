@@ -54,6 +54,7 @@ class PostgresSpool:
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.location = connections.location
+        self.paces: dict[str, float] = {}  # of who drains; a `Feed` has its own
         self.connections = connections
         self.mails = Mails(connections)
         self.leases = Leases(connections, self.mails, lease)

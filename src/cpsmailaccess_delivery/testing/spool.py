@@ -47,6 +47,7 @@ class MemorySpool:
     location = "memory:"
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self.paces: dict[str, float] = {}
         self._clock = clock
         self._lock = threading.RLock()
         self._staged: dict[str, _Mail] = {}
