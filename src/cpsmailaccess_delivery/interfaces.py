@@ -222,8 +222,8 @@ class ISpool(Interface):
 
     location = Attribute("Where it is: a path or URL without secrets (str)")
     paces = Attribute(
-        "When the limit of a lane's account per minute is unspent again, by lane key: seconds since"
-        " the epoch, MutableMapping[str, float]; for who delivers, and whom he hands a lane to"
+        "What lanes have spent of their limits per minute, see `limits.Pace`, by lane key: seconds"
+        " since the epoch, MutableMapping[str, float]"
     )
 
     def stage(envelope: Envelope, message: bytes) -> Entry:

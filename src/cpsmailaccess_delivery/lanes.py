@@ -64,7 +64,7 @@ class Lane:
         self.name = str(route)
         self.key = lane_key(route)
         self.ready = Ready()
-        self.terms = Terms(route, shared.accounts, shared.now, shared.spool.paces)
+        self.terms = Terms(route, shared.accounts, shared.spool.paces)
         self.sessions = Sessions(self, shared, connections)
         self._aging = Aging(self, shared, recorder, claim=claim, changed=changed)
         self._shared = shared

@@ -1,4 +1,4 @@
-"""How fast an account may send: what providers publish, and a token bucket.
+"""How fast an account may send: what providers publish, and what has passed lately.
 
 And whose a lane is, when several workers share a spool.
 """
@@ -22,6 +22,10 @@ _PUBLISHED: Final = {
 }
 
 
+#: Seconds: what is left of a wait by then is the rounding of numbers.
+_ROUNDING: Final = 1e-6
+
+
 def mails_per_minute(host: str, own: int | None) -> int | None:
     """Return the limit of an account: its own, else the one its provider publishes."""
     if own is not None:
@@ -32,53 +36,40 @@ def mails_per_minute(host: str, own: int | None) -> int | None:
     return None
 
 
-@dataclass(slots=True)
-class TokenBucket:
+@dataclass(frozen=True, slots=True)
+class Pace:
     """Lets ``per_minute`` pass a minute, at most a sixth of them (ten seconds' worth) at once.
 
-    ``at``: seconds on the caller's clock of the last `take`.
+    Of what has passed one number is kept, by the caller: ``spent``, when as many as ever may pass
+    at once; seconds on his clock, 0 at first.  So it can go from one process to another.
     """
 
     per_minute: int
-    at: float
-    tokens: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.tokens = self.burst
 
     @property
-    def burst(self) -> float:
-        return max(1.0, self.per_minute / 6)
+    def _step(self) -> float:
+        return 60 / self.per_minute
 
     @property
-    def full_at(self) -> float:
-        """When all tokens are there again, in seconds on the caller's clock."""
-        return self.at + (self.burst - self.tokens) * 60 / self.per_minute
+    def _most(self) -> float:
+        return max(self._step, 10.0)  # seconds: what may pass at once is worth so many
 
-    def go_on(self, full_at: float) -> None:
-        """Go on from another bucket of the same account: from how full that was."""
-        missing = (full_at - self.at) * self.per_minute / 60
-        self.tokens = min(self.burst, max(0.0, self.burst - missing))
+    def believed(self, spent: float, now: float) -> float:
+        """Return ``spent``, or the most it can be: the clock was put back, or nobody knows it."""
+        return min(spent, now + self._most)
 
-    def give_back(self) -> None:
-        """Return a token that was not used."""
-        self.tokens += 1.0
+    def wait(self, spent: float, now: float) -> float:
+        """Return the seconds until one may pass: 0.0 now."""
+        wait = max(0.0, spent - now) + self._step - self._most
+        return wait if wait > _ROUNDING else 0.0
 
-    def take(self, now: float) -> float:
-        """Take one token: return 0.0, or the seconds until there is one."""
-        wait = self.wait(now)
-        if not wait:
-            self.tokens -= 1.0
-        return wait
+    def spend(self, spent: float, now: float) -> float:
+        """Return ``spent`` after one has passed."""
+        return max(now, spent) + self._step
 
-    def wait(self, now: float) -> float:
-        """Return the seconds until there is a token."""
-        gained = max(0.0, now - self.at) * self.per_minute / 60
-        self.tokens = min(self.burst, self.tokens + gained)
-        self.at = now
-        if self.tokens >= 1.0:
-            return 0.0
-        return (1.0 - self.tokens) * 60 / self.per_minute
+    def give_back(self, spent: float) -> float:
+        """Return ``spent`` after one did not pass after all."""
+        return spent - self._step
 
 
 #: Said when we ask too much: RFC 5321 section 4.2.2, RFC 4954 section 6.

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from .account import Account
 from .address import relay_name
 from .envelope import Route, lane_key
 from .errors import VaultError
-from .limits import SessionLimit, TokenBucket, mails_per_minute
+from .limits import Pace, SessionLimit, mails_per_minute
 
 
 class Terms:
-    """Of one route; `accounts`: where they are kept.  `now`: seconds since the epoch.
+    """Of one route; `accounts`: where they are kept.  `paces`: see `ISpool`.
 
-    `paces`: see `ISpool`.  ``relay``: host and port.
+    ``relay``: host and port.
     """
 
-    def __init__(
-        self,
-        route: Route,
-        accounts: Any,
-        now: Callable[[], float],
-        paces: MutableMapping[str, float],
-    ) -> None:
+    def __init__(self, route: Route, accounts: Any, paces: MutableMapping[str, float]) -> None:
         self.route = route
         self._accounts = accounts
-        self._now = now
         self._paces = paces
         self._key = lane_key(route)
         self._version = self.version()
         self.account: Account | None = None
-        self._bucket: TokenBucket | None = None  # None: as many as there are
+        self._pace: Pace | None = None  # None: as many as there are
         self.limit = SessionLimit(1)
         self.relay = relay_name(route.host, route.port)
 
@@ -46,9 +39,7 @@ class Terms:
             account = self._accounts.get(route.mailbox)
         if account != self.account:
             per_minute = mails_per_minute(account.host, account.mails_per_minute)
-            self._bucket = TokenBucket(per_minute, self._now()) if per_minute else None
-            if self._bucket is not None and self._key in self._paces:
-                self._bucket.go_on(self._paces[self._key])
+            self._pace = Pace(per_minute) if per_minute else None
             self.account = account
             self.limit = SessionLimit(account.connections)
             self.relay = account.relay
@@ -70,18 +61,20 @@ class Terms:
 
     def take(self, now: float) -> float:
         """Take leave to send one mail: return 0.0, or the seconds until there is some."""
-        if self._bucket is None:
-            return 0.0
-        wait = self._bucket.take(now)
-        self._paces[self._key] = self._bucket.full_at
+        wait = self.wait(now)
+        if self._pace is not None and not wait:
+            self._paces[self._key] = self._pace.spend(self._paces[self._key], now)
         return wait
 
     def give_back(self) -> None:
         """Return a leave that was not used."""
-        if self._bucket is not None:
-            self._bucket.give_back()
-            self._paces[self._key] = self._bucket.full_at
+        if self._pace is not None:
+            self._paces[self._key] = self._pace.give_back(self._paces[self._key])
 
     def wait(self, now: float) -> float:
         """Return the seconds until a mail may go."""
-        return 0.0 if self._bucket is None else self._bucket.wait(now)
+        if self._pace is None:
+            return 0.0
+        spent = self._pace.believed(self._paces.get(self._key, 0.0), now)
+        self._paces[self._key] = spent
+        return self._pace.wait(spent, now)

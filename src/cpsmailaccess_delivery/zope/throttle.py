@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from ..limits import TokenBucket
+from ..limits import Pace
 
 #: People that are remembered; the one who was idle longest is forgotten first.
 _MOST: Final = 10_000
@@ -22,20 +22,20 @@ class Throttle:
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_minute = per_minute
+        self._pace = Pace(per_minute)
         self._clock = clock
-        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+        self._spent: OrderedDict[str, float] = OrderedDict()
         self._lock = threading.Lock()
 
     def take(self, who: str) -> float:
         """Return 0.0: he may; or the seconds until he may."""
         with self._lock:
-            now = self._clock()
-            bucket = self._buckets.pop(who, None) or TokenBucket(self._per_minute, now)
-            self._buckets[who] = bucket
-            if len(self._buckets) > _MOST:
-                self._buckets.popitem(last=False)
-            return bucket.take(now)
+            now, spent = self._clock(), self._spent.pop(who, 0.0)
+            wait = self._pace.wait(spent, now)
+            self._spent[who] = spent if wait else self._pace.spend(spent, now)
+            if len(self._spent) > _MOST:
+                self._spent.popitem(last=False)
+            return wait
 
 
 class Crowded(Exception):
