@@ -214,7 +214,7 @@ def send(data: bytes) -> None:
 
     spool = MemorySpool()
     manager = transaction.TransactionManager()
-    accounts = SimpleNamespace(find=lambda sender: check_address(sender) and _ACCOUNT)
+    accounts = SimpleNamespace(find_once=lambda sender: check_address(sender) and _ACCOUNT)
     delivery = MailboxDelivery(spool, accounts, manager)
     arguments = (
         value("alice@example.org"),
