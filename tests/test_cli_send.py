@@ -248,3 +248,11 @@ def test_user_without_name(site: Site) -> None:
         [sys.executable, "-c", code], input=b"x\n", env=site.environ, timeout=DEADLINE, check=True
     )
     assert sent(site)[0] == "nobody@host.example.org"
+
+
+def test_what_may_work_later_is_to_be_tried_again(site: Site) -> None:
+    """Whoever pipes a mail here keeps it (sysexits.h), as sendmail's callers do."""
+    pytest.importorskip("psycopg", reason="needs the extra [postgres]")
+    site.environ["CPSMAIL_OUTBOX"] = "postgresql://nobody@127.0.0.1:1/none"
+    output = site.run("send", "-f", "alice@example.org", "b@x.org", input=MAIL, code=75).output
+    assert "cannot connect" in output

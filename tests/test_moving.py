@@ -436,3 +436,22 @@ def test_what_cannot_be_moved(tmp_path, source, target, words):
     result = site.run("move", source.format(path), target.format(path), code=78)
     assert words in result.output
     assert "geheim" not in result.output
+
+
+@pytest.mark.parametrize("kind", ["directory", "PostgreSQL"])
+def test_an_outbox_is_not_moved_into_itself(tmp_path, kind, request):
+    site = Site(tmp_path)
+    if kind == "directory":
+        places = str(site.path), str(tmp_path / "link")
+        (tmp_path / "link").symlink_to(site.path)
+    else:
+        database = request.getfixturevalue("database")
+        places = database, database.replace("127.0.0.1", "localhost")
+        site.environ |= {"CPSMAIL_OUTBOX": database, "CPSMAIL_KEY": KEY.hex()}
+    assert places[0] != places[1]
+    site.run("accounts", "set", "*", "--host", "127.0.0.1", "--security", "plain")
+    site.send(BOB)
+    said = site.run("move", *places, code=78).output
+    assert f"is both FROM and TO: {places[1]} is another name of it" in said
+    (mail,) = site.json("queue")["mails"]
+    assert mail["state"] == "queued"

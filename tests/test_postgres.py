@@ -45,7 +45,7 @@ from cpsmailaccess_delivery.pg.connections import Connections
 from cpsmailaccess_delivery.pg.schema import VERSION, upgrade
 from cpsmailaccess_delivery.retry import Schedule
 from cpsmailaccess_delivery.testing import SMTPServer
-from postgres_helpers import wait_for
+from postgres_helpers import databases, wait_for
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
 MESSAGE = b"From: alice@example.org\r\nSubject: hello\r\n\r\nhello\r\n"
@@ -318,6 +318,34 @@ def test_within_refuses_what_would_not_follow(outbox, database, tmp_path):
         outbox.within(object())
     with Outbox(tmp_path / "outbox") as maildir, pytest.raises(InvalidSettings, match="no data"):
         maildir.within(object())
+
+
+@pytest.mark.parametrize("key", [None, "a key"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_within_a_connection_to_another_database(outbox, database, postgres, empty, key):
+    with (
+        contextlib.contextmanager(databases)(postgres, empty=empty) as other,
+        psycopg.connect(other) as connection,
+    ):
+        with pytest.raises(InvalidSettings, match=f"{connection.info.dbname}.*not the one of"):
+            outbox.within(connection).send(ALICE, [BOB], MESSAGE, idempotency_key=key)
+        connection.rollback()
+        if not empty:
+            with open_outbox(other) as there:
+                assert list(there.spool.scan()) == []
+    with psycopg.connect(database.replace("127.0.0.1", "localhost")) as connection:
+        outbox.within(connection).send(ALICE, [BOB], MESSAGE)
+    assert len(list(outbox.spool.scan())) == 1
+
+
+def test_within_goes_on_when_the_tables_were_put_back(outbox, database):
+    """From a dump: they are others now, and the outbox is the same."""
+    for at in ("2001-01-01", "2002-02-02"):
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute("UPDATE cpsmail.version SET at = %s", [at])
+            with connection.transaction():
+                outbox.within(connection).send(ALICE, [BOB], MESSAGE)
+    assert len(list(outbox.spool.scan())) == 2
 
 
 def test_one_key_within_two_transactions(outbox, database):

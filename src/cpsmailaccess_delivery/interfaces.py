@@ -411,6 +411,12 @@ class ITransit(Interface):
     makes the mail visible: so whether the copy is there tells whether the mail was admitted.
     """
 
+    def place() -> tuple[object, ...]:
+        """Return what tells this spool from every other, by whatever name it is opened.
+
+        Raises `SpoolError`.
+        """
+
     def arrive(mails: Sequence[tuple[Record, bytes]], origin: str) -> Collection[str]:
         """Keep copies, durably; one of the same mail that was there is replaced.
 

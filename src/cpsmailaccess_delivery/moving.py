@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from .envelope import digest
-from .errors import InvalidEnvelope, NoSuchEntry, SpoolError
+from .errors import InvalidEnvelope, InvalidSettings, NoSuchEntry, SpoolError
 from .interfaces import KeyNote, Record, Settlement, State
 from .journal import Event
 from .spool.keys import KEPT, digest_of
@@ -77,8 +77,13 @@ class Mover:
         """Move all that is there, and return what was done; safe to repeat after any failure.
 
         Mails that come in meanwhile are moved, too.  Raises `SpoolError`, `VaultError` and their
-        children: what was moved until then is.
+        children: what was moved until then is.  `InvalidSettings`: both are the same outbox.
         """
+        if self._source.spool.transit.place() == self._transit.place():
+            raise InvalidSettings(
+                f"outbox {self._source.location}: is both FROM and TO: {self._target.location} is"
+                " another name of it"
+            )
         try:
             return self._move()
         finally:

@@ -36,6 +36,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 # The first that fits.
 _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (errors.UnknownMailbox, EX_NOUSER),
+    (errors.NotQueued, EX_TEMPFAIL),  # the mail is right: whoever pipes it here keeps it
     (errors.SendError, EX_DATAERR),
     (errors.InvalidAccount, EX_DATAERR),
     (errors.InvalidEnvelope, EX_DATAERR),

@@ -5,16 +5,49 @@ The database commits both or neither: there is no vote, no finish, and nothing c
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import psycopg
+from psycopg import errors
 from psycopg.rows import tuple_row
 
 from ..envelope import Envelope
 from ..errors import InvalidSettings
 from ..interfaces import Entry
 from .connections import Connection, Connections
+from .schema import place_of
 from .staging import Staging, holder_of
+
+
+class Home:
+    """Tells whether connections lead to the database of the outbox; asks each of them once."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._place: tuple[object, ...] = ()
+        self._known: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+    def check(self, connection: Connection) -> None:
+        """Raises `InvalidSettings`, `SpoolError`, and what the database does."""
+        if connection in self._known:
+            return
+        try:
+            there = place_of(connection)
+        except (errors.UndefinedTable, errors.InvalidSchemaName):
+            there = ()
+        if not there or there != self._place:
+            with self._connections.use("look which outbox this is") as own:
+                self._place = place_of(own)  # again: it may have been put back elsewhere
+        if there != self._place:
+            info = connection.info
+            raise InvalidSettings(
+                f"within: the connection leads to the database {info.dbname!r} at"
+                f" {info.host}:{info.port}, which is not the one of {self._connections.location}:"
+                " the mail would be queued there or nowhere: connect to the same, or make an"
+                " Outbox of that database"
+            )
+        self._known.add(connection)
 
 
 class Inside:
@@ -22,9 +55,12 @@ class Inside:
     SQLAlchemy on that driver.  Raises `InvalidSettings`.
     """
 
-    def __init__(self, connections: Connections, staging: Staging, connection: Any) -> None:
+    def __init__(
+        self, connections: Connections, home: Home, staging: Staging, connection: Any
+    ) -> None:
         self.location = connections.location
         self._connections = connections
+        self._home = home
         self._staging = staging
         self._connection = _driver_connection(connection)
 
@@ -52,6 +88,7 @@ class Inside:
 
     def _cursor(self) -> psycopg.Cursor[Any]:
         """Return a cursor of our kind, whatever kind the connection makes."""
+        self._home.check(self._connection)
         return psycopg.Cursor(self._connection, row_factory=tuple_row)
 
 

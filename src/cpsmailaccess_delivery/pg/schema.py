@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import psycopg
+from psycopg.rows import tuple_row
 
 from ..errors import SpoolError
 from . import engine
@@ -166,6 +167,20 @@ def found(connection: Connection) -> tuple[int, int]:
     query = f"SELECT version, oldest FROM {SCHEMA}.version ORDER BY version DESC LIMIT 1"  # noqa: S608
     row = connection.execute(query).fetchone()
     return (int(row[0]), int(row[1])) if row else (0, 0)
+
+
+def place_of(connection: Connection) -> tuple[object, ...]:
+    """Return what tells the outbox that a connection leads to from all others.
+
+    By whatever host, port and user it is reached: which database, and when its tables were made;
+    a standby that was promoted is the same.  Raises what the database does.
+    """
+    query = (
+        "SELECT (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()),"
+        f" '{SCHEMA}.version'::pg_catalog.regclass::oid,"
+        f" (SELECT extract(epoch FROM min(at)) FROM {SCHEMA}.version)"  # noqa: S608
+    )
+    return tuple(psycopg.Cursor(connection, row_factory=tuple_row).execute(query).fetchone() or ())
 
 
 def check(connection: Connection, location: str) -> None:

@@ -15,6 +15,7 @@ from ..spool.outcomes import Side, dump_side
 from .connections import Connections
 from .functions import give_jobs, tell
 from .mails import ARRIVING, ENTRY, KEYS, MAILS, entry_of, is_takeable
+from .schema import place_of
 
 _ARRIVE: Final = f"""
 INSERT INTO {MAILS} ({ENTRY}, digest, block, message, size, doubt, witnessed, side, next_state,
@@ -38,6 +39,11 @@ class Transit:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
+
+    def place(self) -> tuple[object, ...]:
+        """See `ITransit`."""
+        with self._connections.use("look which outbox this is") as connection:
+            return place_of(connection)
 
     def arrive(self, mails: Sequence[tuple[Record, bytes]], origin: str) -> Collection[str]:
         """See `ITransit`."""

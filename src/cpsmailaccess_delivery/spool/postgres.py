@@ -21,7 +21,7 @@ from ..envelope import Envelope, parse_block
 from ..errors import InvalidEnvelope
 from ..interfaces import Entry, ISpool, LaneNote, Record, SweepReport, Verdict
 from ..pg.connections import Connection, Connections
-from ..pg.inside import Inside
+from ..pg.inside import Home, Inside
 from ..pg.lanes import LaneNotes
 from ..pg.lease import Lease, Leases
 from ..pg.mails import CHANNEL, Mails, Row, some
@@ -59,6 +59,7 @@ class PostgresSpool:
         self.mails = Mails(connections)
         self.leases = Leases(connections, self.mails, lease)
         self.staging = Staging(connections, clock or connections.now)
+        self.home = Home(connections)
         self.lanes = LaneNotes(connections)
         self.workers = Workers(connections)
         self.transit = Transit(connections)
@@ -89,7 +90,7 @@ class PostgresSpool:
 
     def inside(self, connection: Any) -> Inside:
         """Return what puts mails into a transaction of the application's own: see `pg.inside`."""
-        return Inside(self.connections, self.staging, connection)
+        return Inside(self.connections, self.home, self.staging, connection)
 
     def key_holder(self, key: str) -> str | None:
         """See `ISpool`."""

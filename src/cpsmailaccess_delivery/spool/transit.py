@@ -40,6 +40,14 @@ class Transit:
         self._copies: dict[str, tuple[str, Entry]] | None = None  # by id: origin, entry
         self._visible: set[str] = set()  # ids of mails that were there before
 
+    def place(self) -> tuple[object, ...]:
+        """See `ITransit`."""
+        try:
+            status = os.fstat(self._layout["cur"])
+        except OSError as error:
+            raise spool_error("look at cur/", self._layout.path, error) from error
+        return (status.st_dev, status.st_ino)
+
     def arrive(self, mails: Sequence[tuple[Record, bytes]], origin: str) -> Collection[str]:
         """See `ITransit`."""
         self._look()
