@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cli_helpers import MAIL, SECRET, Site
+from cli_helpers import DEADLINE, MAIL, SECRET, Site
+from cpsmailaccess_delivery import Outbox
 from cpsmailaccess_delivery.cli import checks
 from cpsmailaccess_delivery.envelope import Envelope, Route, digest
 from cpsmailaccess_delivery.interfaces import LaneNote, Outcome, Settlement, State
@@ -30,8 +33,20 @@ def findings(site: Site, check: str, code: int = 0) -> list[tuple[str, str]]:
     return [(f["level"], f["text"]) for f in answer["findings"] if f["check"] == check]
 
 
+@contextlib.contextmanager
+def delivering(outbox: Outbox) -> Iterator[None]:
+    processor = outbox.processor()
+    processor.start()
+    deadline = time.monotonic() + DEADLINE
+    while not outbox.presence.deliverers():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield
+    assert processor.stop()
+
+
 def test_healthy(site: Site) -> None:
-    with site.outbox():  # as another process would
+    with site.outbox() as outbox, delivering(outbox):  # as another process would
         answer = site.json("doctor")
         output = site.run("doctor").output
     bad = [finding for finding in answer["findings"] if finding["level"] != "ok"]
@@ -112,14 +127,21 @@ def test_key(site: Site) -> None:
     content = key.read_bytes()
     key.chmod(0o644)
     assert "chmod 600" in str(findings(site, "key", code=1))
+    key.chmod(0o600)
+    site.account(mailbox="carol@example.org")
     key.unlink()
-    assert "is lost" in str(findings(site, "key", code=1))
+    ((level, text),) = findings(site, "key", code=1)  # once, however many accounts there are
+    assert (level, "is lost" in text) == ("fail", True)
     site.environ["CPSMAIL_KEY"] = "A" * 43
     assert "sealed with the key" in str(findings(site, "key", code=1))
+    site.environ["CPSMAIL_KEY"] = "abc"
+    (finding,) = (f for f in site.json("doctor", code=1)["findings"] if f["check"] == "key")
+    assert "random bytes in base64" in finding["text"]
+    assert finding["advice"] == ""  # nothing is wrong with the disk
     del site.environ["CPSMAIL_KEY"]
     key.write_bytes(content)
     key.chmod(0o600)
-    (account,) = (site.path / "accounts").glob("*.account")
+    account, _ = (site.path / "accounts").glob("*.account")
     account.write_bytes(account.read_bytes().replace(b"127.0.0.1", b"127.0.0.2"))
     assert "seal does not hold" in str(findings(site, "key", code=1))
 
@@ -180,9 +202,10 @@ def test_mails_for_a_person(site: Site) -> None:
     assert ("warn", "1 mails are held, and wait for a person") in findings(site, "queue")
 
 
-def test_lanes(site: Site) -> None:
+@pytest.mark.parametrize("trouble", ["account", "login"])
+def test_lanes(site: Site, trouble: str) -> None:
     now = time.time()
-    note = LaneNote(ALICE, "account", "535 bad \x1b[31m", now - 60, now + 60)
+    note = LaneNote(ALICE, trouble, "535 bad \x1b[31m", now - 60, now + 60)
     with site.outbox() as outbox:
         outbox.spool.note_lane(digest(ALICE), note)
     ((level, text),) = findings(site, "lanes")
@@ -208,9 +231,13 @@ def test_what_dead_processes_left(site: Site) -> None:
 def test_who_delivers(site: Site) -> None:
     ((level, text),) = findings(site, "processes")
     assert (level, "nothing delivers" in text) == ("warn", True)
-    with site.outbox():
+    with site.outbox() as outbox:
         ((level, text),) = findings(site, "processes")
-    assert (level, text) == ("ok", "1 other processes have the outbox open")
+        assert level == "warn"  # whoever has it open may only send
+        assert text == "1 other processes have the outbox open: nothing delivers"
+        with delivering(outbox):
+            ((level, text),) = findings(site, "processes")
+    assert (level, text) == ("ok", "1 processes deliver; 1 have the outbox open")
 
 
 def test_journal(site: Site) -> None:

@@ -184,6 +184,16 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         require_client()
 
 
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        said = site.run("run", "--metrics-port", port, code=74).output
+    assert f"cannot listen at 127.0.0.1:{port}: Address already in use: choose" in said
+
+
 def test_imported_only_when_asked() -> None:
     code = (
         "import sys, cpsmailaccess_delivery.cli, cpsmailaccess_delivery.metrics\n"

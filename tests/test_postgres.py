@@ -450,6 +450,8 @@ def test_upgrade_makes_repeats_and_leaves_what_is_newer(postgres):
         connection.execute("INSERT INTO cpsmail.version VALUES (%s, %s)", [VERSION + 2] * 2)
     with Outbox(url, key=KEY) as old, pytest.raises(SpoolError, match="upgrade the package"):
         list(old.spool.scan())
+    with pytest.raises(SpoolError, match="upgrade the package"):
+        upgrade(connections)
     connections.close()
     postgres.drop_database(url)
 
@@ -541,8 +543,68 @@ def test_cpsmail_on_postgresql(database, relay, tmp_path):
     assert {"server", "key", "queue", "lanes"} <= {finding["check"] for finding in findings}
 
 
+def doctor(site: Site, code: int) -> dict[str, list[tuple[str, str, str]]]:
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for finding in site.json("doctor", code=code)["findings"]:
+        levels = found.setdefault(finding["check"], [])
+        levels.append((finding["level"], finding["text"], finding["advice"]))
+    return found
+
+
+def test_a_doctor_who_reaches_nothing(postgres, tmp_path):
+    """He says so once, and does not send anybody to look at a disk."""
+    site = Site(tmp_path)
+    site.environ["CPSMAIL_OUTBOX"] = "postgresql://nobody@127.0.0.1:1/none"
+    found = doctor(site, code=1)
+    assert set(found) == {"settings", "server"}
+    ((level, text, advice),) = found["server"]
+    assert (level, "cannot connect" in text, "PGPASSFILE" in advice) == ("fail", True, True)
+    with contextlib.contextmanager(databases)(postgres, empty=True) as empty:
+        site.environ["CPSMAIL_OUTBOX"] = empty
+        found = doctor(site, code=1)
+    assert set(found) == {"settings", "server"}
+    ((level, text, advice),) = found["server"]
+    assert (level, advice) == ("fail", "")
+    assert text.endswith("run `cpsmail schema upgrade`")
+
+
+def test_a_doctor_looks_for_the_key(outbox, database, tmp_path):
+    site = Site(tmp_path)
+    site.environ["CPSMAIL_OUTBOX"] = database
+    new = b"n" * 32
+    with transaction.manager:
+        outbox.accounts.delete(ALICE)
+    (none, _) = doctor(site, code=1)["key"]
+    assert none[:2] == ("warn", "no key: without one, no account can be put")
+    with transaction.manager:
+        outbox.accounts.put(Account(mailbox=ALICE, host="127.0.0.1"))
+    site.environ |= {"CPSMAIL_KEY": new.hex(), "CPSMAIL_FORMER_KEY": KEY.hex()}
+    assert doctor(site, code=1)["key"][-1][2] == "cpsmail accounts rekey"
+    site.run("accounts", "rekey")
+    assert doctor(site, code=1)["key"][-1][2] == "take it away"
+    del site.environ["CPSMAIL_FORMER_KEY"]
+    assert [level for level, _, _ in doctor(site, code=1)["key"]] == ["ok", "ok"]
+
+
 def test_a_directory_has_no_schema(tmp_path):
     assert "has no schema" in Site(tmp_path).run("schema", "upgrade", code=78).output
+
+
+def test_a_schema_of_a_newer_release(database, tmp_path):
+    """It is not taken for what this release makes."""
+    site = Site(tmp_path)
+    site.environ["CPSMAIL_OUTBOX"] = database
+    newer = f"INSERT INTO cpsmail.version VALUES ({VERSION + 1}, {VERSION})"
+    with psycopg.connect(database) as connection:
+        connection.execute(newer)
+    try:
+        said = site.run("schema", "upgrade").output
+        assert f"schema {VERSION + 1} is of a newer release and stays" in said
+        texts = [text for _, text, _ in doctor(site, code=1)["server"]]
+        assert f"schema {VERSION + 1}, of a newer release; this one makes {VERSION}" in texts
+    finally:
+        with psycopg.connect(database) as connection:
+            connection.execute("DELETE FROM cpsmail.version WHERE version > %s", [VERSION])
 
 
 def test_no_password_is_shown(database, tmp_path):

@@ -376,7 +376,7 @@ def test_no_regular_file(vault, tmp_path):
 def test_wrong_key(tmp_path):
     put(make(tmp_path, given=b"\x01" * 32), account())
     other = make(tmp_path, given=b"\x02" * 32)
-    with pytest.raises(WrongKey, match="give the former key back") as caught:
+    with pytest.raises(WrongKey, match="give this process the key") as caught:
         other.get("alice@example.org")
     assert "alice@example.org" in str(caught.value)
     assert other.peek("alice@example.org").username == "alice"

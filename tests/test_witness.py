@@ -29,6 +29,7 @@ from zope.sqlalchemy import register
 
 from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.cli.checks import examine
+from cpsmailaccess_delivery.datamanager import TOKEN_NAME
 from cpsmailaccess_delivery.interfaces import ITransactionWitness, State, Verdict
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.upkeep import Upkeep
@@ -547,6 +548,37 @@ def test_who_does_not_follow_is_held(tmp_path: Path, engine: Any) -> None:
     with closing(make(path, SQLWitness(engine.raw_connection))) as outbox:
         swept(outbox)
         assert states(outbox) == ["held"] * MAILS
+
+
+@pytest.mark.parametrize("kind", ["psycopg", "sqlalchemy"])
+def test_on_postgresql(tmp_path: Path, database: str, kind: str) -> None:
+    """Each driver writes parameters in its own way, and the connection tells of which it is."""
+    psycopg = pytest.importorskip("psycopg")
+    engine = create_engine(database.replace("postgresql", "postgresql+psycopg"))
+    connect = engine.raw_connection if kind == "sqlalchemy" else partial(psycopg.connect, database)
+    witness = SQLWitness(connect)
+    with closing(make(tmp_path / "box", witness)) as outbox, closing(connect()) as connection:
+        txn = transaction.begin()
+        witness.follow(txn, lambda *statement: connection.cursor().execute(*statement))
+        outbox.delivery.send(ALICE, ["b@example.net"], b"\nx")
+        token = txn.extension[TOKEN_NAME]
+        transaction.commit()
+        connection.commit()
+        assert witness.ask([token, "x"]) == {token: Verdict.COMMITTED, "x": Verdict.ABORTED}
+        connection.cursor().execute("DROP TABLE cpsmail_transactions")
+        connection.commit()
+    engine.dispose()
+
+
+def test_a_driver_that_nobody_knows(tmp_path: Path) -> None:
+    class Connection:
+        def __init__(self) -> None:
+            self.cursor = sqlite3.connect(tmp_path / "db").cursor
+            self.close = self.commit = lambda: None
+
+    with pytest.raises(ValueError, match='say placeholder="'):
+        SQLWitness(Connection)
+    SQLWitness(Connection, placeholder="?")
 
 
 def test_a_commit_that_is_still_ending_is_waited_for(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ FORMER_CREDENTIAL: Final = "cpsmail.former.key"
 
 _MAX_TEXT: Final = 256  # bytes of a key file: hexadecimal and some white space
 _URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
-_RULE: Final = f"a key is {KEY_SIZE} random bytes in base64 or hexadecimal"
+_HOW: Final = f"`head -c {KEY_SIZE} /dev/urandom | base64`"
+_RULE: Final = f"a key is {KEY_SIZE} random bytes in base64 or hexadecimal: {_HOW} makes one"
 
 
 class Key:
@@ -114,9 +115,8 @@ class KeySource:
         if key is None or self._file is None or key.origin != str(self._file):
             raise WrongKey(
                 f"the key comes from {key.origin if key else 'nowhere'}: make a new one with"
-                f" `head -c {KEY_SIZE} /dev/urandom | base64`, give it to all processes in its"
-                f" place, and the present one as {FORMER_VARIABLE} or as the credential"
-                f" {FORMER_CREDENTIAL}; then say this again"
+                f" {_HOW}, give it to all processes in its place, and the present one as"
+                f" {FORMER_VARIABLE} or as the credential {FORMER_CREDENTIAL}; then say this again"
             )
         text = base64.b64encode(secrets.token_bytes(KEY_SIZE)) + b"\n"
         name = self._file.with_name(f".{self._file.name}.new")
@@ -162,7 +162,10 @@ class KeySource:
         The file appears whole or not at all.  Raises `VaultError`, `WrongKey`.
         """
         if self._file is None:
-            raise WrongKey(f"the vault has no key: set {VARIABLE} to 32 random bytes in base64")
+            raise WrongKey(
+                f"the vault has no key: give all processes one, as {VARIABLE} or as the systemd"
+                f" credential {CREDENTIAL}: {_RULE}"
+            )
         directory = self._file.parent
         text = base64.b64encode(secrets.token_bytes(KEY_SIZE)) + b"\n"
         try:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from .address import relay_name
 from .errors import InvalidSettings, SpoolError
 from .interfaces import State
 from .summary import TIME_BOUNDS
@@ -146,12 +147,18 @@ def require_client() -> Any:
 def serve(processor: QueueProcessorThread, *, address: str, port: int) -> Callable[[], None]:
     """Serve the metrics of a processor over HTTP; return what ends it.
 
-    Raises OSError, and `InvalidSettings` without the library.
+    Raises OSError when nothing can listen there, and `InvalidSettings` without the library.
     """
     client = require_client()
     registry = client.CollectorRegistry()
     registry.register(Collector(processor))
-    server, thread = client.start_http_server(port, address, registry)
+    try:
+        server, thread = client.start_http_server(port, address, registry)
+    except OSError as error:
+        raise OSError(
+            f"metrics: cannot listen at {relay_name(address, port)}: {error.strerror}: choose"
+            " another --metrics-port (worker i takes this one + i) or --metrics-address"
+        ) from error
 
     def close() -> None:
         server.shutdown()

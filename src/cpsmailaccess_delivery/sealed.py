@@ -151,8 +151,8 @@ class SealedAccounts(ABC):
         if key.id != stored.key_id:
             raise WrongKey(
                 f"account {mailbox}: sealed with the key {stored.key_id:.16}, but {key.origin}"
-                f" holds {key.id}: give the former key back, or put the account again"
-                " with its password"
+                f" holds {key.id}: give this process the key {stored.key_id:.16}, or put the"
+                " account again with its password"
             )
         account = unseal(stored, key)
         if account is None:

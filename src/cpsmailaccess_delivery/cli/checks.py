@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..envelope import Envelope, Route
-from ..errors import OutboxError, SecretUnavailable
+from ..errors import OutboxError, SecretUnavailable, VaultError
 from ..interfaces import State
 from ..journal_file import JournalFile
+from ..outcome import Trouble
 from ..parts import is_url
 from ..password import resolve_secret
 from ..spool.names import parse
 from ..verdicts import DECIDED
 from ..wording import age
 from .findings import Finding, Level
-from .server_checks import check_server
+from .server_checks import advice_on, check_server
 
 if TYPE_CHECKING:
     from ..outbox import Outbox
@@ -56,7 +57,12 @@ def examine(outbox: Outbox) -> Iterator[Finding]:
         try:
             for level, text, advice in check(outbox):
                 yield Finding(name, level, text, advice)
+        except VaultError as error:  # which says what to do
+            yield Finding(name, Level.FAIL, str(error))
         except (OutboxError, OSError) as error:
+            if check is check_server:
+                yield Finding(name, Level.FAIL, str(error), advice_on(error))
+                return  # whatever else is asked of it, the answer is the same
             yield Finding(name, Level.FAIL, str(error), "see to the disk and its permissions")
 
 
@@ -110,17 +116,29 @@ def _check_access(outbox: Outbox) -> _Findings:
 def _check_key(outbox: Outbox) -> _Findings:
     key = outbox.keys.load()
     accounts = sum(1 for _ in outbox.vault.mailboxes())
-    problems = list(outbox.vault.problems())
+    problems = dict.fromkeys(map(str, outbox.vault.problems()))  # of all accounts, often one
     if key is not None:
         yield Level.OK, f"key {key.id} from {key.origin}", ""
+    elif not accounts and is_url(outbox.location):
+        advice = "give all processes one, as CPSMAIL_KEY or the credential cpsmail.key"
+        yield Level.WARN, "no key: without one, no account can be put", advice
     elif not accounts:
         yield Level.OK, "no key yet: the first account makes it", ""
     for problem in problems:
-        yield Level.FAIL, str(problem), ""
+        yield Level.FAIL, problem, ""
     if accounts and not problems:
         yield Level.OK, f"it opens all {accounts} accounts", ""
     if not accounts:
         yield Level.WARN, "there are no accounts", "cpsmail accounts set MAILBOX --host ..."
+    former = outbox.keys.former()
+    if former is None or key is None or former.id == key.id:
+        return
+    if needed := outbox.vault.needs(former):
+        text = f"{needed} accounts or changes are still sealed with the former key {former.id}"
+        yield Level.WARN, text, "cpsmail accounts rekey"
+    else:
+        text = f"nothing needs the former key {former.id} from {former.origin}"
+        yield Level.WARN, text, "take it away"
 
 
 def _check_passwords(outbox: Outbox) -> _Findings:
@@ -195,9 +213,9 @@ def _check_lanes(outbox: Outbox) -> _Findings:
     now = time.time()
     for note in notes.values():
         advice = (
-            f"cpsmail accounts check '{note.route}'"
-            if note.trouble == "account"
-            else "is its relay up? it is tried again by itself"
+            "is its relay up? it is tried again by itself"
+            if note.trouble == Trouble.RELAY
+            else f"cpsmail accounts check '{note.route}'"
         )
         text = f"{note.route} waits since {age(now - note.since)}: {note.reason}"
         yield Level.WARN, text, advice
@@ -277,14 +295,12 @@ def _check_processes(outbox: Outbox) -> _Findings:
     presence = outbox.presence
     names = (name for name in _names(Path(outbox.location) / "presence") if name != presence.token)
     others = sum(presence.is_alive(name) for name in names if not name.startswith("."))
-    if others:
-        yield Level.OK, f"{others} other processes have the outbox open", ""
+    deliver = sum(not each.here for each in presence.deliverers())
+    if deliver:
+        yield Level.OK, f"{deliver} processes deliver; {others} have the outbox open", ""
     else:
-        yield (
-            Level.WARN,
-            "no other process has the outbox open: nothing delivers",
-            ("start `cpsmail run`, or an application with a processor"),
-        )
+        text = f"{others or 'no'} other processes have the outbox open: nothing delivers"
+        yield Level.WARN, text, "start `cpsmail run`, or an application with a processor"
 
 
 def _check_journal(outbox: Outbox) -> _Findings:

@@ -32,6 +32,7 @@ def upgrade(app: App, as_json: bool) -> int:
     # Here, not above: what it needs is an extra.
     try:
         from ..pg.connections import Connections
+        from ..pg.schema import VERSION
         from ..pg.schema import upgrade as upgrade_schema
     except ModuleNotFoundError as error:
         raise InvalidSettings(
@@ -45,6 +46,11 @@ def upgrade(app: App, as_json: bool) -> int:
         connections.close()
     if as_json:
         emit({"before": done.before, "after": done.after})
+    elif done.after > VERSION:
+        say(
+            f"{connections.location}: schema {done.after} is of a newer release and stays;"
+            f" this one makes {VERSION}"
+        )
     elif done.before == done.after:
         say(f"{connections.location}: schema {done.after} already")
     else:

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from .findings import Level
 
 if TYPE_CHECKING:
     from ..outbox import Outbox
 
+#: What to do when it cannot be reached.
+_REACH: Final = (
+    "is it up? host, port, database and user are those of the URL; the password comes from"
+    " ~/.pgpass or PGPASSFILE, which nobody else may read (chmod 600)"
+)
+
 #: Seconds between our clock and the server's that are worth a word.  It does no harm: see `Parts`.
-_DRIFT = 5.0
+_DRIFT: Final = 5.0
+
+
+def advice_on(error: Exception) -> str:
+    """Return what to do about an error of `check_server`, where its text does not say that."""
+    import psycopg
+
+    return _REACH if isinstance(error.__cause__, psycopg.OperationalError) else ""
 
 
 def check_server(outbox: Outbox) -> Iterator[tuple[Level, str, str]]:
@@ -30,6 +43,8 @@ def check_server(outbox: Outbox) -> Iterator[tuple[Level, str, str]]:
     if version < VERSION:
         text = f"schema {version}, this release makes {VERSION}"
         yield Level.WARN, text, "cpsmail schema upgrade"
+    elif version > VERSION:
+        yield Level.OK, f"schema {version}, of a newer release; this one makes {VERSION}", ""
     else:
         yield Level.OK, f"schema {version}", ""
     if fsync == "off" or durable == "off":

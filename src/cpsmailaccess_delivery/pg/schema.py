@@ -24,6 +24,11 @@ VERSION: Final = 2
 #: The oldest schema with which this release works.
 READS: Final = 2
 
+_PLACE: Final = f"""
+SELECT (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()),
+    '{SCHEMA}.version'::pg_catalog.regclass::oid,
+    (SELECT extract(epoch FROM min(at)) FROM {SCHEMA}.version)"""  # noqa: S608
+
 _LOCK: Final = 0x63707361  # "cpsa": of two upgrades at once, one waits
 
 _FIRST: Final = f"""
@@ -126,19 +131,20 @@ def upgrade(connections: Connections) -> Upgrade:
     """Bring the schema to the version of this release; one that is newer stays.
 
     Safe to repeat, and beside living processes of this release and the one before.  Where there
-    is nothing to do, nothing is locked.  Raises `SpoolError`.
+    is nothing to do, nothing is locked.  Raises `SpoolError`, also where this release cannot work
+    with one that is newer.
     """
     with connections.use("upgrade the schema") as connection:
         with connection.transaction():
             connection.execute(PATIENT)
             connection.execute("SELECT pg_advisory_lock(%s)", [_LOCK])
         try:
-            return _upgrade(connection)
+            return _upgrade(connection, connections.location)
         finally:
             connection.execute("SELECT pg_advisory_unlock(%s)", [_LOCK])
 
 
-def _upgrade(connection: Connection) -> Upgrade:
+def _upgrade(connection: Connection, where: str) -> Upgrade:
     with connection.transaction():
         connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
         connection.execute(
@@ -147,6 +153,7 @@ def _upgrade(connection: Connection) -> Upgrade:
         )
     before = found(connection)[0]
     if before > VERSION:
+        check(connection, where)
         return Upgrade(before, before)
     engine.upgrade(connection)
     if before:  # with the statements of the engine as it is now
@@ -175,12 +182,8 @@ def place_of(connection: Connection) -> tuple[object, ...]:
     By whatever host, port and user it is reached: which database, and when its tables were made;
     a standby that was promoted is the same.  Raises what the database does.
     """
-    query = (
-        "SELECT (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()),"
-        f" '{SCHEMA}.version'::pg_catalog.regclass::oid,"
-        f" (SELECT extract(epoch FROM min(at)) FROM {SCHEMA}.version)"  # noqa: S608
-    )
-    return tuple(psycopg.Cursor(connection, row_factory=tuple_row).execute(query).fetchone() or ())
+    cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+    return tuple(cursor.execute(_PLACE).fetchone() or ())
 
 
 def check(connection: Connection, location: str) -> None:

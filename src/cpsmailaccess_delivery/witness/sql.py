@@ -16,6 +16,7 @@ The table has a row for each thread that commits, and one for each crash.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -27,6 +28,13 @@ from ..datamanager import TOKEN_NAME
 from ..interfaces import ITransactionWitness, Verdict
 
 _TABLE: Final = "cpsmail_transactions"
+_PLACEHOLDERS: Final = {
+    "qmark": "?",
+    "format": "%s",
+    "pyformat": "%s",
+    "numeric": ":1",
+    "named": ":1",
+}
 _MOST: Final = 100  # rows removed by one transaction
 
 
@@ -35,17 +43,19 @@ class SQLWitness:
     """See `ITransactionWitness`.
 
     `connect`: returns a new DB-API connection to the database (``engine.raw_connection`` of
-    SQLAlchemy, ``lambda: psycopg.connect(dsn)``); `placeholder`: ``?`` or ``%s``, as its driver
-    has it.  Makes the table when it is missing.
+    SQLAlchemy, ``lambda: psycopg.connect(dsn)``); `placeholder`: ``?`` or ``%s``, where the
+    connection does not tell of which driver it is.  Makes the table when it is missing.  Raises
+    ValueError, and what the driver does.
     """
 
-    def __init__(self, connect: Callable[[], Any], *, placeholder: str = "?") -> None:
+    def __init__(self, connect: Callable[[], Any], *, placeholder: str | None = None) -> None:
         self._connect = connect
-        self._insert = f"INSERT INTO {_TABLE} (token) VALUES ({placeholder})"  # noqa: S608
-        self._delete = f"DELETE FROM {_TABLE} WHERE token = {placeholder}"  # noqa: S608
         self._ended: list[str] = []  # tokens whose row nobody needs any more
         self._lock = threading.Lock()
         with closing(connect()) as connection:
+            mark = placeholder or _placeholder_of(connection)
+            self._insert = f"INSERT INTO {_TABLE} (token) VALUES ({mark})"  # noqa: S608
+            self._delete = f"DELETE FROM {_TABLE} WHERE token = {mark}"  # noqa: S608
             connection.cursor().execute(
                 f"CREATE TABLE IF NOT EXISTS {_TABLE} (token VARCHAR(60) PRIMARY KEY)"
             )
@@ -111,6 +121,19 @@ class SQLWitness:
     def _after(self, committed: bool, token: str, removed: list[str]) -> None:
         with self._lock:
             self._ended += [token] if committed else removed
+
+
+def _placeholder_of(connection: Any) -> str:
+    """Return how a parameter is written for the driver of a connection (PEP 249, paramstyle)."""
+    driver = getattr(connection, "driver_connection", connection)  # of one of SQLAlchemy's
+    name = type(driver).__module__.partition(".")[0]
+    try:
+        return _PLACEHOLDERS[getattr(sys.modules.get(name), "paramstyle", "")]
+    except KeyError:
+        raise ValueError(
+            f"SQLWitness: a connection of {name} does not tell how its driver writes parameters:"
+            ' say placeholder="?" or placeholder="%s"'
+        ) from None
 
 
 class _Manager:
