@@ -146,6 +146,10 @@ def test_why_lanes_wait(site: Site) -> None:
     assert "\n1 deferred\n" in output
     assert "* waits since 2m, relay in trouble, next try in 10m: refused 4.7.1" in output
     assert "\x1b" not in output
+    assert "waits since" in site.run("queue", "--mailbox", "*").output
+    for asked in (["queue", "--mailbox", "bob@example.net"], ["queue", "--lane", "b.example:25"]):
+        assert site.run(*asked).output == "no mails\n"  # of others, nothing was asked
+        assert site.json(*asked)["lanes"] == []
 
 
 def trouble(site: Site, lane: str = "*") -> LaneNote:
@@ -300,7 +304,9 @@ def test_on_a_terminal(site: Site) -> None:
 
 def test_show_what_is_not_there(site: Site) -> None:
     result = site.run("show", "no@such.id", code=66)
-    assert result.stderr.startswith("cpsmail: ")
+    assert result.stderr.startswith(
+        "cpsmail: no@such.id: is no mail in the queue, and no Message-Id"
+    )
     site.run("show", "--raw", "no@such.id", code=66)
 
 

@@ -256,3 +256,18 @@ def test_what_may_work_later_is_to_be_tried_again(site: Site) -> None:
     site.environ["CPSMAIL_OUTBOX"] = "postgresql://nobody@127.0.0.1:1/none"
     output = site.run("send", "-f", "alice@example.org", "b@x.org", input=MAIL, code=75).output
     assert "cannot connect" in output
+
+
+def test_a_mistyped_outbox_is_not_made(site: Site) -> None:
+    """It would have no account to send through."""
+    site.environ["CPSMAIL_OUTBOX"] = mistyped = f"{site.path}x"
+    output = site.run("send", "-f", "alice@example.org", "b@x.org", input=MAIL, code=78).output
+    assert f"outbox {mistyped}: there is none" in output
+    assert not Path(mistyped).exists()
+
+
+def test_nobody_s_sender(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.account(mailbox="alice@example.org")
+    output = site.run("send", "-f", "eve@example.net", "b@x.org", input=MAIL, code=67).output
+    assert f"{site.path}: sender 'eve@example.net': no account" in output

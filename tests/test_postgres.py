@@ -607,6 +607,21 @@ def test_a_schema_of_a_newer_release(database, tmp_path):
             connection.execute("DELETE FROM cpsmail.version WHERE version > %s", [VERSION])
 
 
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql://u@127.0.0.1/d?leese=3&sslmode=prefer", "has no parameter leese:"),
+        ("postgresql://u:1?geheim=x&y@h/d?leese=3", "understands: postgresql"),
+    ],
+)
+def test_a_url_that_libpq_does_not_understand(tmp_path, url, words):
+    site = Site(tmp_path)
+    site.environ["CPSMAIL_OUTBOX"] = url
+    said = site.run("queue", code=78).output
+    assert words in said
+    assert "geheim" not in said
+
+
 def test_no_password_is_shown(database, tmp_path):
     site = Site(tmp_path)
     site.environ["CPSMAIL_OUTBOX"] = database.replace("cpsmail@", "cpsmail:geheim@")

@@ -245,6 +245,38 @@ def test_the_server_dies_under_load(own_server, database, relay):
     assert sum(states[message_id] == "staged" for message_id in acknowledged) <= 2
 
 
+def test_an_outage_is_told_once(own_server, outbox, relay, caplog, monkeypatch):
+    """Not every second of a night; and when it is over."""
+
+    def said(words: str) -> int:
+        return sum(words in record.getMessage() for record in caplog.records)
+
+    processor = outbox.processor()
+    processor.start()
+    wait_for(lambda: outbox.presence.deliverers())
+    connect, tries = outbox.spool.connections.connect, []
+
+    def count() -> Any:
+        tries.append(1)
+        return connect()
+
+    monkeypatch.setattr(outbox.spool.connections, "connect", count)
+    own_server.kill()
+    wait_for(lambda: said("no mail is taken") and said("not told of changes"))
+    before = len(tries)
+    wait_for(lambda: len(tries) >= before + 6)  # two or three threads, each once a second
+    # The end of the connection, and that there is no other one.
+    assert said("no mail is taken, until") <= 2
+    assert said("not told of changes, until") <= 2 * 2  # of mails and of accounts
+    own_server.start()
+    wait_for(lambda: said("no mail is taken: that works again") == 1)
+    wait_for(lambda: said("not told of changes: that works again") >= 1)
+    send(outbox)
+    relay.wait_for(1)
+    assert processor.stop()
+    assert not any("\t" in record.getMessage() for record in caplog.records)
+
+
 def test_who_has_committed_publishes_when_the_server_is_back(own_server, outbox, monkeypatch):
     staging_ = outbox.spool.staging
     tried = threading.Event()

@@ -77,8 +77,8 @@ class App:
         settings = self.settings()
         if not make and isinstance(settings.outbox, Path) and not settings.outbox.is_dir():
             raise errors.InvalidSettings(
-                f"outbox {settings.location}: there is none; the first `cpsmail accounts set`,"
-                " `send` or `run` makes it"
+                f"outbox {settings.location}: there is none; the first `cpsmail accounts set` or"
+                " `run` makes it"
             )
         with settings.open() as outbox:
             yield outbox

@@ -114,7 +114,9 @@ def _list(
     oldest = 0.0
     with app.outbox() as outbox:
         notes = outbox.spool.lane_notes()
-        wanted = _selector(outbox, states, mailbox)
+        lane = lane_of(mailbox) if mailbox is not None else None
+        lanes = {key: note for key, note in sorted(notes.items()) if lane in (None, key)}
+        wanted = selector(outbox.queue, states, lane)
         for entry in outbox.queue.entries():
             seen = entry_as_seen(entry, notes.get(entry.lane))
             if is_due(seen, now):
@@ -135,7 +137,7 @@ def _list(
                 "outbox": location,
                 "counts": {str(state): count for state, count in sorted(counts.items())},
                 "oldest_due": oldest or None,
-                "lanes": [note_json(key, note) for key, note in sorted(notes.items())],
+                "lanes": [note_json(key, note) for key, note in lanes.items()],
                 "mails": [mail_json(r) if r else _unreadable_json(e) for e, r in mails],
                 "more": more,
             }
@@ -147,7 +149,7 @@ def _list(
         say(f"... and {more} more: --limit 0 shows all")
     listed = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     say(f"{listed or 'no mails'}{f'; oldest due: {age(now - oldest)}' if oldest else ''}")
-    for note in notes.values():
+    for note in lanes.values():
         say(
             f"{note.route} waits since {age(now - note.since)}, {note.trouble} in trouble, next try"
             f" {upcoming(note.until, now)}: {note.reason}"
@@ -175,7 +177,14 @@ def show(app: App, name: str, headers: bool, raw: bool, as_json: bool) -> None:
         except NoSuchEntry:
             if raw or headers:
                 raise
-            status = outbox.status(name)
+            try:
+                status = outbox.status(name)
+            except NoSuchEntry:
+                raise NoSuchEntry(
+                    f"{name}: is no mail in the queue, and no Message-Id in the journal: never"
+                    " committed, or gone for over 30 days; what has left the queue is found by"
+                    " its Message-Id, or by an address: `cpsmail trace ADDRESS`"
+                ) from None
             if as_json:
                 emit({"mails": [], "journal": status_json(status)})
             else:

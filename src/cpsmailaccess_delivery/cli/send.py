@@ -13,7 +13,7 @@ import click
 import transaction
 
 from ..address import ascii_host
-from ..errors import InvalidAddress
+from ..errors import InvalidAddress, UnknownMailbox
 from .app import App, json_option, pass_app
 from .mail_input import Mail, qualified, read_mail, split_addresses
 from .output import emit, say
@@ -96,7 +96,7 @@ def send(
     if re.search(r"[\x00-\x1f\x7f]", name):
         raise click.UsageError("-F: a name has no control characters")
     plain_dots = ignore_dots or any(setting in ("i", "i=true") for setting in settings)
-    with app.outbox(make=True) as outbox:
+    with app.outbox() as outbox:
         size_limit = outbox.delivery.size_limit
         data = read_mail(sys.stdin.buffer, dot_ends=not plain_dots, size_limit=size_limit)
         mail = Mail.parse(data)
@@ -114,18 +114,21 @@ def send(
         mail.add_author(sender or user, name)
         if not sender and mailbox is None:
             mailbox = user  # RFC 5321 section 4.5.5: nobody to route by
-        with transaction.manager:
-            message_id = outbox.delivery.send(
-                sender,
-                addresses,
-                mail.data,
-                mailbox=mailbox,
-                not_before=not_before,
-                undo=undo,
-                priority=int(priority) if priority in _DIGITS else priority,
-                notify=notify,
-                ret="headers" if ret and ret.lower() == "hdrs" else ret,  # sendmail's word
-            )
+        try:
+            with transaction.manager:
+                message_id = outbox.delivery.send(
+                    sender,
+                    addresses,
+                    mail.data,
+                    mailbox=mailbox,
+                    not_before=not_before,
+                    undo=undo,
+                    priority=int(priority) if priority in _DIGITS else priority,
+                    notify=notify,
+                    ret="headers" if ret and ret.lower() == "hdrs" else ret,  # sendmail's word
+                )
+        except UnknownMailbox as error:
+            raise UnknownMailbox(f"{outbox.location}: {error}") from None  # maybe another is meant
     if as_json:
         emit({"message_id": message_id, "sender": sender, "recipients": addresses})
     elif verbose or app.verbose:

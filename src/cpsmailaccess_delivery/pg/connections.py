@@ -6,6 +6,7 @@ restart of the server costs the calls that were under way, and no later one.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
@@ -70,9 +71,11 @@ class Connections:
     ) -> None:
         try:
             given = conninfo.conninfo_to_dict(url)
-        except psycopg.ProgrammingError:
+        except psycopg.ProgrammingError:  # its text may have the password
+            unknown = _unknown_parameters(url)
+            why = f" has no parameter {', '.join(unknown)}:" if unknown else ""
             raise InvalidSettings(
-                "outbox postgresql://...: is no URL that libpq understands:"
+                f"outbox postgresql://...: is no URL that libpq understands:{why}"
                 " postgresql://USER@HOST:PORT/DATABASE"
             ) from None
         self.location = _without_secret(given)
@@ -234,6 +237,38 @@ def notes_of(connection: Connection, ended: int, *, seconds: float | None = None
         wait_for_any(connection, ended, seconds=seconds)
         notes = [note.payload for note in connection.notifies(timeout=0)]
     return notes
+
+
+class Outage:
+    """Tells the log of what is tried again every second: once, what is wrong, and once, its end."""
+
+    def __init__(self, log: logging.Logger, what: str) -> None:
+        self._log = log
+        self._what = what
+        self._said = ""
+
+    def begin(self, error: Exception) -> None:
+        """Say it, unless it was said."""
+        said = " ".join(str(error).split())
+        if said != self._said:
+            self._log.warning("%s, until that works again: %s", self._what, said)
+            self._said = said
+
+    def end(self) -> None:
+        """Say so, if it has begun."""
+        if self._said:
+            self._log.warning("%s: that works again", self._what)
+            self._said = ""
+
+
+def _unknown_parameters(url: str) -> list[str]:
+    """Return names in the query of a URL that libpq does not know."""
+    query = url.partition("?")[2]
+    if "@" in query:  # of a password that was not quoted
+        return []
+    known = {each.keyword.decode() for each in psycopg.pq.Conninfo.get_defaults()}
+    names = (pair.partition("=")[0] for pair in query.split("&") if pair)
+    return [name for name in dict.fromkeys(names) if name not in known]
 
 
 def _without_secret(given: dict[str, Any]) -> str:

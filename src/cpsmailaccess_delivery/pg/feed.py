@@ -35,7 +35,7 @@ from ..errors import SpoolError
 from ..interfaces import Entry, IWatch, State
 from ..spool.postgres import PostgresSpool
 from ..watch import Told
-from .connections import Connection, notes_of, wait_for_any
+from .connections import Connection, Outage, notes_of, wait_for_any
 from .engine import JOBS, MOST_AT_ONCE, dequeue
 from .lanes import LANES
 from .lease import Lease
@@ -296,13 +296,16 @@ class FeedWatch:
         return connection
 
     def _run(self, connection: Connection | None) -> None:
+        outage = Outage(log, "no mail is taken")
         while not self._closed:
             try:
                 if connection is None:
                     connection = self._listen()
-                self._wait(connection, self._work(connection))
+                seconds = self._work(connection)
+                outage.end()
+                self._wait(connection, seconds)
             except (SpoolError, psycopg.Error) as error:
-                log.warning("no mail is taken for a while: %s", error)
+                outage.begin(error)
                 if connection is not None:
                     connection.close()
                     connection = None

@@ -17,7 +17,7 @@ from zope.interface import implementer
 from ..errors import SpoolError
 from ..interfaces import Entry, IWatch
 from ..watch import Told
-from .connections import Connection, Connections, notes_of, wait_for_any
+from .connections import Connection, Connections, Outage, notes_of, wait_for_any
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +83,17 @@ class Watch:
         return connection
 
     def _run(self, connection: Connection | None) -> None:
+        outage = Outage(log, "not told of changes")
         try:
             while not self._closed:
                 try:
                     if connection is None:
                         connection = self._listen()
+                        outage.end()
                         self._told.lose_count()
                     self._wait(connection)
                 except (SpoolError, psycopg.Error) as error:
-                    log.warning("not told of changes for a while: %s", error)
+                    outage.begin(error)
                     if connection is not None:
                         connection.close()
                         connection = None
