@@ -21,14 +21,14 @@ import transaction
 pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
 from conftest import KEY
-from cpsmailaccess_delivery import Outbox, State
+from cpsmailaccess_delivery import Account, Outbox, State
 from cpsmailaccess_delivery.envelope import parse_block
 from cpsmailaccess_delivery.errors import NoSuchEntry, OutboxError
 from cpsmailaccess_delivery.interfaces import Verdict
 from cpsmailaccess_delivery.pg import staging
 from cpsmailaccess_delivery.smtp.machine import WINDOW
 from cpsmailaccess_delivery.testing import SMTPServer
-from postgres_helpers import Server, wait_for
+from postgres_helpers import DEADLINE, Server, wait_for
 from test_postgres import ALICE, BOB, MESSAGE, open_outbox, put, send
 
 LEASE = 2.0  # seconds
@@ -275,6 +275,47 @@ def test_an_outage_is_told_once(own_server, outbox, relay, caplog, monkeypatch):
     relay.wait_for(1)
     assert processor.stop()
     assert not any("\t" in record.getMessage() for record in caplog.records)
+
+
+def test_an_outage_is_no_trouble_of_an_account(outbox, relay, monkeypatch, caplog):
+    """Whoever owns the mailbox is told of none, and nothing waits longer for it than it must."""
+    get, failures = outbox.vault.get, []
+
+    def fail_once(mailbox: str) -> Account:
+        if not failures:
+            failures.append(1)
+            with monkeypatch.context() as patch:
+                patch.setattr(outbox.spool.connections, "_conninfo", "host=127.0.0.1 port=1")
+                patch.setattr(outbox.spool.connections, "_idle", [])
+                return get(mailbox)
+        return get(mailbox)
+
+    monkeypatch.setattr(outbox.vault, "get", fail_once)
+    processor = outbox.processor()
+    processor.start()
+    send(outbox)
+    relay.wait_for(1)
+    assert failures
+    assert processor.stop()
+    assert outbox.spool.lane_notes() == {}
+    assert "next try" not in caplog.text
+    assert not [event for event in outbox.journal.events(address=ALICE) if event.kind == "paused"]
+
+
+def test_a_processor_stops_while_the_server_is_down(own_server, outbox, caplog):
+    """Also when a lane waits, and nobody can look why."""
+    with transaction.manager:
+        dead = Account(mailbox=BOB, host="127.0.0.1", port=1, security="plain")
+        outbox.accounts.put(dead)
+        outbox.delivery.send(BOB, [ALICE], MESSAGE)
+    processor = outbox.processor()
+    processor.start()
+    wait_for(lambda: outbox.spool.lane_notes())
+    wait_for(lambda: any(lane.circuit.is_open for lane in processor.scheduler.lanes))
+    own_server.kill()
+    assert processor.stop(DEADLINE)
+    assert "Traceback" not in caplog.text
+    own_server.start()
 
 
 def test_who_has_committed_publishes_when_the_server_is_back(own_server, outbox, monkeypatch):

@@ -140,8 +140,7 @@ class Aging:
         self._told.add(mail.lease.entry.id)
         if not over and not self._recorder.notices.delay_is_due(mail):
             return False
-        note = self._shared.spool.lane_note(self._lane.key)
-        reason = note.reason if note is not None else "its relay or its account is in trouble"
+        reason = self._lane.circuit.reason() or "its relay or its account is in trouble"
         settlement = waiting_of(mail, reason, now=now, expired=over)
         if over:
             self._lane.give_up(mail, settlement)

@@ -78,7 +78,7 @@ class Circuit:
         self.failures += 1
         self.until = now + self._schedule.delay(self.failures, self._chance())
         log.warning("%s: %s; next try in %.0f s", self._route, reason, self.until - now)
-        before = self._spool.lane_note(self._key)
+        before = self._read()
         account = trouble in (Trouble.ACCOUNT, Trouble.LOGIN)
         was_paused = self._paused or (before is not None and before.paused)
         self._paused = was_paused or account or self.failures >= _REPEATED
@@ -99,9 +99,14 @@ class Circuit:
         if (account or self.failures >= _LASTING) and not note.told:
             self._tell(note)
 
+    def reason(self) -> str:
+        """Return why it is open, as it is noted; "": it is not, or that cannot be read now."""
+        note = self._read()
+        return note.reason if note is not None else ""
+
     def told(self) -> None:
         """Remember that the owner was told, until the trouble is over."""
-        note = self._spool.lane_note(self._key)
+        note = self._read()
         if note is not None and not note.told:
             self._note(replace(note, told=True))
 
@@ -109,8 +114,7 @@ class Circuit:
         """Go on: the relay works, the account was mended, or a person wants it."""
         if self.failures or self.until:
             # Without a note, another processor of this lane was faster, and has told.
-            tell = self._paused and self._spool.lane_note(self._key) is not None
-            self._go_on(why, tell=tell)
+            self._go_on(why, tell=self._paused and self._read() is not None)
 
     def _go_on(self, why: str, *, tell: bool) -> None:
         self.failures, self.until, self._paused = 0, 0.0, False
@@ -126,7 +130,11 @@ class Circuit:
         """
         if not (self.until or begins):
             return
-        note = self._spool.lane_note(self._key)
+        try:
+            note = self._spool.lane_note(self._key)
+        except SpoolError as error:  # nobody has removed it, as far as we know
+            log.debug("%s: cannot look why it waits: %s", self._route, error)
+            return
         if note is None:
             if self.until:
                 self._go_on("a person asks for a try", tell=self._paused)
@@ -139,7 +147,7 @@ class Circuit:
         Who drains by hand asks for a try now; only a refused login still waits, so that
         no mailbox is locked out by our retries.
         """
-        note = self._spool.lane_note(self._key)
+        note = self._read()
         if note is None:
             return
         self._take_over(note)
@@ -150,6 +158,15 @@ class Circuit:
         self.failures, self.until, self._paused = note.failures, note.until, note.paused
         if note.version != self._version():
             self.close("the account was changed")
+
+    def _read(self) -> LaneNote | None:
+        """Return the note; None: there is none, or it cannot be read now."""
+        try:
+            note: LaneNote | None = self._spool.lane_note(self._key)
+        except SpoolError as error:
+            log.warning("%s: cannot look why it waits: %s", self._route, error)
+            return None
+        return note
 
     def _note(self, note: LaneNote | None) -> None:
         try:

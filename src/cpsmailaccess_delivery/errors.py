@@ -107,6 +107,10 @@ class VaultError(OutboxError):
     """The account store cannot be read or written."""
 
 
+class VaultUnreachable(VaultError):
+    """The server that keeps the accounts cannot be asked now: nothing is wrong with any of them."""
+
+
 class NoSuchAccount(VaultError, LookupError):
     """No account has this mailbox."""
 

@@ -209,9 +209,8 @@ class Scheduler:
     def _count_waiting(self) -> None:
         waiting: set[str] = set()
         for lane in self._lanes.values():
-            note = self._spool.lane_note(lane.key) if lane.circuit.is_open else None
-            if note is not None:
-                self.summary.reasons[lane.name] = note.reason
+            if lane.circuit.is_open and (reason := lane.circuit.reason()):
+                self.summary.reasons[lane.name] = reason
             waiting.update(entry.id for entry in lane.ready)
         waiting.update(entry.id for entry in self._agenda.entries())
         self.summary.waiting = len(waiting - self._recorder.deferred)

@@ -9,7 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from .connections import Connections
-from .errors import VaultError
+from .errors import VaultError, VaultUnreachable
 from .limits import asks_for_less
 from .outcome import Trouble, classify
 from .password import resolve_secret
@@ -27,6 +27,9 @@ _BACKLOG = 8
 
 #: Seconds that an unused session is kept, for the next mail of the same account.
 _IDLE = 10.0
+
+#: Seconds until accounts are asked for again that could not be.
+_AGAIN = 2.0
 
 
 class Sessions:
@@ -196,6 +199,12 @@ class Sessions:
         try:
             account = self._lane.terms.load()  # first: it says to which relay
             secret = resolve_secret(account)
+        except VaultUnreachable as error:
+            if self._shared.draining:
+                self._lane.circuit.open(Trouble.RELAY, str(error))
+            else:  # of no account and no relay: nobody is told, and all go on together
+                self._lane.wake_at(self._shared.now() + _AGAIN)
+            return False
         except VaultError as error:
             self._lane.circuit.open(Trouble.ACCOUNT, str(error))
             self._lane.wait_for_probe()  # no session is there whose end would wake it
