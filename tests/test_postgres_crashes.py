@@ -25,6 +25,7 @@ from cpsmailaccess_delivery import Account, Outbox, State
 from cpsmailaccess_delivery.envelope import parse_block
 from cpsmailaccess_delivery.errors import NoSuchEntry, OutboxError
 from cpsmailaccess_delivery.interfaces import Verdict
+from cpsmailaccess_delivery.metrics import Collector
 from cpsmailaccess_delivery.pg import staging
 from cpsmailaccess_delivery.smtp.machine import WINDOW
 from cpsmailaccess_delivery.testing import SMTPServer
@@ -268,8 +269,10 @@ def test_an_outage_is_told_once(own_server, outbox, relay, caplog, monkeypatch):
     # The end of the connection, and that there is no other one.
     assert said("no mail is taken, until") <= 2
     assert said("not told of changes, until") <= 2 * 2  # of mails and of accounts
+    assert "cpsmail_queue_mails" not in {each.name for each in Collector(processor).collect()}
     own_server.start()
     wait_for(lambda: said("no mail is taken: that works again") == 1)
+    assert "cpsmail_queue_mails" in {each.name for each in Collector(processor).collect()}
     wait_for(lambda: said("not told of changes: that works again") >= 1)
     send(outbox)
     relay.wait_for(1)

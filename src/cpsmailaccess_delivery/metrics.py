@@ -90,8 +90,10 @@ class Collector:
             if since < now and entry.lane in names:
                 route = names[entry.lane]
                 oldest[route] = min(oldest[route], since)
-        counts.update(self._counted(scheduler))
-        yield _by_label("cpsmail_queue_mails", "Mails in the spool", "state", counts)
+        counted = self._counted(scheduler)
+        if counted or scheduler.totals is None:  # else what we have of all says little
+            counts.update(counted)
+            yield _by_label("cpsmail_queue_mails", "Mails in the spool", "state", counts)
         ages = {route: max(now - since, 0.0) for route, since in oldest.items()}
         yield _by_label(
             "cpsmail_oldest_due_seconds",
