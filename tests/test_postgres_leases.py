@@ -189,6 +189,22 @@ def test_the_feed_tells_what_it_has_leased(make):
     assert list(spool.scan()) == []
 
 
+def test_what_was_leased_ahead_when_the_server_died_is_leased_anew(make):
+    """A claim does not wait for the server's disk: with it the lease is gone that we remember."""
+    spool = make()
+    entries = {queue(spool, f"{n}@x") for n in range(5)}
+    feed, watch = watch_of(spool)
+    assert set(told(watch, 5)) == entries
+    with spool.connections.use("forget") as connection, connection.transaction():
+        connection.execute(f"UPDATE {MAILS} SET lease = NULL, leased_until = NULL")
+        connection.execute(f"UPDATE {JOBS} SET status = 'queued', queue_manager_id = NULL")
+    assert set(told(watch, 5)) == entries
+    assert feed.held().total() == 5  # those that are no more do not make the lane look full
+    assert all(feed.claim(entry).settle(Settlement(State.ACCEPTED)) is None for entry in entries)
+    assert list(spool.scan()) == []
+    watch.close()
+
+
 def test_the_feed_gives_back_what_is_not_sent(make):
     spool = make()
     entry = queue(spool)
@@ -508,6 +524,21 @@ def test_a_mail_that_somebody_has_locked_ends_no_other_lease(make, database):
         connection.execute(f"SELECT 1 FROM {MAILS} WHERE id = %s FOR UPDATE", [locked.id])
         wait_for(lambda: lease.taken_at > first + 1.5)
     lease.release()
+
+
+def test_a_mail_that_somebody_has_locked_is_settled_later(make, database):
+    """The loop of a processor waits half a second for him, and then hardly any more."""
+    spool = make()
+    entry = queue(spool)
+    lease = spool.claim(entry)
+    with psycopg.connect(database) as connection:
+        connection.execute(f"SELECT 1 FROM {MAILS} WHERE id = %s FOR UPDATE", [entry.id])
+        for state in (State.ACCEPTED, State.DEFERRED, State.HELD):
+            with pytest.raises(SpoolError, match="lock timeout"):
+                lease.settle(Settlement(state, due=5.0, attempts=1))
+    assert lease.settle(Settlement(State.ACCEPTED)) is None
+    assert list(spool.scan()) == []
+    assert jobs(spool) == []
 
 
 def test_a_person_and_the_feed_do_not_wait_for_each_other(make, monkeypatch):

@@ -107,6 +107,10 @@ class VaultError(OutboxError):
     """The account store cannot be read or written."""
 
 
+class VaultUnreachable(VaultError):
+    """The database that has the accounts cannot be asked now: it is no account's own trouble."""
+
+
 class NoSuchAccount(VaultError, LookupError):
     """No account has this mailbox."""
 

@@ -9,7 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from .connections import Connections
-from .errors import VaultError
+from .errors import VaultError, VaultUnreachable
 from .limits import asks_for_less
 from .outcome import Trouble, classify
 from .password import resolve_secret
@@ -197,7 +197,9 @@ class Sessions:
             account = self._lane.terms.load()  # first: it says to which relay
             secret = resolve_secret(account)
         except VaultError as error:
-            self._lane.circuit.open(Trouble.ACCOUNT, str(error))
+            # Where no account can be read, no owner is told that something is wrong with his.
+            away = isinstance(error, VaultUnreachable)
+            self._lane.circuit.open(Trouble.RELAY if away else Trouble.ACCOUNT, str(error))
             self._lane.wait_for_probe()  # no session is there whose end would wake it
             return False
         if not self._connections.take(self._lane):

@@ -7,6 +7,7 @@ import logging
 import re
 from dataclasses import asdict
 
+from ..errors import SpoolError
 from ..interfaces import LaneNote
 from ..spool.notes import load_note
 from .connections import Connections
@@ -24,14 +25,25 @@ class LaneNotes:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
+        self._known: dict[str, LaneNote | None] = {}  # as they were when the server last said so
 
     def read(self, key: str) -> LaneNote | None:
-        """Return the note of a lane; None: there is none that can be read."""
+        """Return the note of a lane; None: there is none that can be read.
+
+        While the server cannot be asked it is what it was: a lane neither stops nor begins to wait
+        because of that.
+        """
         if not _KEY.match(key):
             return None
-        with self._connections.use("read a lane's note") as connection:
-            row = connection.execute(f"SELECT note FROM {LANES} WHERE lane = %s", [key]).fetchone()  # noqa: S608
-        return _note(key, row[0]) if row else None
+        query = f"SELECT note FROM {LANES} WHERE lane = %s"  # noqa: S608
+        try:
+            with self._connections.use("read a lane's note") as connection:
+                row = connection.execute(query, [key]).fetchone()
+        except SpoolError as error:
+            log.warning("taken to be as it was: %s", error)
+            return self._known.get(key)
+        note = self._known[key] = _note(key, row[0]) if row else None
+        return note
 
     def write(self, key: str, note: LaneNote | None) -> None:
         """Replace the note of a lane, or remove it.  Raises `SpoolError`."""
@@ -47,6 +59,7 @@ class LaneNotes:
                     " ON CONFLICT (lane) DO UPDATE SET note = excluded.note",
                     [key, json.dumps(asdict(note))],
                 )
+        self._known[key] = note
 
     def all(self) -> dict[str, LaneNote]:
         """Return the notes by lane key."""

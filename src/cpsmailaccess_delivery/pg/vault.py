@@ -16,7 +16,7 @@ from zope.interface import implementer
 
 from ..account import Account
 from ..envelope import digest
-from ..errors import SpoolError, VaultError, WrongKey
+from ..errors import SpoolError, VaultError, VaultUnreachable, WrongKey
 from ..interfaces import Entry, IAccountStore, Verdict
 from ..key import Key, KeySource
 from ..register import Page, Unusable
@@ -224,12 +224,12 @@ class PostgresVault(SealedAccounts):
 
     @contextmanager
     def _use(self, action: str) -> Iterator[Connection]:
-        """Lend a connection.  Raises `VaultError` for what the database does."""
+        """Lend a connection.  Raises `VaultUnreachable` for what the database does."""
         try:
             with self._connections.use(action) as connection:
                 yield connection
         except SpoolError as error:
-            raise VaultError(str(error)) from error
+            raise VaultUnreachable(str(error)) from error
 
     def _mine(self, token: str) -> _Staged:
         staged = self._staged.get(token)
