@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import resource
@@ -27,7 +28,7 @@ from cpsmailaccess_delivery.pg.connections import (
 )
 from cpsmailaccess_delivery.pg.engine import JOBS
 from cpsmailaccess_delivery.pg.feed import TAKE, Feed, FeedWatch
-from cpsmailaccess_delivery.pg.mails import MAILS, Mails
+from cpsmailaccess_delivery.pg.mails import MAILS, SLICE, Mails
 from cpsmailaccess_delivery.spool.outcomes import Side
 from cpsmailaccess_delivery.spool.postgres import PostgresSpool
 from postgres_helpers import DEADLINE, wait_for
@@ -366,6 +367,18 @@ def test_a_large_message_does_not_come_with_its_claim(make):
     assert lease._message is None
     assert lease.message == message
     lease.release()
+
+
+@pytest.mark.parametrize("size", [SLICE - 1, SLICE, SLICE + 1, 3 * SLICE])
+def test_a_large_message_is_read_in_slices(make, size):
+    spool = make()
+    entry = queue(spool, message=os.urandom(size))
+    lease = spool.claim(entry)
+    assert len(lease.message) == size
+    assert lease.message == spool.read_message(entry)
+    with spool.connections.use("look") as connection:
+        row = connection.execute(f"SELECT sha256(message) FROM {MAILS}").fetchone()
+    assert row == (hashlib.sha256(lease.message).digest(),)
 
 
 def test_what_is_leased_ahead_is_small(make):

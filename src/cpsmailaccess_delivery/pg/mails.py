@@ -44,6 +44,9 @@ ABORTED: Final = "aborted"
 ARRIVING: Final = "arriving"
 VISIBLE: Final = f"state NOT IN ('{STAGED}', '{ABORTED}', '{ARRIVING}')"
 
+#: Bytes of a message that are read at a time; it is stored so that the rest is not touched.
+SLICE: Final = 1024 * 1024
+
 _ID = re.compile(r"\d{10}\.M\d{6}R[0-9a-f]{6}\.[0-9a-f]{16}", re.ASCII)
 _PAGE: Final = 5_000
 
@@ -201,9 +204,16 @@ class Mails:
         return record_of(self._read(entry.id, "block, side, size"))
 
     def message(self, entry_id: str) -> bytes:
-        """Return the message of a mail.  Raises `NoSuchEntry`."""
-        message: bytes = self._read(entry_id, "message")[_WIDTH]
-        return message
+        """Return the message of a mail.  Raises `NoSuchEntry`.
+
+        In slices: what server and driver have in memory beside it is one of them.
+        """
+        parts: list[bytes] = []
+        while not parts or len(parts[-1]) == SLICE:
+            start = len(parts) * SLICE + 1
+            column = f"substring(message FROM {start} FOR {SLICE})"
+            parts.append(self._read(entry_id, column)[_WIDTH])
+        return b"".join(parts)
 
     def leased(self, entry: Entry) -> bool:
         """Tell whether somebody has the lease of this entry."""
