@@ -1,7 +1,7 @@
 """Between an outbox and its PostgreSQL: loses one request, or one answer, or lets one fail.
 
-It knows enough of the protocol to count: a request ends with Sync or is a simple Query, its
-answer ends with ReadyForQuery.  Nothing is encrypted.
+It knows enough of the protocol to count: a request ends with Sync, is a simple Query, or the rows
+of a COPY; its answer ends with ReadyForQuery.  Nothing is encrypted.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import BinaryIO, Final
 from urllib.parse import urlsplit
 
 #: What may happen to a request: it never arrives; it is done, and its answer never arrives; the
@@ -71,7 +72,7 @@ class Proxy:
         for thread in self._threads:
             thread.join()
 
-    def _start(self, run, *arguments) -> None:
+    def _start(self, run: Callable[..., None], *arguments: _Link) -> None:
         thread = threading.Thread(target=run, args=arguments, daemon=True)
         self._threads.append(thread)
         thread.start()
@@ -102,12 +103,12 @@ class Proxy:
                     message = _message(stream, _TYPED)
                     request += message
                     kind = message[:1]
-                    how = self._next() if kind in b"QS" else ""
+                    how = self._next() if kind in b"QSc" else ""
                     if how == REQUEST:
                         return
-                    link.swallows = how == ANSWER
-                    if kind in b"QSXH":
-                        link.server.sendall(_failure(how) if how in CODES else request)
+                    link.swallows = link.swallows or how == ANSWER
+                    if kind in b"QScfXH":
+                        link.server.sendall(_failure(how, kind) if how in CODES else request)
                         request = b""
         finally:
             if not link.swallows:
@@ -120,7 +121,7 @@ class Proxy:
                     message = _message(stream, _TYPED)
                     if not link.swallows:
                         link.client.sendall(message)
-                    elif message[:1] == b"Z":
+                    elif message[:1] in b"ZG":  # or what asks for the rows of a COPY
                         return
         finally:
             self._cut(link.client, link.server)
@@ -152,7 +153,7 @@ class _Link:
         self.swallows = False
 
 
-def _message(stream, head: int) -> bytes:
+def _message(stream: BinaryIO, head: int) -> bytes:
     start = stream.read(head)
     if len(start) < head:
         raise EOFError
@@ -163,7 +164,11 @@ def _message(stream, head: int) -> bytes:
     return start + rest
 
 
-def _failure(code: str) -> bytes:
+def _failure(code: str, kind: bytes) -> bytes:
     """Return a request in whose place the server says that it cannot."""
-    text = f"DO $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = '{code}'; END $$".encode()
-    return b"Q" + struct.pack("!I", len(text) + 5) + text + b"\0"
+    if kind == b"c":
+        kind, text = b"f", b"not now"
+    else:
+        kind = b"Q"
+        text = f"DO $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = '{code}'; END $$".encode()
+    return kind + struct.pack("!I", len(text) + 5) + text + b"\0"

@@ -18,7 +18,7 @@ pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
 import psycopg
 
-from cpsmailaccess_delivery import Account, Outbox, State, recorder
+from cpsmailaccess_delivery import Outbox, State, recorder
 from cpsmailaccess_delivery.envelope import parse_block
 from cpsmailaccess_delivery.errors import OutboxError, SpoolError
 from cpsmailaccess_delivery.interfaces import Outcome, Settlement, Verdict
@@ -246,7 +246,7 @@ def test_a_transaction_that_takes_a_mail_back(
 def test_in_the_application_s_own_transaction(
     faults: Faults, proxy: Proxy, outbox: Outbox, direct: Outbox, relay: SMTPServer, way: str
 ) -> None:
-    """The database decides, and nothing is in doubt: the mail is there with the application's row."""
+    """Nothing is in doubt: the mail is there if the row of the application is."""
     with psycopg.connect(direct.spool.connections._conninfo, autocommit=True) as connection:
         connection.execute("CREATE TABLE orders (message_id text)")
     try:

@@ -22,12 +22,16 @@ def main() -> int:
     parser.add_argument("--back-end", choices=["directory", "postgresql"], default="directory")
     parser.add_argument("--waiting", type=int, default=10_000, help="mails of the recovery")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="soak-") as directory, _server(options.back_end) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-") as directory,
+        _server(options.back_end) as server,
+    ):
         begun = time.monotonic()
         verdict = soak(
             Path(directory, "soak"), kills=options.kills, seed=options.seed, server=server
         )
-        print(f"kill -9 soak, {options.back_end}, seed {options.seed}, {time.monotonic() - begun:.0f} s")
+        seconds = time.monotonic() - begun
+        print(f"kill -9 soak, {options.back_end}, seed {options.seed}, {seconds:.0f} s")
         print(verdict)
         if server is None:
             print(measure(Path(directory, "recovery"), options.waiting))

@@ -21,7 +21,6 @@ from cpsmailaccess_delivery.interfaces import State
 from .relay import Delivery, Relay
 from .truth import lines
 
-
 #: Seconds before the death of a database from which on what was recorded may be lost with it (a
 #: removal waits for its disk with the next `sync`: a moment, on a busy machine a long one), and
 #: after its return until which what its workers then had on its way is sent.

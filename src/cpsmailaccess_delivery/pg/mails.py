@@ -55,11 +55,13 @@ _WIDTH: Final = 7  # columns
 FREE: Final = "(leased_until IS NULL OR leased_until < clock_timestamp())"
 TAKEABLE: Final = "(state = 'queued' OR (state IN ('deferred', 'unclear') AND due > 0))"
 _LAZY: Final = "set_config('synchronous_commit', 'off', true)"
-#: How long a settlement waits for a lock, in the loop of a processor: for the renewal of its leases,
-#: not for a person.  Then the mail is kept, and tried again.
+
+#: How long a settlement waits for a lock, in the loop of a processor: for the renewal of its
+#: leases, not for a person.  Then the mail is kept, and tried again.
 _WAIT: Final = "500ms"
 _WAIT_AGAIN: Final = "20ms"
 _SETTLED_BY: Final = "set_config('lock_timeout', %(wait)s, true) IS NOT NULL AND lease = %(lease)s"
+
 _CLAIMED: Final = f"{ENTRY}, block, CASE WHEN size <= %(inline)s THEN message END, side, job"
 
 CLAIM: Final = f"""
