@@ -377,6 +377,38 @@ def test_a_lease_that_is_given_back(
         assert deliver(direct, relay) == dict.fromkeys(ids, 1), number
 
 
+def test_a_renewal(faults: Faults, proxy: Proxy, direct: Outbox) -> None:
+    """What was not renewed now is the next time; nobody has lost his mail by then."""
+    with open_outbox(f"{proxy.url}&lease=300") as outbox:
+        list(outbox.spool.scan())
+        for number in faults:
+            leases = [claimed(faults, outbox, direct, message_id) for message_id in send(direct, 3)]
+            for lease in leases:
+                lease.taken_at -= 200.0
+            renewed = [lease.taken_at for lease in leases]
+            for _ in range(2):
+                try:
+                    outbox.spool.leases.renew()
+                    break
+                except SpoolError:
+                    faults.heal()
+            assert all(
+                lease.taken_at > before for lease, before in zip(leases, renewed, strict=True)
+            )
+            for lease in leases:
+                wait_for(lambda lease=lease: settled(lease, faults))
+            assert states(direct) == {}, number
+
+
+def settled(lease: Any, faults: Faults) -> bool:
+    try:
+        lease.settle(SETTLEMENTS[State.ACCEPTED])
+    except SpoolError:
+        faults.heal()
+        return False
+    return True
+
+
 def claimed(faults: Faults, outbox: Outbox, direct: Outbox, message_id: str) -> Any:
     """Return the lease of a mail, however often it takes."""
     (record,) = direct.queue.find(message_id)
@@ -387,6 +419,10 @@ def claimed(faults: Faults, outbox: Outbox, direct: Outbox, message_id: str) -> 
             return outbox.spool.claim(entry)
         except SpoolError:
             faults.heal()
+            with direct.spool.connections.use("expire") as connection:  # nobody knows of it
+                connection.execute(
+                    f"UPDATE {MAILS} SET leased_until = NULL WHERE id = %s", [entry.id]
+                )
             return None
 
     return wait_for(try_)
