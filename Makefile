@@ -3,7 +3,7 @@
 # make test              lint and the whole suite
 # make bench [ROUNDS=3] [SCALE=1] [ROWS="plain tls"] [LIMIT=30] [BENCH_DIR=/var/tmp]
 #                        side by side with zope.sendmail and Postfix, see docs/performance.rst
-# make soak [KILLS=500] [SEED=1]
+# make soak [KILLS=500] [SEED=1] [BACK_END=postgresql]
 #                        kill -9, again and again, and a count of what arrived: docs/reliability.rst
 # make crash             states after a power loss and faults of the disk, all of them:
 #                        see docs/reliability.rst
@@ -23,6 +23,7 @@ LIMIT ?= 30
 ROWS ?=
 BENCH_DIR ?= /var/tmp
 KILLS ?= 500
+BACK_END ?= directory
 SEED ?= 1
 INPUTS ?= 2000000
 SETTINGS := setup.py pyproject.toml constraints.txt
@@ -51,7 +52,7 @@ bench: $(VENV)/.bench
 		--directory $(BENCH_DIR) $(ROWS)
 
 soak: $(VENV)/.test
-	@PYTHONPATH=tests $(BIN)/python -m soak --kills $(KILLS) --seed $(SEED)
+	@PYTHONPATH=tests $(BIN)/python -m soak --kills $(KILLS) --seed $(SEED) --back-end $(BACK_END)
 
 crash: $(VENV)/.test
 	@PYTHONPATH=tests $(BIN)/python tests/crash

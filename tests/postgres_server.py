@@ -118,12 +118,43 @@ class Server:
 
     def kill(self) -> None:
         """Let the server die at once, as in an accident."""
-        lines = (self.directory / "data" / "postmaster.pid").read_text().splitlines()
-        os.kill(int(lines[0]), signal.SIGKILL)
+        process = self._process()
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        os.kill(process, signal.SIGKILL)
         deadline = time.monotonic() + DEADLINE
-        while _is_there(int(lines[0])):
+        while any(map(_is_there, (process, *map(int, children)))):  # else none can be started
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+    def kill_one(self) -> None:
+        """Let one of its processes die: all others end with it, and it begins anew by itself."""
+        query = (
+            "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'"
+            " AND pid <> pg_backend_pid() ORDER BY random() LIMIT 1"
+        )
+        with psycopg.connect(self.local_url("template1"), autocommit=True) as connection:
+            found = connection.execute(query).fetchone()
+            if found is None:
+                return
+            os.kill(found[0], signal.SIGKILL)
+            try:
+                connection.execute("SELECT pg_sleep(%s)", [DEADLINE])
+            except psycopg.OperationalError:
+                pass
+
+    def recover(self) -> None:
+        """Be there again, however it died."""
+        if not _is_there(self._process()):
+            self.start()
+        deadline = time.monotonic() + DEADLINE
+        while not self.is_running():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def _process(self) -> int:
+        """Return the id of the first of its processes; 0: it was stopped."""
+        path = self.directory / "data" / "postmaster.pid"
+        return int(path.read_text().splitlines()[0]) if path.exists() else 0
 
     def is_running(self) -> bool:
         try:
@@ -159,6 +190,8 @@ class Server:
 
 
 def _is_there(process: int) -> bool:
+    if not process:
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

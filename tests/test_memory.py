@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import transaction
 
+from conftest import KEY
 from cpsmailaccess_delivery import Account, Outbox, State, lanes, room
 from cpsmailaccess_delivery.testing import SMTPServer
 
@@ -50,22 +51,35 @@ def wait_for(seen: Callable[[], bool]) -> None:
 
 
 PROCESSOR = r"""
-import re, sys
+import re, sys, time
 from cpsmailaccess_delivery import Outbox, sessions
 sessions._BACKLOG = 0  # as if many more mails waited
 outbox = Outbox(sys.argv[1], helo_name="client.example.org", connections_per_relay=100)
 with outbox:
-    done = outbox.processor().run(forever=False)
+    processor = outbox.processor()
+    processor.start()  # on PostgreSQL it leases ahead, which one that drains does not
+    while list(outbox.spool.scan()):
+        time.sleep(0.1)
+    processor.stop()
+    done = processor.summary
 # Not ru_maxrss: a child begins with what its parent had.
 peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]
 print(done.accepted, int(peak) // 1024)
 """
 
 
-def test_many_large_mails_to_slow_relays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("back_end", ["directory", "PostgreSQL"])
+def test_many_large_mails_to_slow_relays(
+    tmp_path: Path,
+    back_end: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     """Without a bound: all sixty in two forms, over 600 MiB."""
+    monkeypatch.setenv("CPSMAIL_KEY", KEY.hex())
     boxes = [f"box{number}@example.org" for number in range(20)]
-    with SMTPServer() as server, Outbox(tmp_path / "outbox") as outbox:
+    there = request.getfixturevalue("database") if back_end == "PostgreSQL" else tmp_path / "outbox"
+    with SMTPServer() as server, Outbox(there) as outbox:
         server.on("TAKEN", delay=0.5)
         for box in boxes:
             put(outbox, server, box)
@@ -73,11 +87,13 @@ def test_many_large_mails_to_slow_relays(tmp_path: Path) -> None:
         for box in boxes:
             for _ in range(3):
                 send(outbox, box, message)
-        command = [sys.executable, "-c", PROCESSOR, outbox.location]
+        command = [sys.executable, "-c", PROCESSOR, str(there)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     accepted, peak = map(int, done.stdout.split())
     assert accepted == 60
-    assert peak < 260, "MiB"
+    print(peak)
+    # The driver and the engine are 25 MiB of modules, and what is read comes in slices of 1 MiB.
+    assert peak < {"directory": 260, "PostgreSQL": 330}[back_end], "MiB"
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
 from cli_helpers import Site
 from conftest import KEY
-from cpsmailaccess_delivery import Account, Outbox, State
+from cpsmailaccess_delivery import Account, Outbox, State, recorder
 from cpsmailaccess_delivery.errors import InvalidSettings, OutboxError, SpoolError, WrongKey
 from cpsmailaccess_delivery.interfaces import (
     IMailDelivery,
@@ -45,9 +45,10 @@ from cpsmailaccess_delivery.pg.connections import Connections
 from cpsmailaccess_delivery.pg.schema import VERSION, upgrade
 from cpsmailaccess_delivery.retry import Schedule
 from cpsmailaccess_delivery.testing import SMTPServer
+from cpsmailaccess_delivery.testing.received import ReceivedMail
 from postgres_helpers import databases, wait_for
 
-ALICE, BOB = "alice@example.org", "bob@example.net"
+ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
 MESSAGE = b"From: alice@example.org\r\nSubject: hello\r\n\r\nhello\r\n"
 
 
@@ -682,6 +683,31 @@ def test_one_key_twice_within_a_transaction(outbox, database):
             other = within.send(ALICE, [BOB], MESSAGE, idempotency_key="another")
         assert within.send(ALICE, [BOB], MESSAGE, idempotency_key="another") != other
     assert len(list(outbox.spool.scan())) == 2
+
+
+def test_a_mail_that_somebody_has_locked_stops_no_other_lane(outbox, relay, database, monkeypatch):
+    """The relay has it, and nobody can write that down; the worker delivers what others send."""
+    monkeypatch.setattr(recorder, "_UNSETTLED", 0.05)
+    put(outbox, relay, CAROL)
+    take = relay.take
+
+    def lock_and_take(mail: ReceivedMail) -> None:
+        if mail.sender == ALICE:
+            person.execute("SELECT 1 FROM cpsmail.mails FOR UPDATE")
+        take(mail)
+
+    monkeypatch.setattr(relay, "take", lock_and_take)
+    with psycopg.connect(database) as person:
+        (locked,) = send(outbox)
+        processor = outbox.processor()
+        processor.start()
+        wait_for(lambda: relay.mails)
+        others = {sent for _ in range(10) for sent in send(outbox, 1, CAROL)}
+        wait_for(lambda: {mail.message_id for mail in relay.mails} == {locked, *others})
+        wait_for(lambda: len(list(outbox.spool.scan())) == 1)
+    wait_for(lambda: not list(outbox.spool.scan()))
+    assert processor.stop()
+    assert len(relay.mails) == 11
 
 
 @pytest.mark.parametrize("setting", ["DateStyle = 'German'", "lock_timeout = '7s'"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import resource
@@ -27,7 +28,7 @@ from cpsmailaccess_delivery.pg.connections import (
 )
 from cpsmailaccess_delivery.pg.engine import JOBS
 from cpsmailaccess_delivery.pg.feed import TAKE, Feed, FeedWatch
-from cpsmailaccess_delivery.pg.mails import MAILS, Mails
+from cpsmailaccess_delivery.pg.mails import MAILS, SLICE, Mails
 from cpsmailaccess_delivery.spool.outcomes import Side
 from cpsmailaccess_delivery.spool.postgres import PostgresSpool
 from postgres_helpers import DEADLINE, wait_for
@@ -187,6 +188,22 @@ def test_the_feed_tells_what_it_has_leased(make):
     watch.close()
     assert jobs(spool) == []
     assert list(spool.scan()) == []
+
+
+def test_what_was_leased_ahead_when_the_server_died_is_leased_anew(make):
+    """A claim does not wait for the server's disk: with it the lease is gone that we remember."""
+    spool = make()
+    entries = {queue(spool, f"{n}@x") for n in range(5)}
+    feed, watch = watch_of(spool)
+    assert set(told(watch, 5)) == entries
+    with spool.connections.use("forget") as connection, connection.transaction():
+        connection.execute(f"UPDATE {MAILS} SET lease = NULL, leased_until = NULL")
+        connection.execute(f"UPDATE {JOBS} SET status = 'queued', queue_manager_id = NULL")
+    assert set(told(watch, 5)) == entries
+    assert feed.held().total() == 5  # those that are no more do not make the lane look full
+    assert all(feed.claim(entry).settle(Settlement(State.ACCEPTED)) is None for entry in entries)
+    assert list(spool.scan()) == []
+    watch.close()
 
 
 def test_the_feed_gives_back_what_is_not_sent(make):
@@ -352,6 +369,18 @@ def test_a_large_message_does_not_come_with_its_claim(make):
     lease.release()
 
 
+@pytest.mark.parametrize("size", [SLICE - 1, SLICE, SLICE + 1, 3 * SLICE])
+def test_a_large_message_is_read_in_slices(make, size):
+    spool = make()
+    entry = queue(spool, message=os.urandom(size))
+    lease = spool.claim(entry)
+    assert len(lease.message) == size
+    assert lease.message == spool.read_message(entry)
+    with spool.connections.use("look") as connection:
+        row = connection.execute(f"SELECT sha256(message) FROM {MAILS}").fetchone()
+    assert row == (hashlib.sha256(lease.message).digest(),)
+
+
 def test_what_is_leased_ahead_is_small(make):
     """A worker keeps a thousand mails: with each of a megabyte that would be a gigabyte."""
     spool = make()
@@ -508,6 +537,21 @@ def test_a_mail_that_somebody_has_locked_ends_no_other_lease(make, database):
         connection.execute(f"SELECT 1 FROM {MAILS} WHERE id = %s FOR UPDATE", [locked.id])
         wait_for(lambda: lease.taken_at > first + 1.5)
     lease.release()
+
+
+def test_a_mail_that_somebody_has_locked_is_settled_later(make, database):
+    """The loop of a processor waits half a second for him, and then hardly any more."""
+    spool = make()
+    entry = queue(spool)
+    lease = spool.claim(entry)
+    with psycopg.connect(database) as connection:
+        connection.execute(f"SELECT 1 FROM {MAILS} WHERE id = %s FOR UPDATE", [entry.id])
+        for state in (State.ACCEPTED, State.DEFERRED, State.HELD):
+            with pytest.raises(SpoolError, match="lock timeout"):
+                lease.settle(Settlement(state, due=5.0, attempts=1))
+    assert lease.settle(Settlement(State.ACCEPTED)) is None
+    assert list(spool.scan()) == []
+    assert jobs(spool) == []
 
 
 def test_a_person_and_the_feed_do_not_wait_for_each_other(make, monkeypatch):

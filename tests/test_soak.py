@@ -12,7 +12,7 @@ from cpsmailaccess_delivery.interfaces import State
 from cpsmailaccess_delivery.testing import Command
 from soak.recovery import measure
 from soak.relay import Delivery, Relay
-from soak.run import soak
+from soak.run import SETTINGS, soak
 from soak.truth import Appender
 from soak.verdict import Kill, judge
 
@@ -22,6 +22,26 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     print(verdict)
     assert verdict.good, str(verdict)
     assert verdict.numbers["kills"] >= 12
+    assert verdict.numbers["  delivered"] > 10
+
+
+def test_killed_again_and_again_on_postgresql(tmp_path: Path) -> None:
+    """And the server, too: of its own, for others would not like that."""
+    pytest.importorskip("psycopg", reason="needs the extra [postgres]")
+    from postgres_server import FOR_TESTS, Server, why_none
+
+    if reason := why_none():
+        pytest.skip(reason)
+    server = Server({**FOR_TESTS, **SETTINGS})
+    try:
+        root = tmp_path / "soak"
+        verdict = soak(root, kills=12, seed=7, pause=(0.1, 0.5), servers=0.25, server=server)
+    finally:
+        server.remove()
+    print(verdict)
+    assert verdict.good, str(verdict)
+    assert verdict.numbers["kills"] >= 12
+    assert verdict.numbers["  of the database"] > 0
     assert verdict.numbers["  delivered"] > 10
 
 
@@ -97,6 +117,18 @@ def test_duplicates(case: Case) -> None:
     case.taken("e", 1.0, "p2")  # never killed
     case.taken("f", 1.0)
     for mail in "abcde":
+        case.taken(mail, 9.0, "p2")
+    assert case.wrong() == {"not explained": 2}
+
+
+def test_duplicates_when_the_database_dies(case: Case) -> None:
+    case.committed("abcd")
+    case.kills = [Kill("s1", 5.0, frozenset("abc"), until=6.0)]
+    case.taken("a", 4.5)  # recorded, but not on the disk
+    case.taken("b", 6.5)  # on its way meanwhile
+    case.taken("c", 1.0)  # long before
+    case.taken("d", 4.5)  # and that stayed recorded
+    for mail in "abcd":
         case.taken(mail, 9.0, "p2")
     assert case.wrong() == {"not explained": 2}
 

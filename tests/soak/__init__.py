@@ -8,5 +8,8 @@
 
     killer: SIGKILL to one of them at a random moment, a look at the spool, and another begins
 
+The spool is a directory, or a PostgreSQL that is killed now and then, too: all of it, or one of its
+processes.
+
 At the end everything is compared: see `verdict`.  ``python -m soak`` with tests/ on the path.
 """

@@ -11,8 +11,8 @@ from typing import Any
 
 import transaction
 
-from cpsmailaccess_delivery import Outbox, Schedule
-from cpsmailaccess_delivery.errors import EntryBusy, KeyTaken, NoSuchEntry
+from cpsmailaccess_delivery import Outbox, Schedule, scheduler
+from cpsmailaccess_delivery.errors import EntryBusy, KeyTaken, NoSuchEntry, OutboxError
 
 from .truth import Appender, Participant, TruthWitness
 
@@ -23,10 +23,16 @@ SCHEDULE = Schedule(first=0.2, factor=1.5, longest=1.0, give_up=86_400.0, delay_
 
 _UNDO = 0.4  # seconds in which a mail may be taken back
 
+#: On PostgreSQL nobody knows who is dead: seconds until what was left behind is in doubt, and
+#: between two looks for it.
+_DOUBT_AFTER = 3.0
+_SWEEP_EVERY = 1.0
 
-def outbox_of(root: Path, name: str = "", *, witness: bool = True) -> Outbox:
+
+def outbox_of(root: Path, location: str, name: str = "", *, witness: bool = True) -> Outbox:
+    """`root`: where the soak keeps what it knows itself."""
     return Outbox(
-        root / "outbox",
+        location,
         key=KEY,
         schedule=SCHEDULE,
         helo_name=f"{name}.soak.test" if name else None,
@@ -34,24 +40,39 @@ def outbox_of(root: Path, name: str = "", *, witness: bool = True) -> Outbox:
     )
 
 
-def process(root: Path, name: str) -> None:
+def is_database(location: str) -> bool:
+    return location.startswith("postgresql:")
+
+
+def process(root: Path, location: str, name: str) -> None:
     """Deliver until killed."""
     logging.disable(logging.CRITICAL)
-    outbox_of(root, name).processor().start()
+    if is_database(location):
+        from cpsmailaccess_delivery.pg import staging
+
+        staging.DOUBT_AFTER = _DOUBT_AFTER
+        scheduler._SWEEP_EVERY = _SWEEP_EVERY
+    outbox_of(root, location, name).processor().start()
     threading.Event().wait()
 
 
-def commit(root: Path, name: str, seed: int, witness: bool) -> None:
+def commit(root: Path, location: str, name: str, seed: int, witness: bool) -> None:
     """Begin and end transactions of every kind until killed."""
     logging.disable(logging.CRITICAL)
-    Committer(root, name, random.Random(seed), witness).run()
+    outbox = outbox_of(root, location, witness=witness)
+    # A database that is away fails a commit; a directory never does.
+    bad = OutboxError if is_database(location) else (KeyTaken, EntryBusy, NoSuchEntry)
+    Committer(root, name, random.Random(seed), outbox, bad).run()
 
 
 class Committer:
-    """`witness`: whether its transactions can be asked about after its death."""
+    """`bad`: errors that a transaction may end with."""
 
-    def __init__(self, root: Path, name: str, chance: random.Random, witness: bool) -> None:
-        self.outbox = outbox_of(root, witness=witness)
+    def __init__(
+        self, root: Path, name: str, chance: random.Random, outbox: Outbox, bad: Any
+    ) -> None:
+        self.outbox = outbox
+        self.bad = bad
         self.witness = self.outbox.witness or TruthWitness(root / "truth")
         self.truth = Appender(root / "truth" / name)
         self.plans = Appender(root / "plans" / name)
@@ -73,7 +94,7 @@ class Committer:
                     transaction.abort()
                 else:
                     transaction.commit()
-            except (KeyTaken, EntryBusy, NoSuchEntry):
+            except self.bad:
                 transaction.abort()
             time.sleep(self.chance.random() * 0.04)  # so that the queue does not only grow
 

@@ -69,7 +69,9 @@ def measure(root: Path, waiting: int) -> Recovery:
             return subprocess.Popen([*module, *arguments], stdout=nowhere, stderr=nowhere)
 
         def processor() -> Any:
-            child = context.Process(target=process, args=(root, "p"), daemon=True)
+            child = context.Process(
+                target=process, args=(root, str(root / "outbox"), "p"), daemon=True
+            )
             child.start()
             return child
 

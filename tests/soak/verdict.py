@@ -3,7 +3,8 @@
 * committed = delivered + in the spool (held, waiting) + cancelled: nothing is lost;
 * what was not committed was never delivered;
 * a mail came twice only where an attempt had no recorded reply: the relay did not answer, or the
-  processor was killed after the relay took the mail, and the mail was still in the spool then;
+  processor was killed after the relay took the mail, and the mail was still in the spool then; or
+  the database died around that time, and the mail was in it when it came again;
 * a key was committed once;
 * a cancelled mail was not delivered, but by such an attempt, or when its cancelling
   process was killed in that very commit.
@@ -20,12 +21,20 @@ from cpsmailaccess_delivery.interfaces import State
 from .relay import Delivery, Relay
 from .truth import lines
 
+#: Seconds before the death of a database from which on what was recorded may be lost with it (a
+#: removal waits for its disk with the next `sync`: a moment, on a busy machine a long one), and
+#: after its return until which what its workers then had on its way is sent.
+_BEFORE, _AFTER = 2.0, 2.0
+
 
 @dataclass
 class Kill:
+    """``name``: begins with p for processors, c for who commits, s for the database."""
+
     name: str
     at: float  # seconds since the epoch; it was dead some time later
     spooled: frozenset[str] = frozenset()  # mails in the spool when it was dead
+    until: float = 0.0  # seconds since the epoch; of a database: it was back
 
 
 @dataclass
@@ -61,7 +70,7 @@ def judge(root: Path, relay: Relay, kills: list[Kill], spool: dict[str, State]) 
     for delivery in relay.deliveries:
         deliveries[delivery.mail].append(delivery)
     why = _Explainer(relay, kills)
-    silent = recordless = 0
+    silent = recordless = forgotten = 0
     unexplained, cancelled_sent = [], []
     for mail, made in deliveries.items():
         made.sort(key=lambda each: each.at)
@@ -70,21 +79,24 @@ def judge(root: Path, relay: Relay, kills: list[Kill], spool: dict[str, State]) 
                 silent += 1
             elif why.unrecorded(delivery):
                 recordless += 1
+            elif why.forgotten(delivery):
+                forgotten += 1
             else:
                 unexplained.append(f"{mail}: {why.tell(delivery)}")
         if mail in cancelled - in_doubt and not all(
-            not each.replied or why.unrecorded(each) for each in made
+            not each.replied or why.unrecorded(each) or why.forgotten(each) for each in made
         ):
             cancelled_sent.append(f"{mail}: {'; '.join(map(why.tell, made))}")
     open_ = committed - set(deliveries) - cancelled
     waiting = {m for m in open_ if spool.get(m) in (State.QUEUED, State.DEFERRED)}
     held = {m for m in open_ if m in spool} - waiting
-    processors = sum(kill.name.startswith("p") for kill in kills)
+    victims = Counter(kill.name[0] for kill in kills)
     return Verdict(
         numbers={
             "kills": len(kills),
-            "  of processors": processors,
-            "  of committing processes": len(kills) - processors,
+            "  of processors": victims["p"],
+            "  of committing processes": victims["c"],
+            "  of the database": victims["s"],
             "mails committed": len(committed),
             "  delivered": len(committed & set(deliveries)),
             "  held or unclear, for a person": len(held),
@@ -93,9 +105,10 @@ def judge(root: Path, relay: Relay, kills: list[Kill], spool: dict[str, State]) 
             "mails aborted, rolled back or not begun": len(planned - committed),
             "  held: in doubt, and without a witness": len(set(spool) - committed),
             "keys committed": len(keys),
-            "duplicates": silent + recordless + len(unexplained),
+            "duplicates": silent + recordless + forgotten + len(unexplained),
             "  the relay had not replied": silent,
             "  the processor was killed before it had recorded the reply": recordless,
+            "  the database died before it had that on its disk": forgotten,
         },
         wrong={
             "  not explained": unexplained,
@@ -119,6 +132,15 @@ class _Explainer:
         """
         kill = self._kills.get(self._clients.get(delivery.session, ""))
         return kill is not None and (delivery.mail in kill.spooled or delivery.at > kill.at)
+
+    def forgotten(self, delivery: Delivery) -> bool:
+        """Tell whether the database died, and nothing of this delivery was in it afterwards."""
+        return any(
+            kill.at - _BEFORE <= delivery.at <= kill.until + _AFTER
+            and delivery.mail in kill.spooled
+            for kill in self._kills.values()
+            if kill.until
+        )
 
     def tell(self, delivery: Delivery) -> str:
         client = self._clients.get(delivery.session, "?")

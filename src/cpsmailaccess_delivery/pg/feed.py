@@ -214,7 +214,10 @@ class Feed:
             lease = self._spool.lease_of(row._replace(job=job_of[row.entry.id]), token)
             if lease is not None:
                 with self._lock:
+                    former = self._ahead.pop(lease.entry.id, None)
                     self._ahead[lease.entry.id] = lease
+                if former is not None:  # which a server that died has forgotten
+                    former.leave()
                 entries.append(lease.entry)
         return sorted(entries, key=lambda entry: (-entry.priority, entry.id))
 

@@ -53,6 +53,7 @@ class Lease:
         "_leases",
         "_message",
         "_side",
+        "_tried",
         "entry",
         "envelope",
         "job",
@@ -70,6 +71,7 @@ class Lease:
         self._side = row.side
         self._message = row.message
         self._held = True
+        self._tried = False  # to settle it; the answer may have been lost
         self.job = row.job
         self.token = token
         self.taken_at = time.monotonic()  # or renewed
@@ -101,12 +103,19 @@ class Lease:
 
     def settle(self, settlement: Settlement) -> Entry | None:
         """See `ILease`."""
+        try:
+            return self._settle(settlement)
+        except SpoolError:
+            self._tried = True
+            raise
+
+    def _settle(self, settlement: Settlement) -> Entry | None:
         self._check()
         mails, state = self._leases.mails, settlement.state
         if state in _GONE or not settlement.keep:
             if state is State.CANCELLED and not self.entry.attempts:
                 mails.free_key(self.entry.id)
-            self._is_done(mails.remove(self.entry.id, self.token))
+            self._is_done(mails.remove(self.entry.id, self.token, again=self._tried))
             return None
         if state not in _SETTLED:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {state}")
@@ -114,7 +123,8 @@ class Lease:
         after = normal(self.entry._replace(state=state, due=due, attempts=attempts))
         outcomes = {**self.outcomes, **settlement.outcomes}
         side = Side(after.state, after.due, after.attempts, settlement.reason, outcomes)
-        return after if self._is_done(mails.record(after, side, self.token)) else None
+        done = mails.record(after, side, self.token, again=self._tried)
+        return after if self._is_done(done) else None
 
     def set_aside(self, reason: str) -> None:
         """See `ILease`."""
@@ -160,7 +170,12 @@ class Lease:
     def _is_done(self, done: bool) -> bool:
         self._held = False
         self._leases.forget(self)
-        if not done:
+        if not done and self._tried:
+            log.warning(
+                "%s: recorded already, before a connection was lost; or its lease was lost since",
+                self.entry.id,
+            )
+        elif not done:
             log.error(
                 "%s: its lease was lost: this process, its host or the network stood still for"
                 " more than %.0f s; another worker has the mail, which may be sent twice",

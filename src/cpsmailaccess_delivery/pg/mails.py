@@ -44,6 +44,9 @@ ABORTED: Final = "aborted"
 ARRIVING: Final = "arriving"
 VISIBLE: Final = f"state NOT IN ('{STAGED}', '{ABORTED}', '{ARRIVING}')"
 
+#: Bytes of a message that are read at a time; it is stored so that the rest is not touched.
+SLICE: Final = 1024 * 1024
+
 _ID = re.compile(r"\d{10}\.M\d{6}R[0-9a-f]{6}\.[0-9a-f]{16}", re.ASCII)
 _PAGE: Final = 5_000
 
@@ -52,6 +55,13 @@ _WIDTH: Final = 7  # columns
 FREE: Final = "(leased_until IS NULL OR leased_until < clock_timestamp())"
 TAKEABLE: Final = "(state = 'queued' OR (state IN ('deferred', 'unclear') AND due > 0))"
 _LAZY: Final = "set_config('synchronous_commit', 'off', true)"
+
+#: How long a settlement waits for a lock, in the loop of a processor: for the renewal of its
+#: leases, not for a person.  Then the mail is kept, and tried again.
+_WAIT: Final = "500ms"
+_WAIT_AGAIN: Final = "20ms"
+_SETTLED_BY: Final = "set_config('lock_timeout', %(wait)s, true) IS NOT NULL AND lease = %(lease)s"
+
 _CLAIMED: Final = f"{ENTRY}, block, CASE WHEN size <= %(inline)s THEN message END, side, job"
 
 CLAIM: Final = f"""
@@ -81,7 +91,7 @@ WITH mail AS (
 
 _REMOVE: Final = f"""
 WITH mail AS (
-    DELETE FROM {MAILS} WHERE id = %(id)s AND lease = %(lease)s RETURNING job, {_LAZY}
+    DELETE FROM {MAILS} WHERE id = %(id)s AND {_SETTLED_BY} RETURNING job, {_LAZY}
 ), done AS ({DELETE_JOB})
 SELECT count(*) FROM mail"""  # noqa: S608
 
@@ -89,7 +99,7 @@ _RECORD: Final = f"""
 WITH mail AS (
     UPDATE {MAILS} SET state = %(state)s, due = %(due)s, attempts = %(attempts)s, side = %(side)s,
         lease = NULL, leased_until = NULL, settled_at = clock_timestamp(), doubt = false
-    WHERE id = %(id)s AND lease = %(lease)s RETURNING job
+    WHERE id = %(id)s AND {_SETTLED_BY} RETURNING job
 ), done AS ({{job}}), told AS (SELECT pg_notify('{CHANNEL}', %(id)s) FROM mail)
 SELECT count(*) FROM mail, told"""  # noqa: S608
 
@@ -97,7 +107,7 @@ _RELEASE: Final = f"""
 WITH mail AS (
     UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,
         lease = NULL, leased_until = NULL
-    WHERE id = %(id)s AND lease = %(lease)s RETURNING job, {_LAZY}
+    WHERE id = %(id)s AND {_SETTLED_BY} RETURNING job, {_LAZY}
 ), done AS ({FREE_JOB})
 SELECT count(*) FROM mail"""  # noqa: S608
 
@@ -196,9 +206,16 @@ class Mails:
         return record_of(self._read(entry.id, "block, side, size"))
 
     def message(self, entry_id: str) -> bytes:
-        """Return the message of a mail.  Raises `NoSuchEntry`."""
-        message: bytes = self._read(entry_id, "message")[_WIDTH]
-        return message
+        """Return the message of a mail.  Raises `NoSuchEntry`.
+
+        In slices: what server and driver have in memory beside it is one of them.
+        """
+        parts: list[bytes] = []
+        while not parts or len(parts[-1]) == SLICE:
+            start = len(parts) * SLICE + 1
+            column = f"substring(message FROM {start} FOR {SLICE})"
+            parts.append(self._read(entry_id, column)[_WIDTH])
+        return b"".join(parts)
 
     def leased(self, entry: Entry) -> bool:
         """Tell whether somebody has the lease of this entry."""
@@ -237,25 +254,25 @@ class Mails:
             row = connection.execute(CLAIM, values, binary=True).fetchone()
         return row_of(row) if row else None
 
-    def remove(self, entry_id: str, lease: uuid.UUID) -> bool:
+    def remove(self, entry_id: str, lease: uuid.UUID, *, again: bool) -> bool:
         """Remove a mail; safe against a crash of the server with the next `sync`."""
-        return self._settle(_REMOVE, {"id": entry_id, "lease": lease})
+        return self._settle(_REMOVE, {"id": entry_id, "lease": lease}, again=again)
 
     def free_key(self, entry_id: str) -> None:
         """Free the key of a mail that was cancelled before its first attempt."""
         with self._connections.use(f"free the key of {entry_id}") as connection:
             connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry_id])  # noqa: S608
 
-    def record(self, after: Entry, side: Side, lease: uuid.UUID) -> bool:
+    def record(self, after: Entry, side: Side, lease: uuid.UUID, *, again: bool) -> bool:
         """Write what an attempt left, durably, and end the lease."""
         job = FREE_JOB if is_takeable(after) else DELETE_JOB
-        return self._settle(_RECORD.format(job=job), _values(after, side, lease))
+        return self._settle(_RECORD.format(job=job), _values(after, side, lease), again=again)
 
     def set_aside(self, entry: Entry, side: Side, lease: uuid.UUID) -> bool:
         """Hold a mail, durably, for as long as its lease lasts, and longer."""
         query = (
             f"UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s"  # noqa: S608
-            " WHERE id = %(id)s AND lease = %(lease)s RETURNING 1"
+            f" WHERE id = %(id)s AND {_SETTLED_BY} RETURNING 1"
         )
         return self._settle(query, _values(entry, side, lease))
 
@@ -285,7 +302,9 @@ class Mails:
                     tell(connection, [before.id])
         return done
 
-    def _settle(self, query: str, values: dict[str, Any]) -> bool:
+    def _settle(self, query: str, values: dict[str, Any], *, again: bool = False) -> bool:
+        """`again`: it could not be done before."""
+        values["wait"] = _WAIT_AGAIN if again else _WAIT
         with self._connections.use(f"settle {values['id']}") as connection:
             row = connection.execute(query, values).fetchone()
         return bool(row and row[0])
