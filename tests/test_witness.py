@@ -17,9 +17,13 @@ from typing import Any
 
 import pytest
 import transaction
+import ZODB
+from relstorage.storage import RelStorage
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import sessionmaker
 from ZODB.Connection import TransactionMetaData
+from ZODB.FileStorage import FileStorage
+from ZODB.MappingStorage import MappingStorage
 from zope.component import getGlobalSiteManager
 from zope.configuration import xmlconfig
 from zope.event import notify
@@ -33,6 +37,7 @@ from cpsmailaccess_delivery.interfaces import ITransactionWitness, State, Verdic
 from cpsmailaccess_delivery.spool.lease import Lease
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.upkeep import Upkeep
+from cpsmailaccess_delivery.witness import zodb as zodb_witness
 from cpsmailaccess_delivery.witness.sql import SQLWitness
 from cpsmailaccess_delivery.witness.zodb import ZODBWitness
 from cpsmailaccess_delivery.witness.zodb import register as register_zodb
@@ -201,6 +206,20 @@ def test_killed_at_every_step_with_sql(tmp_path: Path) -> None:
 
 
 # What each witness knows, and what it cannot
+
+
+class NullDataManager:
+    """Takes part, and does nothing."""
+
+    transaction_manager = transaction.manager
+
+    def sortKey(self) -> str:
+        return "~~~~"
+
+    def nothing(self, txn: Any) -> None:
+        pass
+
+    tpc_begin = commit = tpc_vote = tpc_finish = tpc_abort = abort = nothing
 
 
 class Doubtful:
@@ -374,6 +393,87 @@ def test_a_storage_without_history_knows_nothing(tmp_path: Path) -> None:
     with closing(db), closing(make(doubtful.path, ZODBWitness(db))) as outbox:
         swept(outbox)
         assert states(outbox) == ["held"] * MAILS
+
+
+def test_a_storage_that_keeps_no_history_is_no_witness() -> None:
+    db = ZODB.DB(MappingStorage())
+    with closing(db):
+        token = f"{'0' * 32}.{db.lastTransaction().hex()}"
+        with db.transaction() as connection:
+            connection.root()["x"] = 1
+        assert ZODBWitness(db).ask([token]) == {}
+
+
+def test_a_storage_that_may_not_be_written_is_no_witness(tmp_path: Path) -> None:
+    """Nobody can take his turn there: what the dead have told it may not have ended."""
+    with closing(open_zodb(str(tmp_path))) as db:
+        mark = db.lastTransaction().hex()
+    with closing(ZODB.DB(FileStorage(f"{tmp_path}/Data.fs", read_only=True))) as db:
+        assert ZODBWitness(db).ask([f"{'0' * 32}.{mark}"]) == {}
+
+
+@pytest.mark.parametrize("mark", ["", ".", ".zz", ".00", f".{'00' * 9}"])
+def test_a_token_without_a_mark_is_unknown(zodb: Any, mark: str) -> None:
+    """Another witness has made it, or nobody."""
+    db = zodb()
+    good = f"{'1' * 32}.{db.lastTransaction().hex()}"
+    bad = "0" * 32 + mark
+    assert ZODBWitness(db).ask([bad]) == {}
+    assert ZODBWitness(db).ask([bad, good]) == {good: Verdict.ABORTED}
+
+
+def test_who_has_not_marked_a_transaction_expects_nothing(zodb: Any) -> None:
+    """The mark in its token is another database's."""
+    db = zodb()
+    witness, seen = ZODBWitness(db), []
+    for marked in (False, True):
+        with transaction.manager as txn:
+            connection = db.open()
+            if marked:
+                witness.mark(txn)
+            connection.root()[f"x{marked}"] = 1
+
+            class Last(NullDataManager):
+                def sortKey(self) -> str:
+                    return "~~~"
+
+                def commit(self, txn: Any) -> None:
+                    seen.append(witness.expects(txn))
+
+            txn.join(Last())
+        connection.close()
+    assert seen == [False, True]
+
+
+def test_a_mark_is_not_used_for_long(zodb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor asked for at each mail: an old one costs a longer look, and a pack spoils it."""
+    db = zodb()
+    witness = ZODBWitness(db)
+    first = witness.mark(transaction.begin())
+    with db.transaction() as connection:
+        connection.root()["x"] = 1
+    assert witness.mark(transaction.begin()) == first
+    monkeypatch.setattr(zodb_witness, "_MARKED", 0.0)
+    assert witness.mark(transaction.begin()) == db.lastTransaction().hex() != first
+
+
+def test_connections_of_relstorage_are_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = []
+    release = RelStorage.release
+
+    def noted(self: Any) -> None:
+        released.append(self)
+        release(self)
+
+    with closing(open_relstorage(str(tmp_path))) as db:
+        monkeypatch.setattr(RelStorage, "release", noted)
+        witness = ZODBWitness(db)
+        mark = witness.mark(transaction.begin())
+        witness.ask([f"{'0' * 32}.{mark}"])
+        assert len(released) == 2
+        assert db.storage not in released
 
 
 def test_a_commit_that_the_server_has_not_ended_is_waited_for(
@@ -601,6 +701,41 @@ def test_the_table_stays_small(tmp_path: Path, engine: Any) -> None:
             else:
                 transaction.abort()
             assert rows(engine) <= 1
+            assert len(witness._ended) <= 1
+
+
+def test_a_transaction_that_has_only_read_leaves_its_trace(tmp_path: Path, engine: Any) -> None:
+    witness = SQLWitness(engine.raw_connection)
+    session = sessionmaker(bind=engine)()
+    register(session)
+    with closing(make(tmp_path / "box", witness)) as outbox, transaction.manager as txn:
+        witness.follow_session(txn, session)
+        outbox.delivery.send(ALICE, ["b@example.net"], b"\nx")
+    assert rows(engine) == 1
+
+
+def test_rows_of_before_a_veto_are_removed_later(tmp_path: Path, engine: Any) -> None:
+    witness = SQLWitness(engine.raw_connection)
+    session = sessionmaker(bind=engine)()
+    register(session)
+
+    class Veto(NullDataManager):
+        def commit(self, txn: Any) -> None:
+            raise RuntimeError("a veto")
+
+    with closing(make(tmp_path / "box", witness)) as outbox:
+        for veto in (False, True, False):
+            txn = transaction.begin()
+            witness.follow_session(txn, session)
+            outbox.delivery.send(ALICE, ["b@example.net"], b"\nx")
+            if veto:
+                txn.join(Veto())
+                with pytest.raises(RuntimeError, match="a veto"):
+                    transaction.commit()
+                transaction.abort()
+            else:
+                transaction.commit()
+            assert rows(engine) == 1
 
 
 def test_who_does_not_follow_is_held(tmp_path: Path, engine: Any) -> None:
