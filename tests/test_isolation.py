@@ -140,6 +140,9 @@ def test_a_whole_life(tmp_path: Path, monkeypatch) -> None:
     key = base64.b64decode(key_file.read_bytes())
     secrets = {mailbox: forms(text.encode()) for mailbox, text in PASSWORDS.items()}
     assert search(secrets, seen) == []
+    size = sum(map(len, seen.values()))
+    shapes = sum(map(len, secrets.values()))
+    print(f"{len(secrets)} passwords in {shapes} forms, in {len(seen)} places of {size:,} bytes")
     del seen["outbox.key"]
     secrets = {"the key": {key, key.hex().encode(), base64.b64encode(key), repr(key).encode()}}
     assert search(secrets, seen) == []
