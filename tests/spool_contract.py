@@ -19,6 +19,7 @@ from cpsmailaccess_delivery.errors import (
     SpoolError,
 )
 from cpsmailaccess_delivery.interfaces import (
+    Doubt,
     Entry,
     ILease,
     ISpool,
@@ -27,6 +28,7 @@ from cpsmailaccess_delivery.interfaces import (
     Outcome,
     Settlement,
     State,
+    Verdict,
 )
 
 DEADLINE = 30.0  # seconds until a test gives up waiting
@@ -661,3 +663,114 @@ class SpoolContract:
     def test_close_twice(self, spool):
         spool.close()
         spool.close()
+
+
+STATES = (State.QUEUED, State.DEFERRED, State.UNCLEAR, State.REFUSED, State.HELD)
+
+
+def bring(spool: Any, state: State, message_id: str = "1.2@example.org", **wishes: Any) -> Entry:
+    """Return a mail in a state, with all that may be known of it."""
+    entry = queue(spool, message_id, **wishes)
+    if state is State.HELD:
+        held: Entry = spool.hold(entry, "a person wants to look")
+        return held
+    if state is State.QUEUED:
+        return entry
+    outcomes = {"bob@example.net": ACCEPTED, "carol@example.net": DEFERRED}
+    due = 0.0 if state is State.REFUSED else 9e9
+    after = settle(spool, entry, state, outcomes=outcomes, due=due, attempts=3, reason="as it was")
+    assert after is not None
+    return after
+
+
+class DoubtContract:
+    """Of a spool that outlives its processes: whoever cancels a mail dies before he is done."""
+
+    def leave(self, spool: Any, entry: Entry, token: str = "T0k3n") -> Doubt:
+        lease = spool.claim(entry)
+        lease.set_aside("in doubt: who knows?", token)
+        assert spool.doubts() == []  # its transaction has not ended
+        lease.leave()
+        (doubt,) = spool.doubts()
+        assert doubt == Doubt(lease.entry, token, cancels=True)
+        return doubt
+
+    @pytest.mark.parametrize("verdict", Verdict)
+    @pytest.mark.parametrize("state", STATES)
+    def test_a_cancel_in_doubt(self, spool, state, verdict):
+        entry = bring(spool, state)
+        before, message = spool.load(entry), spool.read_message(entry)
+        doubt = self.leave(spool, entry)
+        record = spool.resolve(doubt, verdict)
+        assert record.envelope == before.envelope
+        assert (record.entry, record.outcomes) == (doubt.entry, before.outcomes)
+        assert spool.doubts() == []
+        assert spool.resolve(doubt, verdict) is None
+        if verdict is Verdict.COMMITTED:
+            assert list(spool.scan()) == []
+            return
+        (there,) = spool.scan()
+        assert spool.read_message(there) == message
+        if verdict is Verdict.ABORTED:
+            assert there == entry
+            assert spool.load(there) == before
+            assert settle(spool, there, State.ACCEPTED) is None
+        else:
+            assert there == doubt.entry
+            after = spool.load(there)
+            assert after.reason.startswith("in doubt: ")
+            assert "nobody can tell" in after.reason
+            assert after.outcomes == before.outcomes
+
+    @pytest.mark.parametrize("verdict", [Verdict.COMMITTED, Verdict.ABORTED])
+    @pytest.mark.parametrize("state", [State.QUEUED, State.DEFERRED])
+    def test_the_key_of_a_cancel_in_doubt(self, spool, state, verdict):
+        entry = bring(spool, state, key="k")
+        spool.resolve(self.leave(spool, entry), verdict)
+        free = verdict is Verdict.COMMITTED and state is State.QUEUED  # never tried
+        assert spool.key_holder("k") == (None if free else "1.2@example.org")
+
+    @pytest.mark.parametrize("decision", ["release", "hold", "cancel"])
+    def test_a_person_decides_on_a_cancel_in_doubt(self, spool, decision):
+        doubt = self.leave(spool, bring(spool, State.DEFERRED))
+        if decision == "release":
+            spool.requeue(doubt.entry, unclear=True)
+        elif decision == "hold":
+            spool.hold(doubt.entry, "not before I have looked")
+        else:
+            spool.cancel(doubt.entry)
+        assert spool.doubts() == []
+        before = list(spool.scan())
+        for verdict in Verdict:
+            assert spool.resolve(doubt, verdict) is None
+        assert list(spool.scan()) == before
+        if decision == "release":
+            assert spool.load(spool.hold(before[0], "why")).cancel is None
+            assert spool.doubts() == []
+
+    def test_a_cancel_after_one_in_doubt(self, spool):
+        """Each is asked about by itself, and the answer to one is none to the other."""
+        entry = bring(spool, State.DEFERRED)
+        before = spool.load(entry)
+        first = self.leave(spool, entry)
+        second = self.leave(spool, first.entry, "another")
+        for verdict in Verdict:
+            assert spool.resolve(first, verdict) is None
+        spool.resolve(second, Verdict.ABORTED)
+        assert spool.doubts() == [first]
+        lease = spool.claim(first.entry)
+        lease.set_aside("a third one", "a third")
+        lease.release()
+        assert spool.doubts() == [first]
+        spool.resolve(first, Verdict.ABORTED)
+        assert spool.load(entry) == before
+
+    def test_set_aside_again_without_a_token(self, spool):
+        """As who moves it does: nobody asks meanwhile, nor when he dies."""
+        doubt = self.leave(spool, bring(spool, State.QUEUED))
+        lease = spool.claim(doubt.entry)
+        lease.set_aside("being moved")
+        assert spool.doubts() == []
+        lease.leave()
+        assert spool.doubts() == []
+        assert spool.resolve(doubt, Verdict.COMMITTED) is None

@@ -178,6 +178,27 @@ def test_writer_refuses_more_than_is_read():
     assert parse_block(block)[0].recipients == fitting
 
 
+@pytest.mark.parametrize("line", [each for each in BLOCK.splitlines()[1:] if each])
+@pytest.mark.parametrize("space", [b" ", b"\t", "\u3000".encode()])
+def test_reader_refuses_outer_space(line, space):
+    for wrong in (line + space, line.replace(b": ", b": " + space)):
+        with pytest.raises(InvalidEnvelope):
+            parse_block(BLOCK.replace(line, wrong))
+
+
+@pytest.mark.parametrize("name", [b"X-Zope-From", b"X-Zope-To"])
+def test_reader_needs_a_sender_and_a_recipient(name):
+    lines = [line for line in BLOCK.splitlines(keepends=True) if not line.startswith(name)]
+    with pytest.raises(InvalidEnvelope, match="is missing"):
+        parse_block(b"".join(lines))
+
+
+def test_reader_says_which_line_is_there_twice():
+    (line,) = (line for line in BLOCK.splitlines(keepends=True) if line.startswith(b"X-Zope-To:"))
+    with pytest.raises(InvalidEnvelope, match=r"X-Zope-To: .*unknown, repeated or out of order"):
+        parse_block(BLOCK.replace(line, line + line))
+
+
 def test_error_is_a_spool_error():
     assert issubclass(InvalidEnvelope, SpoolError)
 

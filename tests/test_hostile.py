@@ -106,6 +106,7 @@ def test_no_dot_ends_a_mail(outbox: Outbox, chunking: bool, pipelining: bool) ->
         mail = arrived[f"{number}@example.org"]
         assert mail.data == b"".join(line + b"\r\n" for line in lines_of(message)), message
         assert mail.sender == "alice@example.org"
+    print(f"{len(messages)} mails with a dot between line ends, each as it was meant")
     used = {line.split()[0] for _, _, line in server.commands}
     assert ("BDAT" in used) is chunking
     assert ("DATA" in used) is not chunking

@@ -56,6 +56,14 @@ def forms(text: bytes) -> set[bytes]:
     return {form for form in found if len(form) > 8}
 
 
+def quotings(text: str) -> list[str]:
+    """Return how the programs of a relay might quote what they were told."""
+    data = text.encode()
+    forms = ("\\x%02x", "\\x%02X", "\\%03o", "%%%02X", "=%02X")
+    quoted = ["".join(chr(b) if b < 127 else form % b for b in data) for form in forms]
+    return [text, *quoted, repr(data)[2:-1], ascii(text)[1:-1], json.dumps(text)[1:-1]]
+
+
 def search(secrets: dict[str, set[bytes]], where: dict[str, bytes]) -> list[str]:
     return [
         f"{whose} in {place}"
@@ -132,6 +140,9 @@ def test_a_whole_life(tmp_path: Path, monkeypatch) -> None:
     key = base64.b64decode(key_file.read_bytes())
     secrets = {mailbox: forms(text.encode()) for mailbox, text in PASSWORDS.items()}
     assert search(secrets, seen) == []
+    size = sum(map(len, seen.values()))
+    shapes = sum(map(len, secrets.values()))
+    print(f"{len(secrets)} passwords in {shapes} forms, in {len(seen)} places of {size:,} bytes")
     del seen["outbox.key"]
     secrets = {"the key": {key, key.hex().encode(), base64.b64encode(key), repr(key).encode()}}
     assert search(secrets, seen) == []
@@ -238,8 +249,10 @@ def _live(site, tls, plain, authority, seen, password_file) -> None:
         # A relay that says again what it was told
         echo = PASSWORDS["bad@example.org"]
         token = base64.b64encode(f"\0login-bad@example.org\0{echo}".encode()).decode()
-        plain.on("AUTH", reply=f"535 5.7.8 no: {token} {echo}\r\n".encode(), times=1)
-        command("-v", "accounts", "check", "bad@example.org")
+        for said in (token, *quotings(echo)):
+            plain.on("AUTH", reply=f"535 5.7.8 no: <{said}>\r\n".encode(), times=1)
+            command("-v", "accounts", "check", "bad@example.org")
+            assert b"no: <***>" in seen["cpsmail -v accounts check bad@example.org"], said
         processes = children_of(running.pid)
         assert len(processes) >= 3
         for pid in processes:

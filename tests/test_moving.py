@@ -26,10 +26,10 @@ from conftest import KEY, PASSWORD
 from cpsmailaccess_delivery import Account, Outbox, State
 from cpsmailaccess_delivery.envelope import digest
 from cpsmailaccess_delivery.errors import SpoolError
-from cpsmailaccess_delivery.interfaces import Entry, ITransit, Outcome, Settlement
+from cpsmailaccess_delivery.interfaces import Entry, ITransit, Outcome, Settlement, Verdict
 from cpsmailaccess_delivery.moving import MARK, Moved, Mover
 from cpsmailaccess_delivery.retry import Schedule
-from cpsmailaccess_delivery.spool.doubts import ASKED
+from cpsmailaccess_delivery.spool.doubts import ASKED, CANCEL_ASKED
 from cpsmailaccess_delivery.testing import SMTPServer
 from postgres_helpers import wait_for
 
@@ -194,7 +194,39 @@ def test_in_doubt_stays_with_its_witness(places):
         entry = entry_of(source, send(source))
         source.spool.claim(entry).settle(Settlement(State.HELD, reason=ASKED))
         Mover(source, target).move()
-        assert [each.id for each, _ in target.spool.doubts()] == [entry.id]
+        assert [doubt.entry.id for doubt in target.spool.doubts()] == [entry.id]
+
+
+@both_ways
+def test_a_cancel_in_doubt_stays_with_its_witness(places):
+    with opened(places) as (source, target):
+        put(source)
+        entry = entry_of(source, send(source))
+        lease = source.spool.claim(entry)
+        lease.set_aside(CANCEL_ASKED, "T0k3n")
+        lease.leave()
+        Mover(source, target).move()
+        (doubt,) = target.spool.doubts()
+        assert (doubt.entry.id, doubt.token, doubt.cancels) == (entry.id, "T0k3n", True)
+        target.spool.resolve(doubt, Verdict.ABORTED)
+        assert list(target.spool.scan()) == [entry]
+
+
+@both_ways
+def test_a_mail_that_is_half_moved_is_in_nobody_s_doubt(places):
+    """Asked about meanwhile, it would be queued here, and be there, too."""
+    with opened(places) as (source, target):
+        put(source)
+        entry = entry_of(source, send(source))
+        lease = source.spool.claim(entry)
+        lease.set_aside(CANCEL_ASKED, "T0k3n")
+        lease.leave()
+        (doubt,) = source.spool.doubts()
+        lease = source.spool.claim(doubt.entry)
+        lease.set_aside(f"{MARK}{target.location}: say it again")
+        lease.leave()
+        assert source.spool.doubts() == []
+        assert source.spool.resolve(doubt, Verdict.ABORTED) is None
 
 
 @both_ways

@@ -24,7 +24,7 @@ from conftest import KEY
 from cpsmailaccess_delivery import Account, Outbox, State
 from cpsmailaccess_delivery.envelope import parse_block
 from cpsmailaccess_delivery.errors import NoSuchEntry, OutboxError
-from cpsmailaccess_delivery.interfaces import Verdict
+from cpsmailaccess_delivery.interfaces import Settlement, Verdict
 from cpsmailaccess_delivery.metrics import Collector
 from cpsmailaccess_delivery.pg import staging
 from cpsmailaccess_delivery.smtp.machine import WINDOW
@@ -134,12 +134,13 @@ def test_a_witness_decides(outbox, relay, monkeypatch, verdict):
     entry = staged(outbox, witnessed=True)
     monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
     assert outbox.spool.sweep().held == (entry.id,)
-    ((held, token),) = outbox.spool.doubts()
-    assert (held.id, held.state, token) == (entry.id, State.HELD, "T0k3n")
-    record = outbox.spool.resolve(held, verdict)
+    (doubt,) = outbox.spool.doubts()
+    held, token, cancels = doubt
+    assert (held.id, held.state, token, cancels) == (entry.id, State.HELD, "T0k3n", False)
+    record = outbox.spool.resolve(doubt, verdict)
     assert record.envelope.message_id == "1@x"
     assert outbox.spool.doubts() == []
-    assert outbox.spool.resolve(held, verdict) is None
+    assert outbox.spool.resolve(doubt, verdict) is None
     found = [entry.state for entry in outbox.spool.scan()]
     assert (
         found
@@ -161,12 +162,50 @@ def test_who_stood_still_finishes_after_all(outbox, monkeypatch, meanwhile):
         monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
         outbox.spool.sweep()
     if meanwhile == "aborted":
-        ((held, _),) = outbox.spool.doubts()
-        outbox.spool.resolve(held, Verdict.ABORTED)
+        (doubt,) = outbox.spool.doubts()
+        outbox.spool.resolve(doubt, Verdict.ABORTED)
         assert list(outbox.spool.scan()) == []
     outbox.spool.publish([entry])
     assert list(outbox.spool.scan()) == [entry]
     assert outbox.processor().run(forever=False).accepted == 1
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "delivered"])
+def test_who_stood_still_cancels_after_all(outbox, database, meanwhile):
+    """Taken for dead, so the mail is what it was before: gone all the same, if nobody has it."""
+    send(outbox)
+    (entry,) = outbox.spool.scan()
+    lease = outbox.spool.claim(entry)
+    lease.set_aside("in doubt: and so on", "T0k3n")
+    silent = "UPDATE cpsmail.mails SET leased_until = clock_timestamp() - make_interval(secs => %s)"
+    with psycopg.connect(database) as connection:
+        connection.execute(silent, [staging.DOUBT_AFTER - 60.0])
+    assert outbox.spool.doubts() == []
+    with psycopg.connect(database) as connection:
+        connection.execute(silent, [staging.DOUBT_AFTER + 1.0])
+    (doubt,) = outbox.spool.doubts()
+    outbox.spool.resolve(doubt, Verdict.ABORTED)
+    assert list(outbox.spool.scan()) == [entry]
+    delivered = meanwhile == "delivered"
+    if delivered:
+        assert outbox.processor().run(forever=False).accepted == 1
+    assert lease.settle(Settlement(State.CANCELLED)) is None
+    assert list(outbox.spool.scan()) == []
+    assert outbox.processor().run(forever=False).accepted == 0
+
+
+def test_a_late_cancel_leaves_the_key_of_what_another_has(outbox, database):
+    with transaction.manager:
+        outbox.delivery.send(ALICE, [BOB], MESSAGE, idempotency_key="k")
+    (entry,) = outbox.spool.scan()
+    lease = outbox.spool.claim(entry)
+    with psycopg.connect(database) as connection:
+        connection.execute("UPDATE cpsmail.mails SET leased_until = clock_timestamp()")
+    other = outbox.spool.claim(entry)
+    assert lease.settle(Settlement(State.CANCELLED)) is None
+    assert outbox.spool.key_holder("k") is not None
+    assert other.settle(Settlement(State.CANCELLED)) is None
+    assert outbox.spool.key_holder("k") is None
 
 
 def test_what_belongs_to_no_transaction_is_never_in_doubt(outbox, monkeypatch):

@@ -528,11 +528,11 @@ def test_a_cancelled_mail_that_cannot_be_removed_is_not_sent(outbox, monkeypatch
     message_id = send(outbox)
     outbox.delivery.cancel(message_id)
 
-    def fail(self: Any, entry: Entry, **_: Any) -> None:
+    def fail(self: Any, entry: Entry, *_: Any, **__: Any) -> None:
         raise SpoolError("read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Mails, "remove", fail)
+        patch.setattr(Mails, "cancel", fail)
         transaction.commit()
     assert "cancelled, but only held" in caplog.text
     assert not outbox.spool.leased(next(outbox.spool.scan()))
@@ -703,6 +703,31 @@ def test_key_and_mail_are_in_doubt_together(outbox, server, where, committed):
         assert drain(outbox).accepted == 1
         assert [mail.message_id for mail in server.mails] == [again]
     assert len(keys(outbox)) == 1
+
+
+KILLED_CANCEL = """
+import os, sys
+from cpsmailaccess_delivery import Outbox
+from cpsmailaccess_delivery.spool.keys import Keys
+Keys.free = lambda *args: os._exit(9)
+outbox = Outbox(sys.argv[1])
+outbox.queue.cancel(sys.argv[2])
+"""
+
+
+def test_a_cancel_that_is_killed_frees_its_key(outbox, server):
+    """The mail is gone: the next sweep knows from what is left of it whose key to free."""
+    first = send(outbox, idempotency_key="k")
+    command = [sys.executable, "-c", KILLED_CANCEL, outbox.location, first]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 9
+    assert list(outbox.spool.scan()) == []
+    assert outbox.spool.key_holder("k") == first
+    outbox.spool.sweep()
+    assert keys(outbox) == []
+    second = send(outbox, idempotency_key="k")
+    assert second != first
+    assert drain(outbox).accepted == 1
+    assert [mail.message_id for mail in server.mails] == [second]
 
 
 @pytest.mark.parametrize("look", ["send", "sweep", "commit"])

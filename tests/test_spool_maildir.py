@@ -24,6 +24,7 @@ from spool_contract import (
     DEFERRED,
     MESSAGE,
     REFUSED,
+    DoubtContract,
     SpoolContract,
     envelope,
     queue,
@@ -79,7 +80,7 @@ def fail(monkeypatch, call, number, when=lambda *args, **kw: True):
     monkeypatch.setattr(os, call, failing)
 
 
-class TestMaildir(SpoolContract):
+class TestMaildir(SpoolContract, DoubtContract):
     pass
 
 

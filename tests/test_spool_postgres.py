@@ -8,12 +8,12 @@ pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
 from cpsmailaccess_delivery.pg.connections import Connections
 from cpsmailaccess_delivery.spool.postgres import PostgresSpool
-from spool_contract import SpoolContract
+from spool_contract import DoubtContract, SpoolContract
 
 NOW = 1_700_000_000.0
 
 
-class TestPostgresSpool(SpoolContract):
+class TestPostgresSpool(SpoolContract, DoubtContract):
     @pytest.fixture
     def now(self):
         return NOW

@@ -28,6 +28,7 @@ from zope.sqlalchemy.datamanager import SessionDataManager
 
 from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.spool import durable
+from cpsmailaccess_delivery.spool.lease import Lease
 from cpsmailaccess_delivery.spool.staging import Staging
 from cpsmailaccess_delivery.vault import Vault
 from cpsmailaccess_delivery.witness.sql import SQLWitness
@@ -37,6 +38,7 @@ KEY = bytes(range(32))
 ALICE = "alice@example.org"
 NEW = "new@example.org"
 MAILS = 3
+EARLIER = "earlier"  # a mail that was committed before, and its key
 
 
 class Steps:
@@ -75,7 +77,9 @@ def watch_the_outbox(steps: Steps) -> None:
     for name in ("stage", "prepare", "publish"):
         steps.wrap(Staging, name)
         steps.wrap(Vault, name)
-    for name in ("rename", "replace", "fchmod", "fsync"):
+    steps.wrap(Lease, "set_aside")
+    steps.wrap(Lease, "settle")
+    for name in ("rename", "replace", "fchmod", "fsync", "unlink"):
         steps.wrap(os, name)
     durable._quiet = lambda: False  # the same steps each time, whatever else writes here
 
@@ -90,6 +94,12 @@ def send_all(outbox: Outbox, name: str) -> None:
         )
     account = Account(mailbox=NEW, host="new.example.org", username="n", password="secret-of-new")
     outbox.accounts.put(account)
+
+
+def send_earlier(outbox: Outbox) -> None:
+    with transaction.manager:
+        message = f"Message-Id: <{EARLIER}@x>\n\nbody\n"
+        outbox.delivery.send(ALICE, ["bob@example.net"], message, idempotency_key=EARLIER)
 
 
 def open_zodb(where: str) -> Any:
@@ -124,6 +134,7 @@ def commit_with_zodb(
     steps.on = True
     with transaction.manager:
         send_all(outbox, name)
+        outbox.delivery.cancel(f"{EARLIER}@x")
         connection.root()[name] = True
     steps.step("the end")
 
@@ -142,6 +153,7 @@ def commit_with_sql(database: str, place: str, name: str, steps: Steps) -> None:
     with transaction.manager as txn:
         witness.follow_session(txn, session)
         send_all(outbox, name)
+        outbox.delivery.cancel(f"{EARLIER}@x")
         session.execute(text("INSERT INTO things (name) VALUES (:name)"), {"name": name})
         mark_changed(session)
     steps.step("the end")

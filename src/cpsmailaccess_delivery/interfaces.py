@@ -129,6 +129,30 @@ class Entry(NamedTuple):
         return float(seconds) if seconds.isdecimal() else 0.0
 
 
+class Cancel(NamedTuple):
+    """Of a mail that a transaction cancels whose end nobody has seen: what it was before.
+
+    ``token``: of the transaction.  ``earlier``: of another one, of which the same is true.
+    """
+
+    token: str
+    state: State
+    due: float
+    reason: str
+    earlier: Cancel | None = None
+
+
+class Doubt(NamedTuple):
+    """A mail in doubt of which a witness can tell.
+
+    ``token``: of the transaction.  ``cancels``: whether that takes the mail back; else it sends it.
+    """
+
+    entry: Entry
+    token: str
+    cancels: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One mail in the spool, opened: for people and for `status`."""
@@ -138,6 +162,7 @@ class Record:
     outcomes: Mapping[str, Outcome]  # of those recipients that were tried
     size: int  # bytes of the message
     reason: str = ""  # why it is held
+    cancel: Cancel | None = None  # in doubt: whether it was cancelled, a witness can tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,11 +351,18 @@ class ISpool(Interface):
     def left_overs() -> Sequence[str]:
         """Return the names of what dead processes left, for the doctor: `sweep` is due."""
 
-    def doubts() -> Sequence[tuple[Entry, str]]:
-        """Return the mails that `sweep` held and a witness can tell of, with their tokens."""
+    def doubts() -> Sequence[Doubt]:
+        """Return the mails that dead processes left held and a witness can tell of."""
 
-    def resolve(entry: Entry, verdict: Verdict) -> Record | None:
-        """Queue, remove or keep held one of the `doubts`; return what it was.
+    def resolve(doubt: Doubt, verdict: Verdict) -> Record | None:
+        """Let the verdict come true, durably; return what the mail was.
+
+        ::
+
+                       sends it   cancels it
+            COMMITTED  queued     removed
+            ABORTED    removed    what it was before
+            UNKNOWN    held, for a person
 
         None: somebody else has decided already.
         """
@@ -373,9 +405,11 @@ class ILease(Interface):
         Only while the lease is held, in any thread.  Raises `SpoolError`.
         """
 
-    def set_aside(reason: str) -> None:
+    def set_aside(reason: str, token: str = "") -> None:
         """Hold the mail, durably, and keep the lease: so it stays if this process dies.
 
+        `token`: of the transaction that cancels the mail, if a witness will know what became of
+        it: when this process dies, the mail is one of `ISpool.doubts`.
         ``entry`` is the held one from now on.  Raises `SpoolError`.
         """
 

@@ -7,7 +7,7 @@
                                            -> discard: release
 
 The lease between vote and finish is why no processor sends what is being cancelled.  A crash
-in between ends it, and leaves the mail held, in doubt: nobody knows whether it is cancelled.
+in between ends it, and leaves the mail held, in doubt: the witness is asked, or a person decides.
 """
 
 from __future__ import annotations
@@ -22,15 +22,11 @@ from .errors import SpoolError
 from .interfaces import Entry, Settlement, State
 from .queue import events_of
 from .settling import take
+from .spool.doubts import CANCEL_ASKED, CANCEL_IN_DOUBT
 
 log = logging.getLogger(__name__)
 
 _CANCELLED: Final = Settlement(State.CANCELLED)
-
-IN_DOUBT: Final = (
-    "in doubt: a process died between the vote and the end of a transaction that cancels it, and"
-    " nobody can tell whether that committed; cancel it if it did, release it if not"
-)
 
 
 @dataclass(eq=False, slots=True)
@@ -49,9 +45,11 @@ class Removal:
     entry: Entry
     own: Outgoing | None = None
     lease: Any = None
+    token: str = ""  # of the transaction
 
     def begin(self, token: str) -> Removal:
         """Return it; a mail of the same transaction is dropped from now on."""
+        self.token = token
         if self.own is not None:
             self.own.dropped = True
         return self
@@ -119,14 +117,14 @@ class Removals:
         self._clock = clock
 
     def prepare(self, removals: Sequence[Removal], *, witnessed: bool = False) -> None:
-        """Take the leases, and hold the mails.  Raises `NoSuchEntry`, `EntryBusy`.
-
-        In doubt, they stay held: no witness is asked.
-        """
+        """Take the leases, and hold the mails.  Raises `NoSuchEntry`, `EntryBusy`."""
         for removal in removals:
             if removal.own is None:
                 removal.lease = take(self._spool, removal.entry)
-                removal.lease.set_aside(IN_DOUBT)
+                if witnessed:
+                    removal.lease.set_aside(CANCEL_ASKED, removal.token)
+                else:
+                    removal.lease.set_aside(CANCEL_IN_DOUBT)
 
     def publish(self, removals: Sequence[Removal]) -> None:
         """Remove the mails.  Never raises: it logs."""

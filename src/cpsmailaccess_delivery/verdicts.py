@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from .errors import OutboxError
-from .interfaces import Record, Verdict
+from .interfaces import Doubt, Record, State, Verdict
 from .journal import Event
+from .queue import events_of
 
 log = logging.getLogger(__name__)
 
-#: What becomes of a mail in doubt, as it stands in the journal: once for each mail.
+#: What the witness says of a mail in doubt, as it stands in the journal: once for each doubt.
 DECIDED: Final = {
     Verdict.COMMITTED: "committed",
     Verdict.ABORTED: "aborted",
@@ -36,7 +37,7 @@ def resolve(
     """
     try:
         mails, changes = spool.doubts(), accounts.doubts()
-        for entry_id in set(held).difference(entry.id for entry, _ in mails):
+        for entry_id in set(held).difference(doubt.entry.id for doubt in mails):
             record = spool.load(spool.look_up(entry_id))
             journal.record(_event(record, Verdict.UNKNOWN, clock()))
     except (OutboxError, OSError) as error:
@@ -52,7 +53,8 @@ def resolve(
         )
         return
     try:
-        verdicts = witness.ask(sorted({token for _, token in (*mails, *changes)}))
+        tokens = {doubt.token for doubt in mails}.union(token for _, token in changes)
+        verdicts = witness.ask(sorted(tokens))
     except Exception as error:
         log.error(
             "%d mails and %d changes of accounts stay in doubt: the witness cannot be asked now:"
@@ -68,21 +70,32 @@ def resolve(
 
 
 def _resolve_mails(
-    spool: Any, mails: Any, verdicts: Mapping[str, Verdict], journal: Any, now: float
+    spool: Any, mails: Sequence[Doubt], verdicts: Mapping[str, Verdict], journal: Any, now: float
 ) -> None:
-    numbers: Counter[Verdict] = Counter()
-    for entry, token in mails:
-        verdict = verdicts.get(token, Verdict.UNKNOWN)
-        record = spool.resolve(entry, verdict)
+    sends: Counter[Verdict] = Counter()
+    cancels: Counter[Verdict] = Counter()
+    for doubt in mails:
+        verdict = verdicts.get(doubt.token, Verdict.UNKNOWN)
+        record = spool.resolve(doubt, verdict)
         if record is None:
             continue
-        numbers[verdict] += 1
+        (cancels if doubt.cancels else sends)[verdict] += 1
         journal.record(_event(record, verdict, now))
-    if numbers:
+        if doubt.cancels and verdict is Verdict.COMMITTED:
+            entry, envelope, outcomes = record.entry, record.envelope, record.outcomes
+            for event in events_of(entry, envelope, outcomes, State.CANCELLED, now):
+                journal.record(event)
+    if sends:
         log.warning(
             "mails in doubt after a crash: %d were committed and are delivered, %d were not and"
             " are removed, %d are held, because the witness does not know",
-            *(numbers[verdict] for verdict in Verdict),
+            *(sends[verdict] for verdict in Verdict),
+        )
+    if cancels:
+        log.warning(
+            "mails whose cancel was in doubt after a crash: %d are cancelled, %d are what they"
+            " were before, %d are held, because the witness does not know",
+            *(cancels[verdict] for verdict in Verdict),
         )
 
 

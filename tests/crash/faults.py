@@ -9,6 +9,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from world import (
     BOTH,
     CAROL,
     DEFERRED,
+    DOUBT,
     HELD,
     MAILBOX,
     NOBODY,
@@ -43,7 +45,8 @@ from cpsmailaccess_delivery.attempt import Attempt
 from cpsmailaccess_delivery.datamanager import join
 from cpsmailaccess_delivery.envelope import Envelope
 from cpsmailaccess_delivery.errors import OutboxError, SpoolError
-from cpsmailaccess_delivery.interfaces import Entry, Settlement, State
+from cpsmailaccess_delivery.interfaces import Entry, Settlement, State, Verdict
+from cpsmailaccess_delivery.outgoing import Removal, Removals
 
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EMFILE", "EACCES", "EROFS")
 
@@ -61,6 +64,7 @@ LASTING = {
 }
 
 A, B = "a@x", "b@x"
+KEY = "k"
 
 
 class Fault:
@@ -86,6 +90,9 @@ class Fault:
 
 Play = Callable[[World, Callable[[], None]], list[str]]
 PATHS: dict[str, Play] = {}
+
+#: Of the paths that begin with a mail, whether that has a side file from an earlier attempt.
+TRIED: dict[str, bool] = {}
 
 
 def path(function: Play) -> Play:
@@ -220,6 +227,37 @@ def abort_with_key_and_account(world: World, fault_goes: Callable[[], None]) -> 
     return _commit(world, fault_goes, key="k", account=True, database=Veto)
 
 
+def _commit_that_cancels(name: str, witness: Any) -> None:
+    """Add the path of a transaction that takes a mail back."""
+
+    def path(world: World, fault_goes: Callable[[], None]) -> list[str]:
+        manager = TransactionManager()
+        database = Participant(manager)
+        removals = Removals(world.spool, None, time.time)
+        bad = []
+        try:
+            with manager as transaction:
+                transaction.join(database)
+                removal = Removal(world.entries[A])
+                join(manager, removals, removal.begin, rank=2, witness=witness)
+        except OutboxError:
+            pass
+        except Exception as error:
+            bad.append(f"fails with {error!r}")
+        fault_goes()
+        verdict = Verdict.COMMITTED if database.committed else Verdict.ABORTED
+        world.spool.sync()
+        _resolve(world, verdict)
+        fates = {ABSENT if database.committed else QUEUED}
+        if witness is None:
+            fates.add(DOUBT)  # where neither commit nor abort could be recorded
+        world.truth = Truth(mails={A: Expected(frozenset(fates))})
+        return bad
+
+    PATHS[name] = path
+    TRIED[name] = False
+
+
 def _settling(
     name: str, state: State, fate: str, *, tried: bool = False, reason: str = "", **outcomes: Any
 ) -> None:
@@ -258,9 +296,8 @@ def _settling(
     TRIED[name] = tried
 
 
-#: Whether the mail of a path has a side file from an earlier attempt.
-TRIED: dict[str, bool] = {}
-
+_commit_that_cancels("commit_that_cancels", None)
+_commit_that_cancels("commit_witnessed_that_cancels", Knowing())
 _settling("accepted", State.ACCEPTED, ABSENT)
 _settling("accepted_at_last", State.ACCEPTED, ABSENT, tried=True)
 _settling("deferred", State.DEFERRED, State.DEFERRED, bob=DEFERRED, carol=DEFERRED)
@@ -272,7 +309,9 @@ _settling("held", State.HELD, HELD, reason="a fault")
 _settling("cancelled", State.CANCELLED, ABSENT)
 
 
-def _person(name: str, act: Callable[[World, Entry], object], fate: str) -> None:
+def _person(
+    name: str, act: Callable[[World, Entry], object], fate: str, holder: str | None = A
+) -> None:
     """Add the path of what a person does; what failed is done again."""
 
     def do(world: World, fault_goes: Callable[[], None]) -> list[str]:
@@ -283,7 +322,9 @@ def _person(name: str, act: Callable[[World, Entry], object], fate: str) -> None
             for entry in world.spool.scan():
                 act(world, entry)
         world.spool.sync()
-        world.truth = Truth(mails={A: Expected(frozenset((fate,)))})
+        world.truth = Truth(
+            mails={A: Expected(frozenset((fate,)))}, holders={KEY: frozenset((holder,))}
+        )
         return bad
 
     PATHS[name] = do
@@ -291,8 +332,33 @@ def _person(name: str, act: Callable[[World, Entry], object], fate: str) -> None
 
 
 _person("person_holds", lambda world, entry: world.spool.hold(entry, "why"), HELD)
-_person("person_cancels", lambda world, entry: world.spool.cancel(entry), ABSENT)
+_person("person_cancels", lambda world, entry: world.spool.cancel(entry), ABSENT, None)
 _person("person_retries", lambda world, entry: world.spool.requeue(entry), QUEUED)
+
+
+def _asked(name: str, verdict: Verdict, fate: str) -> None:
+    """Add the path of what a witness says of a cancel in doubt; each sweep asks again."""
+
+    def path(world: World, fault_goes: Callable[[], None]) -> list[str]:
+        bad: list[str] = []
+        _try(lambda: _resolve(world, verdict), bad)
+        fault_goes()
+        _resolve(world, verdict)
+        world.spool.sync()
+        world.truth = Truth(mails={A: Expected(frozenset((fate,)))})
+        return bad
+
+    PATHS[name] = path
+    TRIED[name] = False
+
+
+def _resolve(world: World, verdict: Verdict) -> None:
+    for doubt in world.spool.doubts():
+        world.spool.resolve(doubt, verdict)
+
+
+_asked("witness_says_cancelled", Verdict.COMMITTED, ABSENT)
+_asked("witness_says_not_cancelled", Verdict.ABORTED, QUEUED)
 
 
 def _try(act: Callable[[], Any], bad: list[str]) -> Any:
@@ -318,7 +384,9 @@ def play(name: str, workplace: Path, fault: Fault | None = None) -> tuple[int, l
         if name.endswith("_account"):
             world.put("old")
         if name in TRIED:
-            world.commit(A)
+            world.commit(A, key=KEY if name.startswith("person_") else "")
+        if name.startswith("witness_"):
+            world.set_aside(A, QUEUED, token="a transaction").leave()
         if TRIED.get(name):
             world.settle(A, State.DEFERRED, State.DEFERRED, bob=ACCEPTED, carol=DEFERRED)
         recorder.calls.clear()

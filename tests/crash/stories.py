@@ -12,6 +12,7 @@ from recorder import Recorder
 from world import (
     ABSENT,
     ACCEPTED,
+    ASKED,
     BOB,
     BOTH,
     CAROL,
@@ -152,7 +153,7 @@ def a_key_that_is_cancelled(world):
 def a_key_whose_mail_is_taken_back(world):
     world.commit(A, key="k")
     world.rest()
-    world.expect_key([A], there_held=True)
+    world.expect_key([A], absent_free=True, there_held=True)
     world.settle(A, State.CANCELLED, ABSENT, QUEUED, DOUBT)
     world.sync(A)
     world.expect_key([A], free=True)
@@ -391,12 +392,12 @@ def _asked(root: Path, recorder: Recorder, verdict: Verdict, fate: str) -> None:
     after.keys = world.keys
     after.spool.sweep()
     after.rest()
-    ((entry, _),) = after.spool.doubts()
-    after.expect([A], DOUBT, fate)
+    (doubt,) = after.spool.doubts()
+    after.expect([A], ASKED, fate)
     if fate == ABSENT:
-        after.expect_key([A], there_held=True)
-    after.spool.resolve(entry, verdict)
-    after.expect([A], *((DOUBT, QUEUED) if fate == QUEUED else (ABSENT,)))
+        after.expect_key([A], absent_free=True, there_held=True)
+    after.spool.resolve(doubt, verdict)
+    after.expect([A], *((ASKED, QUEUED) if fate == QUEUED else (ABSENT,)))
     if fate == ABSENT:
         after.expect_key([A], free=True)
     after.presence.close()
@@ -410,6 +411,68 @@ def died_and_the_database_had_committed(root: Path, recorder: Recorder) -> None:
 
 def died_and_the_database_had_not_committed(root: Path, recorder: Recorder) -> None:
     _asked(root, recorder, Verdict.ABORTED, ABSENT)
+
+
+def _asked_about_a_cancel(
+    root: Path, recorder: Recorder, verdict: Verdict, *, tried: bool = False
+) -> None:
+    """Killed between vote and finish: what the witness says comes true, or it is asked again."""
+    world = World(root, recorder)
+    world.commit(A, key="k")
+    world.rest()
+    if tried:
+        world.settle(A, State.DEFERRED, *WAITING, bob=ACCEPTED, carol=DEFERRED)
+    before, before_fates = world.truth.mails[A], WAITING if tried else (QUEUED,)
+    world.set_aside(A, *before_fates, token="a transaction").leave()
+    after = World(root, recorder, world.die())
+    after.keys = world.keys
+    after.spool.sweep()
+    (doubt,) = after.spool.doubts()
+    gone = verdict is Verdict.COMMITTED
+    fates = (ABSENT,) if gone else (State.DEFERRED,) if tried else (QUEUED,)
+    after.expect_key([A], absent_free=not tried, there_held=True)
+    after._now(A, before, ASKED, *fates)
+    after.spool.resolve(doubt, verdict)
+    after._now(A, before, *fates)
+    after.expect_key([A], free=gone and not tried, held=not gone)
+    after.presence.close()
+    after.spool.close()
+
+
+def died_and_the_database_had_cancelled(root: Path, recorder: Recorder) -> None:
+    _asked_about_a_cancel(root, recorder, Verdict.COMMITTED)
+
+
+def died_and_the_database_had_not_cancelled(root: Path, recorder: Recorder) -> None:
+    _asked_about_a_cancel(root, recorder, Verdict.ABORTED)
+
+
+def died_and_the_database_had_cancelled_what_was_tried(root: Path, recorder: Recorder) -> None:
+    _asked_about_a_cancel(root, recorder, Verdict.COMMITTED, tried=True)
+
+
+def died_and_the_database_had_not_cancelled_what_was_tried(root: Path, recorder: Recorder) -> None:
+    _asked_about_a_cancel(root, recorder, Verdict.ABORTED, tried=True)
+
+
+def died_and_a_cancel_of_what_was_in_doubt_had_not_committed(
+    root: Path, recorder: Recorder
+) -> None:
+    """It is what it was: in doubt, for a witness to tell about who sends it."""
+    world = World(root, recorder)
+    world.stage(A)
+    world.prepare(A, witnessed=True)
+    after = World(root, recorder, world.die())
+    after.spool.sweep()
+    after.rest()
+    (sends,) = after.spool.doubts()
+    after.entries[A] = sends.entry
+    after.set_aside(A, ASKED, token="another").leave()
+    (cancels,) = after.spool.doubts()
+    after.spool.resolve(cancels, Verdict.ABORTED)
+    assert after.spool.doubts() == [sends]
+    after.presence.close()
+    after.spool.close()
 
 
 def died_and_the_database_had_committed_an_account(root: Path, recorder: Recorder) -> None:
@@ -460,6 +523,11 @@ ALONE = (
     died_with_a_mail_half_published,
     died_and_the_database_had_committed,
     died_and_the_database_had_not_committed,
+    died_and_the_database_had_cancelled,
+    died_and_the_database_had_not_cancelled,
+    died_and_the_database_had_cancelled_what_was_tried,
+    died_and_the_database_had_not_cancelled_what_was_tried,
+    died_and_a_cancel_of_what_was_in_doubt_had_not_committed,
     died_and_the_database_had_committed_an_account,
     the_first_mail,
     the_first_account,

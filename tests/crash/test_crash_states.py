@@ -44,18 +44,20 @@ SYNCS = {
     "spool.durable.settle_files < spool.staging._settle_all: the file": True,
     "spool.durable.settle_files < spool.staging._settle_all: tmp/": False,
     "spool.keys._sync < spool.keys.confirm: tmp/": False,
-    "spool.keys._sync < spool.keys.free: keys/": True,
+    "spool.keys._sync < spool.keys.free: keys/": False,
     "spool.keys._sync < spool.keys.give_back: keys/": False,
     "spool.keys.take < spool.staging.prepare: keys/": False,
-    "spool.mails._sync < spool.mails._sync_move: cur/": True,
-    "spool.mails._sync < spool.mails._sync_move: new/": False,
     "spool.mails._sync < spool.mails.hold: cur/": True,
+    "spool.mails._sync < spool.mails.put_back: cur/": True,
+    "spool.mails._sync < spool.mails.sync_names: cur/": False,
+    "spool.mails._sync < spool.mails.sync_names: new/": False,
     "spool.mails._sync < spool.mails.sync: cur/": False,
     "spool.mails._sync < spool.mails.sync: new/": False,
     "spool.mails._sync < spool.mails.sync: tmp/": False,
     "spool.outcomes.write < spool.doubts.hold: outcomes/": False,
     "spool.outcomes.write < spool.mails.hold: outcomes/": False,
     "spool.outcomes.write < spool.mails.record: outcomes/": True,
+    "spool.outcomes.write < spool.mails.set_aside: outcomes/": False,
     "spool.staging.<lambda> < spool.durable._take_turns: new/": True,
     "spool.staging._settle_all < spool.durable._take_turns: the file": True,
     "spool.staging._settle_all < spool.durable._take_turns: tmp/": False,
@@ -65,7 +67,6 @@ SYNCS = {
 #: Missed by nobody: what goes is why the mail was held, and that is no promise.
 SPARED = {
     "spool.outcomes.write < spool.mails.put_back: outcomes/",
-    "spool.outcomes.write < spool.mails.set_aside: outcomes/",
 }
 
 

@@ -40,10 +40,10 @@ DEFERRED = Outcome(State.DEFERRED, "450 4.2.1 later", NOW)
 REFUSED = Outcome(State.REFUSED, "550 5.1.1 nobody", NOW)
 UNCLEAR = Outcome(State.UNCLEAR, "", NOW)
 
-_DOUBTS = (doubts.IN_DOUBT, doubts.ASKED)
+_DOUBTS = (doubts.IN_DOUBT, doubts.ASKED, doubts.CANCEL_IN_DOUBT)
 
-#: What may have become of a mail: not there, in doubt, or its state.
-ABSENT, DOUBT, QUEUED, HELD = "absent", "in doubt", "queued", "held"
+#: What may have become of a mail: not there, in doubt (a witness is asked), or its state.
+ABSENT, DOUBT, ASKED, QUEUED, HELD = "absent", "in doubt", "asked", "queued", "held"
 
 _chance = itertools.count(1)
 
@@ -194,11 +194,12 @@ class World:
         if alone:  # what it tells of is recorded when it is published
             self.spool.prepare([self.entries[i] for i in ids], alone=True)
             return
+        doubt = ASKED if witnessed else DOUBT
         self.expect_key(ids, absent_free=True, there_held=True)
-        self.expect(ids, ABSENT, DOUBT)
+        self.expect(ids, ABSENT, doubt)
         self._prepared.update(ids)
         self.spool.prepare([self.entries[i] for i in ids], witnessed=witnessed)
-        self.expect(ids, DOUBT)
+        self.expect(ids, doubt)
         self.expect_key(ids, held=True)
 
     def publish(self, *ids: str) -> None:
@@ -246,14 +247,14 @@ class World:
         if after is not None:
             self.entries[message_id] = after
 
-    def set_aside(self, message_id: str, *fates: str) -> Any:
-        """Return the lease of a mail that stays held when this process dies."""
-        before = self.truth.mails[message_id]
+    def set_aside(self, message_id: str, *fates: str, token: str = "") -> Any:
+        """Return the lease of a mail that stays held, or in doubt, when this process dies."""
+        before, after = self.truth.mails[message_id], ASKED if token else HELD
         lease = self.spool.claim(self.entries[message_id])
         assert lease is not None
-        self._now(message_id, before, *fates, HELD)
-        lease.set_aside("why")
-        self._now(message_id, before, HELD)
+        self._now(message_id, before, *fates, after)
+        lease.set_aside("why", token)
+        self._now(message_id, before, after)
         return lease
 
     def accept(self, *ids: str) -> None:
@@ -281,7 +282,7 @@ class World:
     def cancel(self, message_id: str) -> None:
         before = self.truth.mails[message_id]
         self._now(message_id, before, *before.fates, ABSENT, DOUBT)
-        self.expect_key([message_id], there_held=True)
+        self.expect_key([message_id], absent_free=True, there_held=True)
         self.spool.cancel(self.entries[message_id])
         self.expect_key([message_id], free=True)
         self._now(message_id, before, ABSENT)
@@ -380,6 +381,7 @@ def _observe_mails(spool: Maildir, found: Observation) -> None:
             lease.release()
         if not followed:
             break
+    asked = {doubt.entry for doubt in spool.doubts()}
     for entry in spool.scan():
         lease = spool.claim(entry)
         if lease is None:
@@ -387,7 +389,7 @@ def _observe_mails(spool: Maildir, found: Observation) -> None:
             continue
         message_id = lease.envelope.message_id
         doubt = entry.state is State.HELD and spool.load(entry).reason in _DOUBTS
-        fate = DOUBT if doubt else str(entry.state)
+        fate = ASKED if entry in asked else DOUBT if doubt else str(entry.state)
         whole = lease.message == message(message_id)
         recipients = frozenset(Attempt(lease).recipients)
         if entry.state is State.REFUSED:  # tried by a person's wish only

@@ -251,8 +251,8 @@ def _check_doubts(outbox: Outbox) -> _Findings:
     if committed or aborted or doubtful:
         yield (
             Level.OK,
-            f"of mails in doubt after crashes, {committed} were committed and delivered,"
-            f" {aborted} were not and removed, {doubtful} held because nobody knew",
+            f"of mails in doubt after crashes, the transactions of {committed} were committed, of"
+            f" {aborted} not; {doubtful} held because nobody knew",
             "",
         )
     elif not mails and not changes:

@@ -24,8 +24,9 @@ from ..envelope import Envelope
 from ..errors import SpoolError
 from ..interfaces import Entry, ILease, Outcome, Settlement, State
 from ..spool import forks
+from ..spool.doubts import is_in_doubt
 from ..spool.names import normal
-from ..spool.outcomes import Side
+from ..spool.outcomes import Side, side_aside
 from .connections import Connections
 from .engine import beat
 from .mails import MAILS, Mails, Row
@@ -50,6 +51,7 @@ class Lease:
         "_before",
         "_generation",
         "_held",
+        "_known",
         "_leases",
         "_message",
         "_side",
@@ -68,6 +70,7 @@ class Lease:
         self._leases = leases
         self._generation = forks.generation()
         self._before: Entry | None = None  # the entry as it was before `set_aside`
+        self._known = side
         self._side = row.side
         self._message = row.message
         self._held = True
@@ -113,9 +116,9 @@ class Lease:
         self._check()
         mails, state = self._leases.mails, settlement.state
         if state in _GONE or not settlement.keep:
-            if state is State.CANCELLED and not self.entry.attempts:
-                mails.free_key(self.entry.id)
-            self._is_done(mails.remove(self.entry.id, self.token, again=self._tried))
+            free_key = state is State.CANCELLED and not self.entry.attempts
+            done = mails.remove(self.entry.id, self.token, free_key=free_key, again=self._tried)
+            self._is_done(done)
             return None
         if state not in _SETTLED:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {state}")
@@ -126,11 +129,11 @@ class Lease:
         done = mails.record(after, side, self.token, again=self._tried)
         return after if self._is_done(done) else None
 
-    def set_aside(self, reason: str) -> None:
+    def set_aside(self, reason: str, token: str = "") -> None:
         """See `ILease`."""
         self._check()
         held = self.entry._replace(state=State.HELD, due=0.0)
-        side = Side(held.state, held.due, held.attempts, reason, self.outcomes)
+        side = side_aside(self.entry, self._known, reason, token)
         if not self._leases.mails.set_aside(held, side, self.token):
             self.leave()
             raise SpoolError(f"{self.entry.id}: the lease was lost; another one has it")
@@ -145,7 +148,8 @@ class Lease:
             if self._before is None:
                 mails.release(self.entry, self._side, self.token)
             else:
-                mails.put_back(self._before, self._side, self.token)
+                doubt = is_in_doubt(self._known)
+                mails.put_back(self._before, self._side, self.token, doubt=doubt)
                 self._before = None
         except SpoolError as error:  # as if we had died: it is free when its time is over
             log.error("%s: free in %.0f s: %s", self.entry.id, self._leases.seconds, error)

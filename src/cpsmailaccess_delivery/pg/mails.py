@@ -91,9 +91,10 @@ WITH mail AS (
 
 _REMOVE: Final = f"""
 WITH mail AS (
-    DELETE FROM {MAILS} WHERE id = %(id)s AND {_SETTLED_BY} RETURNING job, {_LAZY}
-), done AS ({DELETE_JOB})
+    DELETE FROM {MAILS} WHERE id = %(id)s AND {_SETTLED_BY} RETURNING id, job, {_LAZY}
+), done AS ({DELETE_JOB}){{freed}}
 SELECT count(*) FROM mail"""  # noqa: S608
+_FREED: Final = f", freed AS (DELETE FROM {KEYS} WHERE mail IN (SELECT id FROM mail))"  # noqa: S608
 
 _RECORD: Final = f"""
 WITH mail AS (
@@ -254,14 +255,13 @@ class Mails:
             row = connection.execute(CLAIM, values, binary=True).fetchone()
         return row_of(row) if row else None
 
-    def remove(self, entry_id: str, lease: uuid.UUID, *, again: bool) -> bool:
-        """Remove a mail; safe against a crash of the server with the next `sync`."""
-        return self._settle(_REMOVE, {"id": entry_id, "lease": lease}, again=again)
-
-    def free_key(self, entry_id: str) -> None:
-        """Free the key of a mail that was cancelled before its first attempt."""
-        with self._connections.use(f"free the key of {entry_id}") as connection:
-            connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry_id])  # noqa: S608
+    def remove(
+        self, entry_id: str, lease: uuid.UUID, *, free_key: bool = False, again: bool = False
+    ) -> bool:
+        """Remove a mail, with its key or without; safe against a crash of the server with the
+        next `sync`."""
+        query = _REMOVE.format(freed=_FREED if free_key else "")
+        return self._settle(query, {"id": entry_id, "lease": lease}, again=again)
 
     def record(self, after: Entry, side: Side, lease: uuid.UUID, *, again: bool) -> bool:
         """Write what an attempt left, durably, and end the lease."""
@@ -271,25 +271,26 @@ class Mails:
     def set_aside(self, entry: Entry, side: Side, lease: uuid.UUID) -> bool:
         """Hold a mail, durably, for as long as its lease lasts, and longer."""
         query = (
-            f"UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s"  # noqa: S608
-            f" WHERE id = %(id)s AND {_SETTLED_BY} RETURNING 1"
+            f"UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,"  # noqa: S608
+            f" doubt = doubt OR %(doubt)s WHERE id = %(id)s AND {_SETTLED_BY} RETURNING 1"
         )
-        return self._settle(query, _values(entry, side, lease))
+        values = {**_values(entry, side, lease), "doubt": side.cancel is not None}
+        return self._settle(query, values)
 
     def release(self, before: Entry, side: str | None, lease: uuid.UUID) -> bool:
         """End a lease; the mail is as it was."""
         values = {**_values(before, NOTHING, lease), "side": side}
         return self._settle(_RELEASE, values)
 
-    def put_back(self, before: Entry, side: str | None, lease: uuid.UUID) -> bool:
-        """End a lease after `set_aside`: the mail is as it was.
+    def put_back(self, before: Entry, side: str | None, lease: uuid.UUID, *, doubt: bool) -> bool:
+        """End a lease after `set_aside`: the mail is as it was.  `doubt`: it was in doubt.
 
         Its job may be gone: the engine was told that a held mail has none, see `DROP_JOBS`.
         """
-        values = {**_values(before, NOTHING, lease), "side": side}
+        values = {**_values(before, NOTHING, lease), "side": side, "doubt": doubt}
         query = (
             f"WITH mail AS (UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,"  # noqa: S608
-            " lease = NULL, leased_until = NULL"
+            " doubt = %(doubt)s, lease = NULL, leased_until = NULL"
             f" WHERE id = %(id)s AND lease = %(lease)s RETURNING job), done AS ({DELETE_JOB})"
             " SELECT count(*) FROM mail"
         )
@@ -371,8 +372,11 @@ class Mails:
             return entry_of(row), NOTHING
 
     def _write(self, connection: Connection, after: Entry, side: Side) -> None:
-        """Write a mail that `_lock` has; give it a job, or take it."""
-        side = replace(side, state=after.state, due=after.due, attempts=after.attempts)
+        """Write a mail that `_lock` has; give it a job, or take it.
+
+        Whatever was in doubt, a person has decided.
+        """
+        side = replace(side, state=after.state, due=after.due, attempts=after.attempts, cancel=None)
         values = {**_values(after, side, None), "note": after.id}
         query = (
             f"WITH mail AS (UPDATE {MAILS} SET state = %(state)s, due = %(due)s, side = %(side)s,"  # noqa: S608
@@ -424,7 +428,7 @@ def record_of(row: Sequence[Any]) -> Record:
     except DamagedSide as error:
         known = Side(reason=str(error))
     reason = "" if entry.state is State.QUEUED else known.reason
-    return Record(entry, envelope, known.outcomes, size, reason)
+    return Record(entry, envelope, known.outcomes, size, reason, known.cancel)
 
 
 _COLUMNS: Final = f"{ENTRY}, digest, block, message, size, doubt, witnessed"

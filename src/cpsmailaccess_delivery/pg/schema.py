@@ -45,7 +45,7 @@ CREATE TABLE {SCHEMA}.mails (
     message bytea NOT NULL,
     size integer NOT NULL,                -- bytes of the message
     side text,                            -- what earlier attempts left, as in outcomes/
-    doubt boolean NOT NULL,               -- its transaction has not been seen to end
+    doubt boolean NOT NULL,               -- nobody saw the end of what sends or cancels it
     witnessed boolean NOT NULL DEFAULT false,   -- and a witness knows whether it has
     staged_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     settled_at timestamptz,

@@ -22,30 +22,31 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import psycopg
 
 from ..envelope import Envelope, digest, format_block, parse_block
 from ..errors import InvalidEnvelope, KeyTaken, OutboxClosed, SpoolError
-from ..interfaces import Entry, Record, State, SweepReport, Verdict
+from ..interfaces import Doubt, Entry, Record, State, SweepReport, Verdict
 from ..spool import forks, names
-from ..spool.doubts import ASKED, IN_DOUBT
-from ..spool.outcomes import Side, dump_side
+from ..spool.doubts import ASKED, CANCEL_IN_DOUBT, IN_DOUBT, doubt_of, is_in_doubt
+from ..spool.outcomes import DamagedSide, Side, dump_side, load_side
 from .connections import Connection, Connections, Executor
+from .engine import DELETE_JOB
 from .functions import give_jobs, publish, tell
 from .mails import (
     ABORTED,
     COPY,
     COPY_TYPES,
     ENTRY,
-    FREE,
     INSERT,
     KEYS,
     MAILS,
     STAGED,
     entry_of,
+    is_takeable,
     record_of,
 )
 
@@ -60,11 +61,14 @@ _LATE: Final = 1.0
 #: For so long nobody else commits a key; from the due time of its mail on.
 _KEPT: Final = "interval '30 days'"
 
-#: Which mails somebody has left between vote and finish; those of them that a witness knows.
+#: Which mails somebody has left between vote and finish; those of which a witness may know.
 _LEFT: Final = (
     f"doubt AND state = '{STAGED}' AND staged_at < clock_timestamp() - make_interval(secs => %s)"
 )
-_ASKABLE: Final = "doubt AND witnessed AND state = 'held'"
+_ASKABLE: Final = (
+    "doubt AND state = 'held' AND (leased_until IS NULL"
+    " OR leased_until < clock_timestamp() - make_interval(secs => %s))"
+)
 _ABORTED_KEPT: Final = "interval '1 day'"
 
 
@@ -263,36 +267,37 @@ class Staging:
                 )
         return SweepReport(held=tuple(sorted(held)))
 
-    def doubts(self) -> list[tuple[Entry, str]]:
+    def doubts(self) -> list[Doubt]:
         """See `ISpool`."""
-        query = f"SELECT {ENTRY}, block FROM {MAILS} WHERE {_ASKABLE} ORDER BY id"  # noqa: S608
+        query = f"SELECT {ENTRY}, block, side FROM {MAILS} WHERE {_ASKABLE} ORDER BY id"  # noqa: S608
         with self._connections.use("look for mails in doubt") as connection:
-            rows = connection.execute(query, binary=True).fetchall()
-        found = []
-        for row in rows:
-            try:
-                found.append((entry_of(row), parse_block(row[-1])[0].token))
-            except InvalidEnvelope:
-                continue  # no token to ask with
-        return found
+            rows = connection.execute(query, [DOUBT_AFTER], binary=True).fetchall()
+        found = (_doubt_of(entry_of(row), *row[-2:]) for row in rows)
+        return [doubt for doubt in found if doubt is not None]
 
-    def resolve(self, entry: Entry, verdict: Verdict) -> Record | None:
+    def resolve(self, doubt: Doubt, verdict: Verdict) -> Record | None:
         """See `ISpool`.
 
-        What has aborted is kept, unseen, for a day: should its process have stood still rather
-        than died, and commit after all, `publish` finds it.
+        Should its process have stood still rather than died, and commit after all: what has
+        aborted is kept, unseen, for a day, and `publish` finds it; and what was to be cancelled
+        still shows the lease of who cancels it, until somebody else takes it.
         """
+        entry = doubt.entry
         with self._connections.use(f"resolve {entry.id}") as connection:  # noqa: SIM117
             with connection.transaction():
                 query = (
                     f"SELECT {ENTRY}, block, side, size FROM {MAILS}"  # noqa: S608
-                    f" WHERE id = %s AND {_ASKABLE} AND {FREE} FOR UPDATE"
+                    f" WHERE id = %s AND {_ASKABLE} FOR UPDATE"
                 )
-                row = connection.execute(query, [entry.id], binary=True).fetchone()
-                if row is None:
+                row = connection.execute(query, [entry.id, DOUBT_AFTER], binary=True).fetchone()
+                if row is None or _doubt_of(entry_of(row), *row[-3:-1]) != doubt:
                     return None
                 record = record_of(row)
-                self._decide(connection, record, verdict)
+                if doubt.cancels:
+                    self._decide_cancel(connection, record, load_side(row[-2]), verdict)
+                else:
+                    self._decide(connection, record, verdict)
+                tell(connection, [entry.id])
         return record
 
     def _decide(self, connection: Connection, record: Record, verdict: Verdict) -> None:
@@ -310,11 +315,34 @@ class Staging:
             connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry.id])  # noqa: S608
         else:
             side = dump_side(Side(State.HELD, reason=IN_DOUBT)).decode()
+            connection.execute(f"UPDATE {MAILS} SET side = %s WHERE id = %s", [side, entry.id])  # noqa: S608
+
+    def _decide_cancel(
+        self, connection: Connection, record: Record, side: Side, verdict: Verdict
+    ) -> None:
+        entry = record.entry
+        if verdict is Verdict.UNKNOWN:
+            side = replace(side, reason=CANCEL_IN_DOUBT, cancel=None)
+            text = dump_side(side).decode()
+            connection.execute(f"UPDATE {MAILS} SET side = %s WHERE id = %s", [text, entry.id])  # noqa: S608
+            return
+        # Its job may be gone, or not: the engine is told when it sees a held mail.
+        if verdict is Verdict.COMMITTED:
             connection.execute(
-                f"UPDATE {MAILS} SET witnessed = false, side = %s WHERE id = %s",  # noqa: S608
-                [side, entry.id],
+                f"WITH mail AS (DELETE FROM {MAILS} WHERE id = %s RETURNING job) {DELETE_JOB}",  # noqa: S608
+                [entry.id],
             )
-        tell(connection, [entry.id])
+            if not entry.attempts:
+                connection.execute(f"DELETE FROM {KEYS} WHERE mail = %s", [entry.id])  # noqa: S608
+            return
+        side = side.restored()
+        connection.execute(
+            f"WITH mail AS (UPDATE {MAILS} SET state = %s, due = %s, side = %s, doubt = %s"  # noqa: S608
+            f" WHERE id = %s RETURNING job) {DELETE_JOB}",
+            [side.state.value, side.due, dump_side(side).decode(), is_in_doubt(side), entry.id],
+        )
+        if is_takeable(entry._replace(state=side.state, due=side.due)):
+            give_jobs(connection, [entry.id])
 
     def left_overs(self) -> list[str]:
         """See `ISpool`."""
@@ -348,6 +376,13 @@ class Staging:
                 " transaction commits in the process that began it"
             )
         return staged
+
+
+def _doubt_of(entry: Entry, block: bytes, side: str | None) -> Doubt | None:
+    try:
+        return doubt_of(entry, load_side(side), parse_block(block)[0].token)
+    except (DamagedSide, InvalidEnvelope):
+        return None  # no token to ask with
 
 
 def holder_of(executor: Executor, key: str) -> str | None:

@@ -10,7 +10,7 @@ from zope.interface import implementer
 from ..envelope import digest, format_block
 from ..interfaces import ITransit, KeyNote, Record
 from ..spool import names
-from ..spool.doubts import ASKED
+from ..spool.doubts import is_in_doubt
 from ..spool.outcomes import Side, dump_side
 from .connections import Connections
 from .functions import give_jobs, tell
@@ -114,13 +114,15 @@ class Transit:
 
 def _values(record: Record, message: bytes) -> list[object]:
     entry, envelope = names.normal(record.entry), record.envelope
-    side = None
-    if record.outcomes or record.reason or entry.attempts:
-        known = Side(entry.state, entry.due, entry.attempts, record.reason, record.outcomes)
-        side = dump_side(known).decode()
-    asked = record.reason == ASKED  # a witness can tell of it
+    known = Side(
+        *(entry.state, entry.due, entry.attempts),
+        *(record.reason, record.outcomes, record.cancel),
+    )
+    trivial = known == Side(entry.state, entry.due)
+    side = None if trivial else dump_side(known).decode()
+    doubt = is_in_doubt(known)
     return [
         *(entry.id, entry.lane, entry.due, entry.attempts, entry.priority, entry.expires),
         *(digest(envelope.message_id), format_block(envelope), message, len(message)),
-        *(asked, asked, side, entry.state.value),
+        *(doubt, doubt, side, entry.state.value),
     ]

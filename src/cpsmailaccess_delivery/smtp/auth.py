@@ -7,7 +7,9 @@ from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
 from collections.abc import Set
 from hashlib import algorithms_available
+from json import dumps
 from typing import Final
+from urllib.parse import quote
 
 from ..account import Secret
 from .reply import ProtocolError
@@ -15,14 +17,28 @@ from .reply import ProtocolError
 #: The strongest first.  Some systems forbid MD5.
 MECHANISMS: Final = ("CRAM-MD5", "PLAIN", "LOGIN")
 
+#: How programs write a byte that is not ASCII.
+_ESCAPES: Final = (b"\\x%02x", b"\\x%02X", b"\\%03o", b"%%%02x", b"%%%02X", b"=%02X")
+
 
 def spoken_forms(username: str, secret: Secret) -> tuple[bytes, ...]:
     """Return the password as it is, and as PLAIN and LOGIN say it: no log may show them.
 
-    All of them, whatever is said now: a relay may know it from an earlier session.
+    All of them, whatever is said now: a relay may know it from an earlier session.  And as its
+    programs may quote it, where it is not plain ASCII: for C, Python, JSON and URLs.
     """
-    user, password = username.encode(), secret.reveal().encode()
-    return (password, b64encode(password), b64encode(b"\0%b\0%b" % (user, password)))
+    text = secret.reveal()
+    user, password = username.encode(), text.encode()
+    quoted = (ascii(text)[1:-1], repr(password)[2:-1], dumps(text)[1:-1], quote(text, safe=""))
+    return (
+        *(password, b64encode(password), b64encode(b"\0%b\0%b" % (user, password))),
+        *(each.encode() for each in quoted),
+        *(_escaped(password, form) for form in _ESCAPES),
+    )
+
+
+def _escaped(text: bytes, form: bytes) -> bytes:
+    return b"".join(b"%c" % byte if 32 <= byte < 127 else form % byte for byte in text)
 
 
 def usable(offered: Set[str]) -> list[str]:

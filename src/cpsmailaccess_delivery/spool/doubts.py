@@ -7,8 +7,13 @@
                                                      |                    unknown:   held for good
                                                      `-- a person: released, held, cancelled
 
-Which of the held ones a witness can tell of says the reason in their side file: whoever
-decides replaces it.
+    set aside by who cancels it, and is dead:  cur/ held --resolve--> committed: removed
+                                                     |                aborted:   what it was
+                                                     |                unknown:   held for good
+                                                     `-- a person: the same
+
+Which of the held ones a witness can tell of says their side file, by the reason or by what it
+has of the cancel: whoever decides replaces it.
 """
 
 from __future__ import annotations
@@ -16,9 +21,8 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from ..envelope import Envelope
 from ..errors import InvalidEnvelope, NoSuchEntry, SpoolError
-from ..interfaces import Entry, Record, State, Verdict
+from ..interfaces import Doubt, Entry, Record, State, Verdict
 from . import names
 from .layout import Layout
 from .lease import unlock
@@ -35,6 +39,29 @@ ASKED: Final = (
     "in doubt: a process died between the vote and the end of its transaction; whether that"
     " committed, the next processor that has the witness (the database) asks"
 )
+CANCEL_IN_DOUBT: Final = (
+    "in doubt: a process died between the vote and the end of a transaction that cancels it, and"
+    " nobody can tell whether that committed; cancel it if it did, release it if not"
+)
+CANCEL_ASKED: Final = (
+    "in doubt: a process died between the vote and the end of a transaction that cancels it;"
+    " whether that committed, the next processor that has the witness (the database) asks"
+)
+
+
+def is_in_doubt(side: Side) -> bool:
+    """Tell whether nobody has seen the end of the transaction that sends or cancels the mail."""
+    return side.cancel is not None or side.reason in (ASKED, IN_DOUBT)
+
+
+def doubt_of(entry: Entry, side: Side, token: str) -> Doubt | None:
+    """Return the doubt about a mail that is held, or None: a witness cannot tell.
+
+    `token`: of the transaction that sends it.
+    """
+    if side.cancel is not None:
+        return Doubt(entry, side.cancel.token, cancels=True)
+    return Doubt(entry, token) if side.reason == ASKED else None
 
 
 class Doubts:
@@ -68,30 +95,27 @@ class Doubts:
             return False
         return True
 
-    def all(self) -> list[tuple[Entry, str]]:
+    def all(self) -> list[Doubt]:
         """See `ISpool.doubts`."""
         found = []
         for name in sorted(self._layout.listing("cur")):
             entry = names.parse(name, "cur") if f":1,{State.HELD}," in name else None
-            if entry is None or not self._is_asked(entry):
-                continue
-            try:
-                record = self._mails.read(entry)[0]
-            except (FileNotFoundError, InvalidEnvelope):
-                continue  # decided meanwhile; or no token to ask with
-            found.append((entry, record.envelope.token))
+            doubt = self._look(entry) if entry is not None else None
+            # Leased: who cancels it lives, and its transaction has not ended.
+            if doubt is not None and not self._mails.leased(doubt.entry):
+                found.append(doubt)
         return found
 
-    def resolve(self, entry: Entry, verdict: Verdict) -> tuple[Record, Entry | None] | None:
+    def resolve(self, doubt: Doubt, verdict: Verdict) -> tuple[Record, Entry | None] | None:
         """Decide; return what the mail was, and is.  None: somebody else has decided already."""
-        locked = self._mails.lock(entry)
+        locked = self._mails.lock(doubt.entry)
         if locked is None:
             return None
         try:
-            if not self._is_asked(entry):
+            if self._look(doubt.entry) != doubt:
                 return None
-            record = self._mails.read(entry)[0]
-            after = self._decide(entry, record.envelope, verdict)
+            record = self._mails.read(doubt.entry)[0]
+            after = self._decide(doubt, record, verdict)
         except (FileNotFoundError, InvalidEnvelope, NoSuchEntry):
             return None
         finally:
@@ -100,21 +124,32 @@ class Doubts:
             self._mails.sync()
         return record, after
 
-    def _decide(self, entry: Entry, envelope: Envelope, verdict: Verdict) -> Entry | None:
-        if verdict is Verdict.COMMITTED:
-            after = names.first_entry(entry.id, envelope)  # due when its sender wants it
-            self._mails.rename(entry, after)
-            return after
-        if verdict is Verdict.ABORTED:
-            self._mails.remove(entry, has_side=True)
-            self._mails.free_key(entry, envelope)
+    def _decide(self, doubt: Doubt, record: Record, verdict: Verdict) -> Entry | None:
+        entry = doubt.entry
+        if verdict is Verdict.UNKNOWN:
+            reason = CANCEL_IN_DOUBT if doubt.cancels else IN_DOUBT
+            return self._mails.hold(entry, reason, sync=True)
+        if (verdict is Verdict.COMMITTED) is doubt.cancels:
+            self._mails.cancel(entry, record.envelope, has_side=True)
             return None
-        return self._mails.hold(entry, IN_DOUBT, sync=True)
+        if doubt.cancels:
+            side = (self._sides.read(entry.id) or NOTHING).restored()
+            after = names.normal(entry._replace(state=side.state, due=side.due))
+            trivial = side == Side(side.state, side.due)
+            self._mails.put_back(entry, after, None if trivial else side)
+            return after
+        after = names.first_entry(entry.id, record.envelope)  # due when its sender wants it
+        self._mails.rename(entry, after)
+        return after
 
-    def _is_asked(self, entry: Entry) -> bool:
+    def _look(self, entry: Entry) -> Doubt | None:
         try:
-            side = self._sides.read(entry.id)
+            side = self._sides.read(entry.id) or NOTHING
+            if not is_in_doubt(side):
+                return None
+            return doubt_of(entry, side, self._mails.read(entry)[0].envelope.token)
+        except (FileNotFoundError, InvalidEnvelope):
+            return None  # decided meanwhile; or no token to ask with
         except SpoolError as error:
             log.error("%s: stays held: %s", entry.id, error)
-            return False
-        return side is not None and side.reason == ASKED
+            return None

@@ -7,6 +7,7 @@
     keys/DIGEST  (a link) -> keys/DIGEST   ...  ->  30 days later: removed
        |
        +- give_back; or its process is dead, and its mail was never prepared: removed
+    free    its mail was cancelled before it was tried: that is tmp/ID,X=DIGEST,P=... meanwhile
 
 One of those who link the same name wins.  While the file has its other name in tmp/, the
 transaction has not ended.  `prepare` takes the key before the mail is durable, and `publish`
@@ -144,17 +145,26 @@ class Keys:
             return None  # another sweep was faster
         return ours
 
-    def free(self, key: str, entry_id: str) -> None:
-        """Free the key of a mail that was cancelled before it was tried.  Never raises."""
-        digest = digest_of(key)
+    def freed(self, key: str, entry_id: str) -> str:
+        """Return the name in tmp/ of a mail that is cancelled, until `free`."""
+        return names.freed_name(entry_id, digest=digest_of(key), presence=self._presence.token)
+
+    def free(self, freed: str) -> bool:
+        """Free the key of a mail that was cancelled before it was tried.  Never raises.
+
+        `freed`: see there; removed at last.  Returns whether all is done; if not, try again.
+        """
+        entry_id, digest = names.freed_of(freed)
         try:
             found = self._look(digest)
         except OSError as error:
             log.error("keys/%s cannot be read: %s", digest, error)
-            return
+            return False
         if found is not None and found.entry_id == entry_id:
-            _unlink("keys", digest, self._layout["keys"])
-            _sync("keys", self._layout["keys"])
+            keys = self._layout["keys"]
+            if not (_unlink("keys", digest, keys) and _sync("keys", keys)):
+                return False
+        return _unlink("tmp", freed, self._layout["tmp"])
 
     def prune(self) -> None:
         """Forget old keys; about once a day.  Never raises."""

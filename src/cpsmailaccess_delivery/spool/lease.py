@@ -23,7 +23,7 @@ from ..envelope import Envelope
 from ..errors import NoSuchEntry, SpoolError
 from ..interfaces import Entry, ILease, Outcome, Settlement, State
 from . import forks, names
-from .outcomes import Side
+from .outcomes import NOTHING, Side, side_aside
 
 if TYPE_CHECKING:
     from .mails import Mails
@@ -140,9 +140,10 @@ class Lease:
             raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
         if settlement.state in _GONE or not settlement.keep:
             has_side = self._side is not None or self._before is not None
-            self._mails.remove(self.entry, has_side=has_side)
             if settlement.state is State.CANCELLED:
-                self._mails.free_key(self.entry, self.envelope)
+                self._mails.cancel(self.entry, self.envelope, has_side=has_side)
+            else:
+                self._mails.remove(self.entry, has_side=has_side)
             fd, self._fd = self._fd, -1
             self._mails.bury(fd)
             return None
@@ -173,12 +174,14 @@ class Lease:
             raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
         return self.message or self._mails.message(self._fd, self.entry)
 
-    def set_aside(self, reason: str) -> None:
+    def set_aside(self, reason: str, token: str = "") -> None:
         """See `ILease`."""
         if self._fd < 0 or self._generation != forks.generation():
             raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
         self._before = before = self.entry
-        self.entry = self._mails.set_aside(before, self._side, reason)
+        side = side_aside(before, self._side or NOTHING, reason, token)
+        self.entry = self._mails.set_aside(before, side)
+        self._mails.sync_names()
 
     def release(self) -> None:
         """See `ILease`."""

@@ -26,7 +26,7 @@ from zope.interface import implementer
 
 from ..envelope import Envelope, digest
 from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
-from ..interfaces import Entry, ISpool, LaneNote, Record, SweepReport, Verdict
+from ..interfaces import Doubt, Entry, ISpool, LaneNote, Record, SweepReport, Verdict
 from ..watch import NotifyWatch, PollingWatch, watch_folders
 from . import names
 from .doubts import Doubts
@@ -205,8 +205,7 @@ class Maildir:
                 record = self._read(entry)[0]
             except InvalidEnvelope as error:  # to cancel it may be all that one can do
                 record = Record(entry, Envelope("", ()), {}, 0, str(error))
-            self._mails.remove(entry, has_side=True)
-            self._mails.free_key(entry, record.envelope)
+            self._mails.cancel(entry, record.envelope, has_side=True)
         finally:
             unlock(fd)
         self._mails.sync()
@@ -243,13 +242,13 @@ class Maildir:
         """See `ISpool`."""
         return self._staging.left_overs()
 
-    def doubts(self) -> Sequence[tuple[Entry, str]]:
+    def doubts(self) -> Sequence[Doubt]:
         """See `ISpool`."""
         return self._doubts.all()
 
-    def resolve(self, entry: Entry, verdict: Verdict) -> Record | None:
+    def resolve(self, doubt: Doubt, verdict: Verdict) -> Record | None:
         """See `ISpool`."""
-        resolved = self._doubts.resolve(entry, verdict)
+        resolved = self._doubts.resolve(doubt, verdict)
         if resolved is None:
             return None
         record, after = resolved

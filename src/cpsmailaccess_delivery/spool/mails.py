@@ -66,7 +66,7 @@ class Mails:
         self._orphans_due = 0.0  # by the monotonic clock
         self._removed = False  # whether a removal is not synced yet
         self._spent: deque[str] = deque()  # ids of those among them that had a side file
-        self._freed: deque[tuple[str, str]] = deque()  # keys of removed mails, with their ids
+        self._freed: deque[str] = deque()  # names in tmp/ of mails whose keys are to be freed
         self._buried: deque[tuple[int, int]] = deque()  # open files without a name
 
     def read(self, entry: Entry) -> tuple[Record, bytes]:
@@ -87,7 +87,7 @@ class Mails:
             raise spool_error(f"read {entry.id}", self._layout.path, error) from error
         envelope, offset = parse_block(data)
         try:
-            side = self._sides.read(entry.id) or NOTHING
+            side = self._side(entry) or NOTHING
         except DamagedSide as error:
             side = Side(reason=str(error))
         return Record(
@@ -96,7 +96,16 @@ class Mails:
             outcomes=side.outcomes,
             size=len(data) - offset,
             reason="" if entry.state is State.QUEUED else side.reason,
+            cancel=side.cancel,
         ), data[offset:]
+
+    def _side(self, entry: Entry) -> Side | None:
+        """Return the side of a mail; None: it has none.  Raises `DamagedSide`.
+
+        A mail is set aside when its name says so: after its side file; and put back before that.
+        """
+        side = self._sides.read(entry.id)
+        return side if side is None or entry.state is State.HELD else side.restored()
 
     def lock(self, entry: Entry) -> tuple[int, os.stat_result] | None:
         """Lock a mail; None: gone, changed or locked by another."""
@@ -153,7 +162,7 @@ class Mails:
             self.hold(entry, str(error))
             return None
         try:
-            side = self._sides.read(entry.id)
+            side = self._side(entry)
         except DamagedSide as error:
             log.error("%s is held: %s", entry.id, error)
             self.rename(entry, names.held(entry))
@@ -190,24 +199,43 @@ class Mails:
 
         So when a power loss brings the mail back, it comes back with its outcomes.
         """
+        self._unlink(entry)
+        self._note_removal(entry, has_side=has_side)
+
+    def cancel(self, entry: Entry, envelope: Envelope, *, has_side: bool) -> None:
+        """Remove a mail; the key of one that was never tried is free after the next `sync`.
+
+        So when a power loss brings the mail back, its key is not another's.  Until then the mail
+        is in tmp/: when we die, `sweep` knows from that whose key is to be freed.
+        """
+        keyed = envelope.key and not entry.attempts
+        freed = self._keys.freed(envelope.key, entry.id) if keyed else ""
+        if not (freed and self._move_away(entry, freed)):
+            self._unlink(entry)
+        if freed:
+            self._freed.append(freed)
+        self._note_removal(entry, has_side=has_side)
+
+    def _move_away(self, entry: Entry, freed: str) -> bool:
+        try:
+            self._layout.move(names.folder(entry.state), names.file_name(entry), "tmp", freed)
+        except OSError as error:  # on a full disk it can be removed all the same
+            log.warning("%s: if we die now, its key is kept: %s", entry.id, error)
+            return False
+        return True
+
+    def _unlink(self, entry: Entry) -> None:
         try:
             os.unlink(names.file_name(entry), dir_fd=self._layout[names.folder(entry.state)])
         except FileNotFoundError:
             log.warning("%s: somebody has removed it already", entry.id)
         except OSError as error:
             raise spool_error(f"remove {entry.id}", self._layout.path, error) from error
+
+    def _note_removal(self, entry: Entry, *, has_side: bool) -> None:
         if has_side:
             self._spent.append(entry.id)
         self._removed = True  # last: see `sync`
-
-    def free_key(self, entry: Entry, envelope: Envelope) -> None:
-        """Free the key of a mail that was removed and never tried, with the next `sync`.
-
-        So when a power loss brings the mail back, its key is not another's.
-        """
-        if envelope.key and not entry.attempts:
-            self._freed.append((envelope.key, entry.id))
-            self._removed = True  # another thread's `sync` may be over
 
     def bury(self, fd: int) -> None:
         """Close the file of a removed mail with the next `sync`.
@@ -239,24 +267,29 @@ class Mails:
             self._sync("cur")
         return after
 
-    def set_aside(self, entry: Entry, side: Side | None, reason: str) -> Entry:
-        """Hold a mail for as long as its lease lasts, and longer when nobody ends that."""
+    def set_aside(self, entry: Entry, side: Side) -> Entry:
+        """Hold a mail for as long as its lease lasts, and longer when nobody ends that.
+
+        Durable after `sync_names` only: when that fails, the mail is held all the same.
+        """
         after = names.held(entry)
-        outcomes = (side or NOTHING).outcomes
-        held = Side(after.state, after.due, after.attempts, reason, outcomes)
-        self._sides.write(entry.id, held, sync=True)
+        self._sides.write(entry.id, side, sync=True)
         self.rename(entry, after)
-        self._sync_move(entry, after)
         return after
+
+    def sync_names(self) -> None:
+        """Make what was set aside durable; no earlier name comes back when it is removed."""
+        for name in ("cur", "new"):
+            self._sync(name)
 
     def put_back(self, entry: Entry, before: Entry, side: Side | None) -> None:
         """Undo `set_aside`: name and side file are what they were."""
         self.rename(entry, before)
+        self._sync("cur")  # first: held, it is recognised by its side file
         if side is None:
             self._sides.remove(entry.id)
         else:
-            self._sides.write(entry.id, side)
-        self._sync_move(entry, before)
+            self._sides.write(entry.id, side, sync=before.state is State.HELD)
 
     def requeue(self, entry: Entry, *, unclear: bool = False) -> Entry:
         """Make a mail due now; see `ISpool.requeue`."""
@@ -299,8 +332,10 @@ class Mails:
         except SpoolError:
             self._removed = True
             raise
-        for key, entry_id in _take(self._freed, freed):
-            self._keys.free(key, entry_id)
+        for name in _take(self._freed, freed):
+            if not self._keys.free(name):
+                self._freed.append(name)
+                self._removed = True
         for entry_id in _take(self._spent, spent):
             self._sides.remove(entry_id)
 
@@ -350,12 +385,6 @@ class Mails:
                 buried.append(fd)
         if buried:
             forks.drop_all(buried)
-
-    def _sync_move(self, before: Entry, after: Entry) -> None:
-        """Make a change of state durable; the old name, too, is gone for good then."""
-        self._sync(names.folder(after.state))
-        if names.folder(before.state) != names.folder(after.state):
-            self._sync(names.folder(before.state))
 
     def _sync(self, name: str) -> None:
         try:

@@ -41,6 +41,7 @@ _STAGED = re.compile(
 )
 _ARRIVING = re.compile(r"\.([0-9a-f]{16})\.(.*)\Z", re.ASCII | re.DOTALL)
 _KEY = re.compile(rf"({_ID}),K=([0-9a-f]{{32}}),P=[0-9a-f]{{16}}\Z", re.ASCII)
+_FREED = re.compile(rf"({_ID}),X=([0-9a-f]{{32}}),P=[0-9a-f]{{16}}\Z", re.ASCII)
 _SCRAP = re.compile(r".*,P=([0-9a-f]{16})\Z", re.ASCII | re.DOTALL)
 
 _QUEUED: Final = State.QUEUED
@@ -162,6 +163,17 @@ def key_name(entry_id: str, *, digest: str, presence: str) -> str:
 def key_of(name: str) -> tuple[str, str]:
     """Return (entry id, digest) of a `key_name`; ("", "") of any other name."""
     match = _KEY.match(name)
+    return (match[1], match[2]) if match else ("", "")
+
+
+def freed_name(entry_id: str, *, digest: str, presence: str) -> str:
+    """Return the name in tmp/ of a mail that was cancelled, until its key is free."""
+    return f"{entry_id},X={digest},P={presence}"
+
+
+def freed_of(name: str) -> tuple[str, str]:
+    """Return (entry id, digest) of a `freed_name`; ("", "") of any other name."""
+    match = _FREED.match(name)
     return (match[1], match[2]) if match else ("", "")
 
 

@@ -16,12 +16,12 @@ import math
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 from ..errors import SpoolError
 from ..files import read_all, write_new
-from ..interfaces import Outcome, State
+from ..interfaces import Cancel, Entry, Outcome, State
 from .durable import spool_error
 from .layout import Layout
 
@@ -52,14 +52,28 @@ class Side:
     attempts: int = 0
     reason: str = ""
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    cancel: Cancel | None = None  # of a mail that is held
 
     @property
     def binding(self) -> bool:
         """Whether some recipient must not be tried again blindly."""
         return any(o.state in _FINAL or o.doubts for o in self.outcomes.values())
 
+    def restored(self) -> Side:
+        """Return what was there before the transaction that cancels the mail."""
+        if self.cancel is None:
+            return self
+        _, state, due, reason, earlier = self.cancel
+        return replace(self, state=state, due=due, reason=reason, cancel=earlier)
+
 
 NOTHING: Final = Side()
+
+
+def side_aside(entry: Entry, side: Side, reason: str, token: str) -> Side:
+    """Return the side of a mail that is set aside; see `ILease.set_aside`."""
+    cancel = Cancel(token, entry.state, entry.due, side.reason, side.cancel) if token else None
+    return Side(State.HELD, 0.0, entry.attempts, reason, side.outcomes, cancel)
 
 
 class DamagedSide(SpoolError):
@@ -138,15 +152,16 @@ class SideFiles:
 def dump_side(side: Side) -> bytes:
     """Return a side as it is stored: JSON, in ASCII."""
     outcomes = {address: _fields(outcome) for address, outcome in side.outcomes.items()}
-    return json.dumps(
-        {
-            "state": side.state.value,
-            "due": side.due,
-            "attempts": side.attempts,
-            "reason": side.reason,
-            "outcomes": outcomes,
-        }
-    ).encode("ascii")
+    fields: dict[str, object] = {
+        "state": side.state.value,
+        "due": side.due,
+        "attempts": side.attempts,
+        "reason": side.reason,
+        "outcomes": outcomes,
+    }
+    if side.cancel is not None:
+        fields["cancel"] = side.cancel
+    return json.dumps(fields).encode("ascii")
 
 
 def _load(data: bytes) -> Side:
@@ -160,7 +175,18 @@ def _load(data: bytes) -> Side:
         attempts=attempts,
         reason=str(fields["reason"]),
         outcomes={address: _outcome(*each) for address, each in fields["outcomes"].items()},
+        cancel=_cancel(fields.get("cancel")),
     )
+
+
+def _cancel(fields: Any) -> Cancel | None:
+    if fields is None:
+        return None
+    token, state, due, reason, earlier = fields
+    due = float(due)
+    if state not in _STATES or not math.isfinite(due):
+        raise ValueError("says what is never written")
+    return Cancel(str(token), State(state), due, str(reason), _cancel(earlier))
 
 
 def load_side(text: str | None) -> Side:
@@ -169,7 +195,7 @@ def load_side(text: str | None) -> Side:
         return NOTHING
     try:
         return _load(text.encode())
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except _UNREADABLE:
         raise DamagedSide(
             "what earlier attempts left is damaged: who has the mail already is unknown; cancel it"
         ) from None

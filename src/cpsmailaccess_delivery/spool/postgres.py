@@ -19,7 +19,7 @@ from zope.interface import implementer
 
 from ..envelope import Envelope, parse_block
 from ..errors import InvalidEnvelope
-from ..interfaces import Entry, ISpool, LaneNote, Record, SweepReport, Verdict
+from ..interfaces import Doubt, Entry, ISpool, LaneNote, Record, SweepReport, Verdict
 from ..pg.connections import Connection, Connections
 from ..pg.inside import Home, Inside
 from ..pg.lanes import LaneNotes
@@ -200,13 +200,13 @@ class PostgresSpool:
         """See `ISpool`."""
         return self.staging.left_overs()
 
-    def doubts(self) -> Sequence[tuple[Entry, str]]:
+    def doubts(self) -> Sequence[Doubt]:
         """See `ISpool`."""
         return self.staging.doubts()
 
-    def resolve(self, entry: Entry, verdict: Verdict) -> Record | None:
+    def resolve(self, doubt: Doubt, verdict: Verdict) -> Record | None:
         """See `ISpool`."""
-        return self.staging.resolve(entry, verdict)
+        return self.staging.resolve(doubt, verdict)
 
     def close(self) -> None:
         """See `ISpool`."""

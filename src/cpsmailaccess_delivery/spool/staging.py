@@ -228,6 +228,13 @@ class Staging:
             if entry_id:
                 scraps[entry_id] = name
                 continue
+            cancelled, _ = names.freed_of(name)
+            if cancelled:
+                if cancelled in self._ids():
+                    _unlink(name, tmp)  # a power loss has brought it back
+                else:
+                    self._keys.free(name)
+                continue
             if found and mode in (_PREPARED, _WITNESSED):
                 if visible is None:
                     visible = self._ids()

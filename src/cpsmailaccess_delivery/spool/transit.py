@@ -59,7 +59,8 @@ class Transit:
                 entry = names.normal(record.entry)
                 if record.outcomes or record.reason or entry.attempts:
                     side = Side(
-                        entry.state, entry.due, entry.attempts, record.reason, record.outcomes
+                        *(entry.state, entry.due, entry.attempts),
+                        *(record.reason, record.outcomes, record.cancel),
                     )
                     name = _side_name(entry.id)
                     write_new(name, dump_side(side), mode=SYNCED, sync=True, dir_fd=cur)

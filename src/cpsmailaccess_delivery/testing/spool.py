@@ -13,6 +13,7 @@ from zope.interface import implementer
 from ..envelope import Envelope, format_block
 from ..errors import EntryBusy, KeyTaken, NoSuchEntry, SpoolError
 from ..interfaces import (
+    Doubt,
     Entry,
     ILease,
     ISpool,
@@ -204,11 +205,11 @@ class MemorySpool:
         """See `ISpool`."""
         return ()
 
-    def doubts(self) -> Sequence[tuple[Entry, str]]:
+    def doubts(self) -> Sequence[Doubt]:
         """See `ISpool`.  Its mails die with its process."""
         return ()
 
-    def resolve(self, entry: Entry, verdict: Verdict) -> Record | None:
+    def resolve(self, doubt: Doubt, verdict: Verdict) -> Record | None:
         """See `ISpool`."""
         return None
 
@@ -300,7 +301,7 @@ class MemoryLease:
             raise SpoolError(f"{self.entry.id}: the lease has ended")
         return self._mail.message
 
-    def set_aside(self, reason: str) -> None:
+    def set_aside(self, reason: str, token: str = "") -> None:
         """See `ILease`."""
         mail = self._mail
         if mail is None:
