@@ -315,6 +315,16 @@ def test_link_is_not_followed(make, path, tmp_path):
     assert victim.read_bytes() == b"precious"
 
 
+def test_lock_that_is_a_link_is_not_followed(make, path, tmp_path):
+    victim = tmp_path / "victim"
+    path.with_name(path.name + ".lock").symlink_to(victim)
+    journal = make()
+    journal.record(event())
+    journal.flush()
+    assert "symbolic link" in journal.trouble
+    assert not victim.exists()
+
+
 def test_locked_by_somebody_is_written_later(make, path, caplog, impatient):
     journal = make()
     journal.record(event(1))

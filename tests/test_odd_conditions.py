@@ -363,6 +363,7 @@ def test_a_part_that_becomes_a_link_is_not_followed(box: Outbox, tmp_path: Path,
             lambda: box.vault.get("*"),
             lambda: list(box.vault.mailboxes()),
             lambda: put(box, SMTPServer(port=25)),
+            lambda: box.vault.stage("*", Account(mailbox="*", host="relay.example.org")),
             lambda: send(box),
         ):
             with pytest.raises((VaultError, OutboxError), match="symbolic link"):
@@ -372,6 +373,25 @@ def test_a_part_that_becomes_a_link_is_not_followed(box: Outbox, tmp_path: Path,
         with pytest.raises(SpoolError, match="symbolic link"):
             box.presence.is_alive("0" * 16)
     assert sorted(elsewhere.iterdir()) == before
+
+
+def test_a_lock_or_register_that_is_a_link_is_not_followed(box: Outbox, tmp_path: Path) -> None:
+    accounts, elsewhere = Path(box.location, "accounts"), tmp_path / "elsewhere"
+    account = Account(mailbox="*", host="relay.example.org")
+    with transaction.manager:
+        box.accounts.put(account)
+    lock = accounts / "lock"
+    lock.unlink()
+    lock.symlink_to(elsewhere)
+    with pytest.raises(VaultError, match="symbolic link"):
+        box.vault.stage("*", account)
+    assert not elsewhere.exists()
+    lock.unlink()
+    (register,) = accounts.glob("register-*")
+    register.rename(elsewhere)
+    register.symlink_to(elsewhere)
+    with Outbox(box.location) as again, pytest.raises(VaultError, match="symbolic link"):
+        again.vault.get("*")
 
 
 def test_links_among_the_files_are_not_followed(
