@@ -15,17 +15,17 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from zope.interface import implementer
 
 from ..envelope import Envelope
 from ..errors import SpoolError
-from ..interfaces import Entry, ILease, Outcome, Settlement, State
+from ..interfaces import Entry, ILease, Outcome, Record, Settlement, State
 from ..spool import forks
 from ..spool.names import normal
-from ..spool.outcomes import Side
+from ..spool.outcomes import Side, load_side
 from .connections import Connections
 from .engine import beat
 from .mails import MAILS, Mails, Row
@@ -94,10 +94,22 @@ class Lease:
         self._check()
         return self._message or self._leases.mails.message(self.entry.id)
 
+    def record(self) -> Record | None:
+        """Return what `ISpool.load` says of the mail; None: that is not known here."""
+        if not self._message:  # large, or forgotten
+            return None
+        reason = "" if self.entry.state is State.QUEUED else load_side(self._side).reason
+        return Record(self.entry, self.envelope, self.outcomes, len(self._message), reason)
+
     @property
     def is_sure(self) -> bool:
         """Whether nobody else can have it: it was renewed within its time, by our clock."""
         return self._held and time.monotonic() - self.taken_at < self._leases.seconds
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it has not ended, and is not of the process that forked us."""
+        return self._held and self._generation == forks.generation()
 
     def settle(self, settlement: Settlement) -> Entry | None:
         """See `ILease`."""
@@ -106,7 +118,7 @@ class Lease:
         if state in _GONE or not settlement.keep:
             if state is State.CANCELLED and not self.entry.attempts:
                 mails.free_key(self.entry.id)
-            self._is_done(mails.remove(self.entry.id, self.token))
+            self.is_done(mails.remove(self.entry.id, self.token))
             return None
         if state not in _SETTLED:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {state}")
@@ -114,7 +126,7 @@ class Lease:
         after = normal(self.entry._replace(state=state, due=due, attempts=attempts))
         outcomes = {**self.outcomes, **settlement.outcomes}
         side = Side(after.state, after.due, after.attempts, settlement.reason, outcomes)
-        return after if self._is_done(mails.record(after, side, self.token)) else None
+        return after if self.is_done(mails.record(after, side, self.token)) else None
 
     def set_aside(self, reason: str) -> None:
         """See `ILease`."""
@@ -128,7 +140,7 @@ class Lease:
 
     def release(self) -> None:
         """See `ILease`."""
-        if not self._is_ours():
+        if not self.is_ours:
             return
         mails = self._leases.mails
         try:
@@ -143,21 +155,19 @@ class Lease:
 
     def leave(self) -> None:
         """See `ILease`.  What was set aside is nobody's at once."""
-        if not self._is_ours():
+        if not self.is_ours:
             return
         self._held = False
         self._leases.forget(self)
         if self._before is not None:
             self._leases.expire(self)
 
-    def _is_ours(self) -> bool:
-        return self._held and self._generation == forks.generation()
-
     def _check(self) -> None:
-        if not self._is_ours():
+        if not self.is_ours:
             raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
 
-    def _is_done(self, done: bool) -> bool:
+    def is_done(self, done: bool) -> bool:
+        """Know that it was settled, or lost."""
         self._held = False
         self._leases.forget(self)
         if not done:
@@ -186,6 +196,7 @@ class Leases:
         self._generation = forks.generation()
         self._held: dict[Lease, None] = {}
         self._lock = threading.Lock()
+        self._jobs = threading.Lock()  # of many at once, in no order: else we wait for ourselves
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
@@ -208,6 +219,14 @@ class Leases:
     def forget(self, lease: Lease) -> None:
         """Renew it no more."""
         self._held.pop(lease, None)
+
+    def settle_accepted(self, leases: Sequence[Lease]) -> None:
+        """See `ISettlesTogether`."""
+        ours = [lease for lease in leases if lease.is_ours]
+        with self._jobs:
+            removed = self.mails.remove_all([(lease.entry.id, lease.token) for lease in ours])
+        for lease in ours:
+            lease.is_done(lease.entry.id in removed)
 
     def expire(self, lease: Lease) -> None:
         """End a lease without a change of its mail.  Never raises."""
@@ -252,6 +271,7 @@ class Leases:
         with self._connections.use("renew leases") as connection:
             kept = set(connection.execute(query, [self.seconds, ids, tokens]))
             renewed = [lease for lease in old if (lease.token, lease.entry.id) in kept]
-            beat(connection, [lease.job for lease in renewed if lease.job is not None])
+            with self._jobs:
+                beat(connection, [lease.job for lease in renewed if lease.job is not None])
         for lease in renewed:
             lease.taken_at = begun

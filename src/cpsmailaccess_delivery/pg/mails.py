@@ -24,7 +24,7 @@ from ..interfaces import Entry, Record, State
 from ..spool.outcomes import NOTHING, DamagedSide, Side, dump_side, load_side
 from .connections import Connection, Connections
 from .engine import DELETE_JOB, FREE_JOB, SCHEMA
-from .functions import give_jobs, tell
+from .functions import FREE, give_jobs, tell
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
@@ -49,8 +49,6 @@ _PAGE: Final = 5_000
 
 ENTRY: Final = "id, lane, state, due, attempts, priority, expires"
 _WIDTH: Final = 7  # columns
-FREE: Final = "(leased_until IS NULL OR leased_until < clock_timestamp())"
-TAKEABLE: Final = "(state = 'queued' OR (state IN ('deferred', 'unclear') AND due > 0))"
 _LAZY: Final = "set_config('synchronous_commit', 'off', true)"
 _CLAIMED: Final = f"{ENTRY}, block, CASE WHEN size <= %(inline)s THEN message END, side, job"
 
@@ -60,30 +58,18 @@ UPDATE {MAILS} SET lease = %(lease)s,
 WHERE id = %(id)s AND state = %(state)s AND due = %(due)s AND attempts = %(attempts)s AND {FREE}
 RETURNING {_CLAIMED}, {_LAZY}"""  # noqa: S608
 
-#: Of those that the engine has named: who is a processor's to take, and nobody has.
-#: Timed with the engine's claim, in one transaction: neither ends before the other.
-#: What somebody has locked is not waited for: he may wait for its job, which we have by now.
-CLAIM_MANY: Final = f"""
-UPDATE {MAILS} SET lease = %(lease)s,
-    leased_until = now() + make_interval(secs => %(seconds)s)
-WHERE id IN (SELECT id FROM {MAILS} WHERE id = ANY(%(ids)s) AND {FREE} AND {TAKEABLE}
-    FOR UPDATE SKIP LOCKED)
-RETURNING {_CLAIMED}, {_LAZY}"""  # noqa: S608
-
-#: Jobs of mails that are gone, or a person's: the engine must not name them again.
-DROP_JOBS: Final = f"""
-WITH mail AS (
-    SELECT each.job FROM unnest(%(ids)s::text[], %(jobs)s::bigint[]) each (id, job)
-    LEFT JOIN {MAILS} mails ON mails.id = each.id
-    WHERE mails.id IS NULL OR mails.state IN ('held', 'refused')
-        OR (mails.state IN ('deferred', 'unclear') AND mails.due = 0)
-) {DELETE_JOB}"""  # noqa: S608
-
 _REMOVE: Final = f"""
 WITH mail AS (
     DELETE FROM {MAILS} WHERE id = %(id)s AND lease = %(lease)s RETURNING job, {_LAZY}
 ), done AS ({DELETE_JOB})
 SELECT count(*) FROM mail"""  # noqa: S608
+
+_REMOVE_ALL: Final = f"""
+WITH mail AS (
+    DELETE FROM {MAILS} USING unnest(%(ids)s::text[], %(leases)s::uuid[]) each (id, token)
+    WHERE mails.id = each.id AND mails.lease = each.token RETURNING mails.id, mails.job, {_LAZY}
+), done AS ({DELETE_JOB})
+SELECT id FROM mail"""  # noqa: S608
 
 _RECORD: Final = f"""
 WITH mail AS (
@@ -241,6 +227,12 @@ class Mails:
         """Remove a mail; safe against a crash of the server with the next `sync`."""
         return self._settle(_REMOVE, {"id": entry_id, "lease": lease})
 
+    def remove_all(self, mails: Sequence[tuple[str, uuid.UUID]]) -> set[str]:
+        """Remove mails, by id and lease, as `remove` does; return the ids of those removed."""
+        values = {"ids": [each for each, _ in mails], "leases": [lease for _, lease in mails]}
+        with self._connections.use("settle mails") as connection:
+            return {row[0] for row in connection.execute(_REMOVE_ALL, values)}
+
     def free_key(self, entry_id: str) -> None:
         """Free the key of a mail that was cancelled before its first attempt."""
         with self._connections.use(f"free the key of {entry_id}") as connection:
@@ -267,7 +259,7 @@ class Mails:
     def put_back(self, before: Entry, side: str | None, lease: uuid.UUID) -> bool:
         """End a lease after `set_aside`: the mail is as it was.
 
-        Its job may be gone: the engine was told that a held mail has none, see `DROP_JOBS`.
+        Its job may be gone: the engine was told that a held mail has none, see `functions`.
         """
         values = {**_values(before, NOTHING, lease), "side": side}
         query = (

@@ -34,13 +34,12 @@ from ..spool import forks, names
 from ..spool.doubts import ASKED, IN_DOUBT
 from ..spool.outcomes import Side, dump_side
 from .connections import Connection, Connections, Executor
-from .functions import give_jobs, publish, tell
+from .functions import FREE, give_jobs, publish, tell
 from .mails import (
     ABORTED,
     COPY,
     COPY_TYPES,
     ENTRY,
-    FREE,
     INSERT,
     KEYS,
     MAILS,
