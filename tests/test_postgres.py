@@ -755,3 +755,63 @@ def test_what_is_gathered_when_it_ends_is_recorded(outbox, relay, monkeypatch):
     outbox.processor().run(forever=False)
     assert len(relay.mails) == len(late) == 1
     assert left == [[]]  # and what comes last, the sync, is for it, too
+
+
+def test_an_account_is_not_read_while_there_is_no_connection(database, relay, monkeypatch):
+    with open_outbox(database, max_sessions=1) as outbox:
+        put(outbox, relay, ALICE, "carol@example.org")
+        relay.on("GREETING", delay=0.5, times=1)
+        reads = Counter()
+        real = vault_module.PostgresVault.current
+
+        def current(self: Any, mailbox: str) -> Any:
+            reads[mailbox] += 1
+            return real(self, mailbox)
+
+        monkeypatch.setattr(vault_module.PostgresVault, "current", current)
+        send(outbox)
+        processor = outbox.processor()
+        processor.start()
+        wait_for(lambda: relay.open_sessions)
+        for _ in range(5):
+            send(outbox, sender="carol@example.org")
+        relay.wait_for(6)
+        assert processor.stop()
+        assert reads[ALICE] == 1
+        assert reads["carol@example.org"] <= 2
+
+
+def test_accounts_of_new_lanes_are_read_together(outbox, relay, monkeypatch):
+    mailboxes = [f"m{n}@example.org" for n in range(10)]
+    put(outbox, relay, *mailboxes)
+    asked = []
+    real = vault_module.PostgresVault._data
+
+    def data(self: Any, name: str, mailbox: str) -> bytes | None:
+        asked.append(mailbox)
+        return real(self, name, mailbox)
+
+    monkeypatch.setattr(vault_module.PostgresVault, "_data", data)
+    with transaction.manager:
+        for mailbox in mailboxes:
+            outbox.delivery.send(mailbox, [BOB], MESSAGE)
+    asked.clear()
+    processor = outbox.processor()
+    processor.start()
+    relay.wait_for(10)
+    assert processor.stop()
+    assert asked == []
+
+
+def test_an_account_that_changes_while_it_was_read_ahead(outbox, relay):
+    """Its lane has the account that is in force, whenever it was read."""
+    with SMTPServer() as other:
+        relay.on("GREETING", reply="421 not now")
+        processor = outbox.processor()
+        processor.start()
+        send(outbox)
+        wait_for(lambda: outbox.spool.lane_notes())
+        put(outbox, other, ALICE)
+        other.wait_for(1)
+        assert processor.stop()
+    assert relay.mails == []
