@@ -27,7 +27,8 @@ pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
 from cli_helpers import Site
 from conftest import KEY
-from cpsmailaccess_delivery import Account, Outbox, State, recorder
+from cpsmailaccess_delivery import Account, Outbox, State
+from cpsmailaccess_delivery import recorder as recorder_module
 from cpsmailaccess_delivery.errors import InvalidSettings, OutboxError, SpoolError, WrongKey
 from cpsmailaccess_delivery.interfaces import (
     IMailDelivery,
@@ -39,11 +40,15 @@ from cpsmailaccess_delivery.interfaces import (
 )
 from cpsmailaccess_delivery.journal import Event
 from cpsmailaccess_delivery.metrics import Collector
+from cpsmailaccess_delivery.notice_queue import NoticeQueue
 from cpsmailaccess_delivery.pg import schema as schema_module
 from cpsmailaccess_delivery.pg import vault as vault_module
 from cpsmailaccess_delivery.pg.connections import Connections
+from cpsmailaccess_delivery.pg.lease import Leases
+from cpsmailaccess_delivery.pg.mails import Mails
 from cpsmailaccess_delivery.pg.schema import VERSION, upgrade
 from cpsmailaccess_delivery.retry import Schedule
+from cpsmailaccess_delivery.smtp.machine import WINDOW
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.testing.received import ReceivedMail
 from postgres_helpers import databases, wait_for
@@ -687,7 +692,7 @@ def test_one_key_twice_within_a_transaction(outbox, database):
 
 def test_a_mail_that_somebody_has_locked_stops_no_other_lane(outbox, relay, database, monkeypatch):
     """The relay has it, and nobody can write that down; the worker delivers what others send."""
-    monkeypatch.setattr(recorder, "_UNSETTLED", 0.05)
+    monkeypatch.setattr(recorder_module, "_UNSETTLED", 0.05)
     put(outbox, relay, CAROL)
     take = relay.take
 
@@ -769,3 +774,178 @@ def test_the_trouble_of_a_lane_is_counted_on_by_another_worker(outbox, relay):
     outbox.spool.note_lane(lane.key, note)
     send(outbox)
     wait_for(lambda: outbox.spool.lane_note(lane.key).failures == 4)
+
+
+# What relays have taken is recorded together
+
+
+def test_no_more_is_on_its_way_than_a_session_may_have(outbox, relay, monkeypatch):
+    """Sent and not recorded: that is what the death of the worker sends twice."""
+    put(outbox, relay, ALICE, connections=1)
+    processor, most, together = outbox.processor(), [], []
+    real = Leases.settle_accepted
+
+    def settle(self: Leases, leases: Any) -> Any:
+        (lane,) = processor.scheduler.lanes
+        most.append(lane.in_flight + len(leases))
+        together.append(len(leases))
+        return real(self, leases)
+
+    monkeypatch.setattr(Leases, "settle_accepted", settle)
+    send(outbox, 60)
+    processor.start()
+    relay.wait_for(60)
+    wait_for(lambda: not list(outbox.spool.scan()))
+    assert processor.stop()
+    assert max(most) <= WINDOW
+    assert sum(together) == 60
+    assert len(relay.mails) == 60
+
+
+def test_lanes_are_recorded_in_one_statement(outbox, relay, monkeypatch):
+    mailboxes = [f"m{n}@example.org" for n in range(10)]
+    put(outbox, relay, *mailboxes)
+    batches = []
+    real = Mails.remove_all
+
+    def remove_all(self: Mails, mails: Any) -> set[str]:
+        batches.append(len(mails))
+        return real(self, mails)
+
+    monkeypatch.setattr(Mails, "remove_all", remove_all)
+    monkeypatch.setattr(Mails, "remove", None)
+    with transaction.manager:
+        for mailbox in mailboxes:
+            for _ in range(5):
+                outbox.delivery.send(mailbox, [BOB], MESSAGE)
+    assert outbox.processor().run(forever=False).accepted == 50
+    assert sum(batches) == 50
+    assert len(relay.mails) == 50
+    assert list(outbox.spool.scan()) == []
+
+
+def test_what_cannot_be_recorded_stops_sending_until_it_can(outbox, relay, monkeypatch):
+    monkeypatch.setattr(recorder_module, "_UNSETTLED", 0.2)
+    full = threading.Event()
+    full.set()
+
+    def until_there_is_room(real: Any) -> Any:
+        def remove(*arguments: Any, **more: Any) -> Any:
+            if full.is_set():
+                raise SpoolError("no space left on device")
+            return real(*arguments, **more)
+
+        return remove
+
+    for name in ("remove", "remove_all"):
+        monkeypatch.setattr(Mails, name, until_there_is_room(getattr(Mails, name)))
+    put(outbox, relay, ALICE, connections=1)
+    send(outbox, 100)
+    processor = outbox.processor()
+    processor.start()
+    relay.wait_for(8)
+    for _ in range(3):  # it tries again, and sends nothing meanwhile
+        tried = wait_for(lambda: processor.scheduler and processor.scheduler._recorder._unsettled)
+        wait_for(lambda tried=tried: processor.scheduler._recorder._unsettled is not tried)
+    assert len(relay.mails) <= 8 + WINDOW
+    full.clear()
+    relay.wait_for(100)
+    wait_for(lambda: not list(outbox.spool.scan()))
+    assert processor.stop()
+    assert len(relay.mails) == 100  # each once
+
+
+def test_a_fault_of_ours_while_recording_sends_nothing_again(outbox, relay, monkeypatch):
+    def fault(*arguments: Any) -> None:
+        raise TypeError("a fault of ours")
+
+    monkeypatch.setattr(Leases, "settle_accepted", fault)
+    send(outbox, 3)
+    outbox.processor().run(forever=False)
+    assert [entry.state for entry in outbox.spool.scan()] == [State.HELD] * 3
+    assert len(relay.mails) == 3
+
+
+def test_what_is_gathered_when_it_ends_is_recorded(outbox, relay, monkeypatch):
+    """The notice that a mail was passed on is durable at the very end only; then it is recorded."""
+    late, left = [], []
+    flush, close = NoticeQueue.flush, recorder_module.Recorder.close
+
+    def flush_late(self: NoticeQueue) -> None:
+        for told in late:
+            told(None)
+        flush(self)
+
+    def close_and_look(self: Any) -> None:
+        left.append(list(outbox.spool.scan()))
+        close(self)
+
+    monkeypatch.setattr(recorder_module.Recorder, "close", close_and_look)
+    monkeypatch.setattr(NoticeQueue, "queue", lambda self, wanted, told: late.append(told))
+    monkeypatch.setattr(NoticeQueue, "flush", flush_late)
+    relay.extensions -= {"DSN"}
+    with transaction.manager:
+        outbox.delivery.send(ALICE, [BOB], MESSAGE, notify=["success"])
+    outbox.processor().run(forever=False)
+    assert len(relay.mails) == len(late) == 1
+    assert left == [[]]  # and what comes last, the sync, is for it, too
+
+
+def test_an_account_is_not_read_while_there_is_no_connection(database, relay, monkeypatch):
+    with open_outbox(database, max_sessions=1) as outbox:
+        put(outbox, relay, ALICE, "carol@example.org")
+        relay.on("GREETING", delay=0.5, times=1)
+        reads = Counter()
+        real = vault_module.PostgresVault.current
+
+        def current(self: Any, mailbox: str) -> Any:
+            reads[mailbox] += 1
+            return real(self, mailbox)
+
+        monkeypatch.setattr(vault_module.PostgresVault, "current", current)
+        send(outbox)
+        processor = outbox.processor()
+        processor.start()
+        wait_for(lambda: relay.open_sessions)
+        for _ in range(5):
+            send(outbox, sender="carol@example.org")
+        relay.wait_for(6)
+        assert processor.stop()
+        assert reads[ALICE] == 1
+        assert reads["carol@example.org"] <= 2
+
+
+def test_accounts_of_new_lanes_are_read_together(outbox, relay, monkeypatch):
+    mailboxes = [f"m{n}@example.org" for n in range(10)]
+    put(outbox, relay, *mailboxes)
+    asked = []
+    real = vault_module.PostgresVault._data
+
+    def data(self: Any, name: str, mailbox: str) -> bytes | None:
+        asked.append(mailbox)
+        return real(self, name, mailbox)
+
+    monkeypatch.setattr(vault_module.PostgresVault, "_data", data)
+    with transaction.manager:
+        for mailbox in mailboxes:
+            outbox.delivery.send(mailbox, [BOB], MESSAGE)
+    asked.clear()
+    processor = outbox.processor()
+    processor.start()
+    relay.wait_for(10)
+    assert processor.stop()
+    assert asked == []
+
+
+def test_an_account_that_changes_while_it_was_read_ahead(outbox, relay):
+    """Its lane has the account that is in force, whenever it was read."""
+    with SMTPServer() as other:
+        relay.on("GREETING", reply="421 not now")
+        processor = outbox.processor()
+        processor.start()
+        send(outbox)
+        wait_for(lambda: outbox.spool.lane_notes())
+        put(outbox, other, ALICE)
+        other.wait_for(1)
+        assert processor.stop()
+    assert relay.mails == []

@@ -8,18 +8,21 @@ import os
 import resource
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import psycopg
 import pytest
+from zope.interface.verify import verifyObject
 
 pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
 from cpsmailaccess_delivery.envelope import Route
 from cpsmailaccess_delivery.errors import SpoolError
-from cpsmailaccess_delivery.interfaces import Entry, LaneNote, Settlement, State
+from cpsmailaccess_delivery.interfaces import Entry, ISettlesTogether, LaneNote, Settlement, State
 from cpsmailaccess_delivery.pg import feed as feed_module
+from cpsmailaccess_delivery.pg import lease as lease_module
 from cpsmailaccess_delivery.pg.connections import (
     Connection,
     Connections,
@@ -407,11 +410,11 @@ def test_higher_priority_first(make):
 
 def test_of_two_that_seek_at_once_one_gets_the_lane(make):
     spool = make()
-    values = {"lanes": ["0123456789abcdef"], "lease": 30.0}
+    values = {"lanes": ["0123456789abcdef"], "lease": 30.0, "looked": None}
     with spool.connections.use("take") as connection:
         first = connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall()
         second = connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall()
-    assert (first, second) == ([("0123456789abcdef",)], [])
+    assert (first, second) == ([("0123456789abcdef", False)], [])
     expire(spool)
     with spool.connections.use("take") as connection:
         assert connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall() == first
@@ -624,3 +627,241 @@ def test_watches_in_a_process_with_many_files(make):
         for file in files:
             os.close(file)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+# Many at once
+
+
+def test_many_are_settled_at_once_and_each_is_fenced(make, caplog):
+    spool = make()
+    assert verifyObject(ISettlesTogether, spool)
+    entries = [queue(spool, f"{n}@x") for n in range(3)]
+    leases = [spool.claim(entry) for entry in entries]
+    expire(spool)
+    another = make().claim(entries[1])
+    (lost,) = spool.settle_accepted(leases)
+    with caplog.at_level(logging.ERROR):
+        assert lost.settle(Settlement(State.ACCEPTED)) is None
+    assert caplog.text.count("may be sent twice") == 1
+    assert list(spool.scan()) == [entries[1]]
+    assert [mail for mail, _ in jobs(spool)] == [entries[1].id]
+    assert spool.leases.held() == []
+    assert another.settle(Settlement(State.ACCEPTED)) is None
+    assert list(spool.scan()) == []
+
+
+def test_what_cannot_be_settled_at_once_is_held_still(make, monkeypatch):
+    spool = make()
+    entries = [queue(spool, f"{n}@x") for n in range(3)]
+    leases = [spool.claim(entry) for entry in entries]
+    with monkeypatch.context() as patch:
+        patch.setattr(Mails, "remove_all", fail)
+        with pytest.raises(SpoolError):
+            spool.settle_accepted(leases)
+    assert spool.leases.held() == leases
+    assert all(make().leased(entry) for entry in entries)
+    spool.settle_accepted(leases)
+    assert list(spool.scan()) == []
+
+
+def fail(*arguments: object) -> None:
+    raise SpoolError("no way to the server")
+
+
+def test_many_are_settled_beside_one_that_is_locked(make, database):
+    """It is waited for by nobody; who settles it singly may try again."""
+    spool = make()
+    leases = [spool.claim(queue(spool, f"{n}@x")) for n in range(3)]
+    with psycopg.connect(database) as person:
+        person.execute("SELECT 1 FROM cpsmail.mails WHERE id = %s FOR UPDATE", [leases[1].entry.id])
+        assert spool.settle_accepted(leases) == [leases[1]]
+        assert spool.leases.held() == [leases[1]]
+    assert spool.settle_accepted([leases[1]]) == []
+    assert list(spool.scan()) == []
+
+
+def test_many_are_not_settled_while_leases_are_renewed(make, monkeypatch):
+    """Both change many jobs, in whatever order the server likes: they would wait for each other."""
+    spool = make()
+    leases = [spool.claim(queue(spool, f"{n}@x")) for n in range(3)]
+    for lease in leases:
+        lease.taken_at -= 20.0
+    locked = []
+    for module, name in ((lease_module, "beat"), (Mails, "remove_all")):
+        real = getattr(module, name)
+
+        def change(*values: object, real: Callable[..., object] = real) -> object:
+            locked.append(spool.leases._jobs.locked())
+            return real(*values)
+
+        monkeypatch.setattr(module, name, change)
+    spool.leases.renew()
+    spool.settle_accepted(leases)
+    assert locked == [True, True]
+    assert list(spool.scan()) == []
+
+
+# What is known without a question
+
+
+def test_what_is_leased_ahead_is_read_without_a_question(make, monkeypatch):
+    spool = make()
+    new, tried = queue(spool, "1@x"), queue(spool, "2@x")
+    settlement = Settlement(
+        State.DEFERRED, {"bob@example.net": DEFERRED}, due=1.0, attempts=1, reason="try again"
+    )
+    tried = spool.claim(tried).settle(settlement)
+    large = queue(spool, "3@x", b"Subject: large\r\n\r\n" + b"x" * 70_000)
+    feed, watch = watch_of(make())
+    assert set(told(watch, 3)) == {new, tried, large}
+    expected = [spool.load(entry) for entry in (new, tried)]
+    assert feed.load(large) == spool.load(large)
+    monkeypatch.setattr(PostgresSpool, "load", fail)
+    assert [feed.load(entry) for entry in (new, tried)] == expected
+    assert expected[1].reason == "try again"
+    watch.close()
+
+
+def test_a_lane_without_a_note_is_not_asked_for_it(make, monkeypatch):
+    spool = make()
+    entry = queue(spool)
+    feed, watch = watch_of(make())
+    assert told(watch) == [entry]
+    with monkeypatch.context() as patch:
+        patch.setattr(PostgresSpool, "lane_note", fail)
+        assert feed.lane_note(entry.lane) is None
+    now = time.time()
+    note = LaneNote("m", "relay", "down", now, now + 60.0)
+    feed.note_lane(entry.lane, note)  # ours are seen at once
+    assert feed.lane_note(entry.lane) == note
+    feed.note_lane(entry.lane, None)
+    assert feed.lane_note(entry.lane) is None
+    spool.note_lane(entry.lane, note)
+    assert feed.lane_note(entry.lane) == note
+    watch.close()
+
+
+def test_what_others_note_of_a_lane_is_seen(make):
+    """Somebody drains by hand, beside the worker that has the lane."""
+    spool = make()
+    entry = queue(spool)
+    feed, watch = watch_of(make())
+    assert told(watch) == [entry]
+    now = time.time()
+    spool.note_lane(entry.lane, LaneNote("m", "relay", "down", now, now + 60.0))
+    wait_for(lambda: feed.lane_note(entry.lane))
+    watch.close()
+
+
+def test_a_note_from_before_is_known_when_a_lane_is_taken(make):
+    spool = make()
+    entry = queue(spool)
+    note = LaneNote("m", "relay", "down", 1.0, 2.0)
+    spool.note_lane(entry.lane, note)
+    feed, watch = watch_of(make())
+    assert told(watch) == [entry]
+    assert feed.lane_note(entry.lane) == note
+    watch.close()
+
+
+def test_what_another_worker_has_is_not_waited_for(make):
+    """Its lane is another's: when it is ours again, the watch tells of it again."""
+    spool = make()
+    entry = queue(spool)
+    lease = spool.claim(entry)
+    feed = Feed(make())
+    assert spool.leased(entry)
+    assert not feed.leased(entry)
+    feed.lanes = frozenset({entry.lane})
+    assert feed.leased(entry)
+    lease.release()
+
+
+def test_a_server_that_dies_may_forget_who_has_a_mail(make, database, monkeypatch):
+    """Claims do not wait for its disk; what is leased ahead is not sent on the strength of them."""
+    spool = make()
+    entries = [queue(spool, f"{n}@x") for n in range(3)]
+    feed, watch = watch_of(make())
+    assert set(told(watch, 3)) == set(entries)
+    ahead: dict[int, list[str]] = {}  # by connection: what there was at its first question
+    real = Feed.lease
+
+    def lease(self: Feed, connection: Connection, *values: object) -> list[Entry]:
+        ahead.setdefault(connection.info.backend_pid, list(self._ahead))
+        return real(self, connection, *values)
+
+    monkeypatch.setattr(Feed, "lease", lease)
+    wait_for(lambda: ahead)
+    with psycopg.connect(database) as connection:
+        connection.execute(f"UPDATE {MAILS} SET lease = NULL, leased_until = NULL")
+        connection.execute(f"UPDATE {JOBS} SET status = 'queued', queue_manager_id = NULL")
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    wait_for(lambda: len(ahead) == 2)
+    assert [len(each) for each in ahead.values()] == [3, 0]
+    wait_for(lambda: feed.held().total() == 3)
+    for entry in entries:
+        feed.claim(entry).settle(Settlement(State.ACCEPTED))
+    assert list(spool.scan()) == []
+    watch.close()
+
+
+# Which lanes are asked for, and taken
+
+
+def test_few_lanes_are_asked_for_while_there_is_much(make, monkeypatch):
+    monkeypatch.setattr(feed_module, "MOST_AT_ONCE", 10)
+    spool = make()
+    routes = [Route(f"m{n}@example.org") for n in range(20)]
+    lanes = [queue_many(spool, 12, route)[0].lane for route in routes]
+    feed = Feed(spool)
+    with spool.connections.use("lease") as connection:
+        sizes, asked = [], Counter()
+        while feed.held().total() < 200:
+            part = feed.next_of(lanes)
+            sizes.append(len(part))
+            asked.update(part)
+            assert feed.lease(connection, part, 10)
+        assert sizes[0] == 20
+        assert min(sizes) == sizes[5] == 5
+        assert asked.keys() == set(lanes)
+        for _ in range(20):
+            part = feed.next_of(lanes)
+            feed.lease(connection, part, 10)
+    assert len(part) == 20
+    assert feed.held().total() == 240
+
+
+def test_lanes_that_are_dry_leave_room_between_two_looks(make, monkeypatch):
+    monkeypatch.setattr(feed_module, "MOST_LANES", 2)
+    monkeypatch.setattr(feed_module, "_LOOK", 3600.0)
+    spool = make()
+    entries = [queue(spool, f"{n}@x", route=Route(f"m{n}@example.org")) for n in range(9)]
+    feed, watch = watch_of(make())
+    done = []
+    while len(done) < len(entries):
+        for entry in told(watch):
+            feed.claim(entry).settle(Settlement(State.ACCEPTED))
+            done.append(entry.id)
+        assert len(feed.lanes) <= 2
+    assert sorted(done) == sorted(entry.id for entry in entries)
+    watch.close()
+
+
+def test_a_lane_that_was_left_since_we_looked_is_not_taken(make):
+    spool = make()
+    with spool.connections.use("take") as connection:
+        connection.execute(
+            "INSERT INTO cpsmail.lanes (lane, worker, until) VALUES ('left', NULL, now()),"
+            " ('noted', NULL, NULL), ('dead', gen_random_uuid(), now()),"
+            " ('fed', gen_random_uuid(), now() + interval '1 h')"
+        )
+        lanes = ["left", "noted", "dead", "fed", "new"]
+        for seconds, expected in ((-60, {"noted", "dead", "new"}), (60, {"left"})):
+            (looked,) = connection.execute(
+                "SELECT now() + make_interval(secs => %s)", [seconds]
+            ).fetchone()
+            values = {"lanes": lanes, "lease": 30.0, "looked": looked, "worker": uuid.uuid4()}
+            assert {lane for lane, _ in connection.execute(TAKE, values)} == expected

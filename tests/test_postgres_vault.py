@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import secrets
+import select
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,10 +22,12 @@ from cpsmailaccess_delivery.envelope import digest
 from cpsmailaccess_delivery.errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
 from cpsmailaccess_delivery.interfaces import IAccountStore, Verdict
 from cpsmailaccess_delivery.key import KeySource
+from cpsmailaccess_delivery.pg import register as register_module
 from cpsmailaccess_delivery.pg import vault as vault_module
 from cpsmailaccess_delivery.pg.connections import Connections
 from cpsmailaccess_delivery.pg.vault import PostgresVault
 from cpsmailaccess_delivery.rekey import rekey
+from postgres_helpers import DEADLINE
 
 ALICE = "alice@example.org"
 KEY, OTHER = b"\x01" * 32, b"\x02" * 32
@@ -264,3 +267,99 @@ def test_rekey_by_the_command(database, tmp_path, vault):
         "CPSMAIL_FORMER_KEY": text(KEY),
     }
     assert "1 accounts are sealed anew" in site.run("accounts", "rekey").output
+
+
+# Many at once
+
+
+def test_read_ahead_gives_each_account_once_without_a_question(make, vault, monkeypatch):
+    others = [account(f"m{n}@example.org") for n in range(5)]
+    put(vault, *others)
+    expected = [(vault.version(each.mailbox), each) for each in others]
+    reader = make()
+    reader.read_ahead([*(each.mailbox for each in others), "nobody@example.org"])
+    with monkeypatch.context() as patch:
+        patch.setattr(PostgresVault, "_data", None)
+        assert [reader.current(each.mailbox) for each in others] == expected
+    put(vault, account("m0@example.org", "another"))  # nobody has told us: it is asked for again
+    assert reader.get("m0@example.org").password.reveal() == "another"
+    with pytest.raises(NoSuchAccount):
+        reader.current("nobody@example.org")
+
+
+def test_what_was_read_ahead_is_forgotten_after_a_change(make, vault):
+    put(vault, account())
+    reader = make()
+    watch = reader.watch()
+    reader.read_ahead([ALICE])
+    put(vault, account(password="another"))
+    assert select.select([watch.fileno()], [], [], DEADLINE)[0]
+    watch.read()
+    assert reader.get(ALICE).password.reveal() == "another"
+    watch.close()
+
+
+def test_a_change_that_is_told_while_accounts_are_read_ahead(make, vault, monkeypatch):
+    """What was read is older than what was told, and nobody will tell it again."""
+    put(vault, account())
+    reader = make()
+    watch = reader.watch()
+    real = PostgresVault._open
+
+    def open_late(self, *values):
+        opened = real(self, *values)
+        if not changed:
+            changed.append(1)
+            put(vault, account(password="another"))
+            assert select.select([watch.fileno()], [], [], DEADLINE)[0]
+            watch.read()
+        return opened
+
+    changed: list[int] = []
+    monkeypatch.setattr(PostgresVault, "_open", open_late)
+    reader.read_ahead([ALICE])
+    assert changed
+    assert reader.get(ALICE).password.reveal() == "another"
+    watch.close()
+
+
+def test_what_was_read_ahead_is_not_kept_for_long(make, vault, monkeypatch):
+    put(vault, account())
+    reader = make()
+    reader.read_ahead([ALICE])
+    monkeypatch.setattr(vault_module, "_AHEAD", -1.0)
+    put(vault, account(password="another"))
+    assert reader.get(ALICE).password.reveal() == "another"
+
+
+def test_a_row_that_was_put_back_is_not_read_ahead(make, vault):
+    put(vault, account(password="old"))
+    (old,) = query(vault, "SELECT data FROM cpsmail.accounts WHERE name = %s", NAME)
+    put(vault, account(password="new"))
+    query(vault, "UPDATE cpsmail.accounts SET data = %b WHERE name = %s", old[0], NAME)
+    reader = make()
+    reader.read_ahead([ALICE])
+    with pytest.raises(BrokenSeal, match="older state"):
+        reader.current(ALICE)
+
+
+def test_the_register_is_sent_when_it_has_changed(make, vault, monkeypatch):
+    put(vault, account())
+    reader, loaded = make(), []
+    real = register_module.load_page
+
+    def load_page(data, key):
+        loaded.append(data)
+        return real(data, key)
+
+    monkeypatch.setattr(register_module, "load_page", load_page)
+    for _ in range(3):
+        reader.get(ALICE)
+    assert len(loaded) == 1
+    token = vault.stage("bob@example.org", account("bob@example.org"))
+    vault.prepare([token])
+    vault.publish([token])
+    loaded.clear()
+    for _ in range(3):
+        reader.get("bob@example.org")
+    assert len(loaded) == 1

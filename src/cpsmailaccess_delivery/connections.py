@@ -64,15 +64,24 @@ class Connections:
             if not has_one:
                 self._relays.wait(lane)
             return False
-        if self.count < self._most and not (has_one and self._crowded):
-            self.count += 1
-            self._relays.take(lane)
-            return True
-        if has_one:
+        if not self.spare(lane):
             return False
-        if lane not in self._waiting:
-            self._waiting.append(lane)
-        self._relieve()
+        self.count += 1
+        self._relays.take(lane)
+        return True
+
+    def spare(self, lane: Lane) -> bool:
+        """Return whether the lane may have one more, to whichever relay; if not, it waits.
+
+        One that has a session waits for none.
+        """
+        has_one = lane.sessions.here > 0
+        if self.count < self._most and not (has_one and self._crowded):
+            return True
+        if not has_one:
+            if lane not in self._waiting:
+                self._waiting.append(lane)
+            self._relieve()
         return False
 
     def give_back(self, lane: Lane, relay: str) -> None:

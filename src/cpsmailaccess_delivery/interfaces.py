@@ -420,6 +420,17 @@ class ILease(Interface):
         """End the lease as the death of the process would: what was set aside stays so."""
 
 
+class ISettlesTogether(Interface):
+    """What a spool offers as well to which every change is a way to a server and back."""
+
+    def settle_accepted(leases: Sequence[ILease]) -> Sequence[ILease]:
+        """Remove, at once, mails that their relays took for all; return those to settle singly.
+
+        Somebody may have locked them, or their leases were lost.  When it raises `SpoolError` every
+        lease is still held.
+        """
+
+
 class KeyNote(NamedTuple):
     """An idempotency key that was committed, without the key itself.
 
@@ -522,6 +533,9 @@ class IAccountStore(Interface):
 
         Raises `NoSuchAccount`, `WrongKey`, `BrokenSeal`.
         """
+
+    def current(mailbox: str) -> tuple[str, Account]:
+        """Return what `version` and `get` say at the same moment.  Raises as `get`."""
 
     def peek(mailbox: str) -> Account | None:
         """Return the account, a password as `account.HIDDEN`, or None: for routes and lists.

@@ -196,6 +196,9 @@ class Lane:
     # What sessions call: `smtp.session.Source`
 
     def next_mail(self) -> Attempt | None:
+        if self._recorder.gathering:
+            self._recorder.after(self.sessions.wake)
+            return None
         while self.ready and not self._stopping and self._may_send():
             attempt = self._claim(self.ready.popleft(), self)
             if attempt is not None:

@@ -7,6 +7,10 @@
                        +-- cannot be written --> kept <----+   tried again; the lease is held
 
 When much cannot be recorded, nothing more is sent: see `Recorder.full`.
+
+Where to record is a way to a server and back (`ISettlesTogether`), what the relays have taken in
+one turn of the loop is recorded together at its end.  Until then no session gets another mail, see
+`Recorder.gathering`: what a death of the process sends twice is what was on its way, and not more.
 """
 
 from __future__ import annotations
@@ -15,11 +19,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
+from typing import Final
 
 from .attempt import ALL_ACCEPTED, Attempt
 from .envelope import Route
 from .errors import SpoolError
-from .interfaces import LaneNote, Settlement, State
+from .interfaces import ISettlesTogether, LaneNote, Settlement, State
 from .notice_queue import NoticeQueue, NoticeWriter
 from .notices import Notices
 from .shared import Shared
@@ -37,6 +42,9 @@ _MANY_UNSETTLED = 8
 #: Removals are made durable after so many, or so many seconds, in a thread beside the loop.
 _SYNC_MANY = 64
 _SYNC_SOON = 0.05
+
+#: Mails that are recorded together at most.
+_MOST_TOGETHER: Final = 200
 
 
 class Recorder:
@@ -79,6 +87,9 @@ class Recorder:
         self._room = room
         self._changed = changed
         self._unsettled: list[tuple[Attempt, Settlement]] = []
+        self._together = ISettlesTogether.providedBy(shared.spool)
+        self._accepted: list[Attempt] = []  # to be recorded at the end of this turn of the loop
+        self._then: dict[Callable[[], object], None] = {}
         self._sync_many = max(1, min(_SYNC_MANY, files // 8))
         self._unsynced = 0
         self._sync_timer: asyncio.TimerHandle | None = None
@@ -93,7 +104,16 @@ class Recorder:
     @property
     def unsettled(self) -> bool:
         """Whether something could not be written yet."""
-        return bool(self._unsettled)
+        return bool(self._unsettled or self._accepted)
+
+    @property
+    def gathering(self) -> bool:
+        """Whether something is about to be recorded; see `after`."""
+        return bool(self._accepted)
+
+    def after(self, go_on: Callable[[], object]) -> None:
+        """Call this when it is recorded, or kept: once, however often it is said."""
+        self._then[go_on] = None
 
     def settle(self, attempt: Attempt, settlement: Settlement) -> None:
         """Record a settlement; what cannot be written keeps its lease and is tried again."""
@@ -124,6 +144,7 @@ class Recorder:
             self._sync_timer.cancel()
         self._retry()
         self.notice_queue.flush()
+        self._record_accepted()
 
     def close(self) -> None:
         """Sync; give back the leases of what cannot be recorded.  When the thread is done."""
@@ -169,11 +190,46 @@ class Recorder:
         self.notice_queue.queue(wanted, told)
 
     def _record(self, attempt: Attempt, settlement: Settlement) -> None:
+        if self._together and settlement is ALL_ACCEPTED:
+            self._accepted.append(attempt)
+            if len(self._accepted) == 1:
+                self._loop.call_soon(self._record_accepted)
+            elif len(self._accepted) == _MOST_TOGETHER:
+                self._record_accepted()
+            return
+        self._record_one(attempt, settlement)
+
+    def _record_one(self, attempt: Attempt, settlement: Settlement) -> None:
         try:
             attempt.lease.settle(settlement)
         except SpoolError as error:
             self._keep(attempt, settlement, error)
             return
+        self._is_recorded(attempt)
+
+    def _record_accepted(self) -> None:
+        accepted, self._accepted = self._accepted, []
+        if not accepted:
+            return
+        try:
+            singly = set(self._spool.settle_accepted([attempt.lease for attempt in accepted]))
+        except SpoolError:
+            singly = {attempt.lease for attempt in accepted}
+        except Exception as error:  # a fault of ours; what the relays took is not sent again
+            for attempt in accepted:
+                self.set_aside(attempt, error)
+            accepted = []
+        for attempt in accepted:
+            if attempt.lease in singly:
+                self._record_one(attempt, ALL_ACCEPTED)
+            else:
+                self._is_recorded(attempt)
+        then, self._then = self._then, {}
+        for go_on in then:
+            self._loop.call_soon(go_on)
+        self._changed()
+
+    def _is_recorded(self, attempt: Attempt) -> None:
         if attempt.news:
             entry, envelope = attempt.lease.entry, attempt.lease.envelope
             self._announcer.outcomes(self._now(), entry.id, envelope, attempt.news)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from .account import Account
@@ -62,11 +62,15 @@ class SealedAccounts(ABC):
 
     def get(self, mailbox: str) -> Account:
         """See `IAccountStore`."""
+        return self.current(mailbox)[1]
+
+    def current(self, mailbox: str) -> tuple[str, Account]:
+        """See `IAccountStore`."""
         name = digest(mailbox) + PUBLISHED
         data = self._data(name, mailbox)
         while data is not None:
             try:
-                return self._open(self._parse(name, mailbox, data))
+                return version_of(data), self._open(self._parse(name, mailbox, data))
             except VaultError:
                 before, data = data, self._data(name, mailbox)
                 if data == before:
@@ -81,7 +85,7 @@ class SealedAccounts(ABC):
     def version(self, mailbox: str) -> str:
         """See `IAccountStore`.  Each seal has a nonce of its own, so the bytes tell."""
         data = self._data(digest(mailbox) + PUBLISHED, mailbox)
-        return hashlib.blake2b(data, digest_size=8).hexdigest() if data is not None else ""
+        return version_of(data) if data is not None else ""
 
     def mailboxes(self) -> Iterator[str]:
         """See `IAccountStore`.  Files that cannot be read are logged: see `problems`."""
@@ -143,7 +147,7 @@ class SealedAccounts(ABC):
             raise self._broken(name, mailbox, f"is the account of {found} under another's name")
         return stored
 
-    def _open(self, stored: Stored) -> Account:
+    def _open(self, stored: Stored, page_of: Callable[[Key], Page] | None = None) -> Account:
         mailbox = stored.account.mailbox
         key = self._key()
         if key.id != stored.key_id:
@@ -158,14 +162,14 @@ class SealedAccounts(ABC):
         if account is None:
             why = "was edited or damaged, its seal does not hold"
             raise self._broken(digest(mailbox) + PUBLISHED, mailbox, why)
-        self._check_last(stored, key)
+        self._check_last(stored, (page_of or self._page)(key))
         return account
 
-    def _check_last(self, stored: Stored, key: Key) -> None:
+    def _check_last(self, stored: Stored, page: Page) -> None:
         """Raises `BrokenSeal` for a file that was put back: sealed by us, but not the last."""
         mailbox = stored.account.mailbox
         name = digest(mailbox)
-        listed = self._page(key).accounts.get(name)
+        listed = page.accounts.get(name)
         if listed is None:
             why = "was put back after its account was removed, or its register was lost"
         elif not {stored.version, ANNOUNCED + stored.version} & set(listed):
@@ -209,6 +213,11 @@ class SealedAccounts(ABC):
     def _broken(self, name: str, mailbox: str, why: str) -> BrokenSeal:
         whose = f"account {mailbox}: " if mailbox else ""
         return BrokenSeal(f"{whose}{self._path(name)} {why}: remove it and put the account again")
+
+
+def version_of(data: bytes) -> str:
+    """Return a text that differs for other sealed bytes."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def parsed(data: bytes | None) -> Stored | None:

@@ -62,10 +62,14 @@ class Sessions:
 
     def work(self) -> None:
         """Let them ask for mails; open what is missing."""
-        for session in list(self._sessions):
-            session.wake()
+        self.wake()
         while self._lane.ready and self._wants_one() and self._open():
             pass
+
+    def wake(self) -> None:
+        """Let them ask for mails."""
+        for session in list(self._sessions):
+            session.wake()
 
     def stop(self) -> None:
         """Finish what is past the end of data, give back the rest; open none."""
@@ -196,8 +200,10 @@ class Sessions:
 
     def _open(self) -> bool:
         """Return whether one is opened: else the account, or the limit of connections, forbids."""
+        if not self._connections.spare(self._lane):
+            return False
         try:
-            account = self._lane.terms.load()  # first: it says to which relay
+            account = self._lane.terms.load()  # it says to which relay
             secret = resolve_secret(account)
         except VaultUnreachable as error:
             if self._shared.draining:

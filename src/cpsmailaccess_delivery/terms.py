@@ -23,7 +23,7 @@ class Terms:
         self._accounts = accounts
         self._paces = paces
         self._key = lane_key(route)
-        self._version = self.version()
+        self._version: str | None = None  # of the account that was loaded, or asked for first
         self.account: Account | None = None
         self._pace: Pace | None = None  # None: as many as there are
         self.limit = SessionLimit(1)
@@ -35,8 +35,7 @@ class Terms:
         if not route.mailbox:
             account = Account.without_login(route.host, route.port)
         else:
-            self._version = self.version()
-            account = self._accounts.get(route.mailbox)
+            account = self._current()
         if account != self.account:
             per_minute = mails_per_minute(account.host, account.mails_per_minute)
             self._pace = Pace(per_minute) if per_minute else None
@@ -45,19 +44,32 @@ class Terms:
             self.relay = account.relay
         return account
 
+    def _current(self) -> Account:
+        account: Account
+        try:
+            self._version, account = self._accounts.current(self.route.mailbox)
+        except VaultError:  # it may be mended between two questions: first that for its version
+            self._version = None
+            self.version()
+            account = self._accounts.get(self.route.mailbox)
+        return account
+
     def version(self) -> str:
         """Return what differs when the account is another."""
         if not self.route.mailbox:
             return ""
         try:
-            return str(self._accounts.version(self.route.mailbox))
+            found = str(self._accounts.version(self.route.mailbox))
         except VaultError as error:
-            return str(error)  # to load it will fail, and says why; mended, it differs
+            found = str(error)  # to load it will fail, and says why; mended, it differs
+        if self._version is None:
+            self._version = found
+        return found
 
     @property
     def changed(self) -> bool:
-        """Whether the account is another than the one that was loaded."""
-        return bool(self.route.mailbox) and self._version != self.version()
+        """Whether the account is another than the one that was loaded, or asked for first."""
+        return self._version is not None and self._version != self.version()
 
     def take(self, now: float) -> float:
         """Take leave to send one mail: return 0.0, or the seconds until there is some."""

@@ -23,16 +23,17 @@ def open_parts(url: str, key: bytes | None) -> Parts:
     connections = Connections(url, check=schema.check)
     spool = PostgresSpool(connections, lease=lease)
     keys = KeySource(key)
+    vault = PostgresVault(connections, keys)
     return Parts(
         spool=spool,
         keys=keys,
-        vault=PostgresVault(connections, keys),
+        vault=vault,
         journal=Journal(
             connections.location, clock=connections.now, store=lambda: EventTable(connections)
         ),
         presence=spool.workers,
         clock=connections.now,
-        feed=lambda: Feed(spool),
+        feed=lambda: Feed(spool, vault.read_ahead),
     )
 
 

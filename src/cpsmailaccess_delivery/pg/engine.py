@@ -11,7 +11,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Coroutine, Sequence
 from datetime import timedelta
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from pgqueuer.adapters.persistence.qb import (
     QueryBuilderEnvironment,
@@ -20,8 +20,7 @@ from pgqueuer.adapters.persistence.qb import (
 )
 from pgqueuer.adapters.persistence.queries import Queries
 from pgqueuer.domain.settings import DBSettings, Durability
-from pgqueuer.domain.types import Channel, JobId, QueueEntrypoint, QueueManagerId
-from pgqueuer.ports.repository import EntrypointExecutionParameter
+from pgqueuer.domain.types import Channel, JobId, QueueManagerId
 from psycopg import RawCursor
 from psycopg.rows import dict_row
 
@@ -52,13 +51,6 @@ LOG: Final = SETTINGS.qualified.queue_table_log
 MOST_AT_ONCE: Final = 50
 
 _T = TypeVar("_T")
-
-
-class Job(NamedTuple):
-    """A mail that is next: its id, and its job."""
-
-    mail: str
-    id: int
 
 
 class _Driver:
@@ -92,6 +84,17 @@ _BUILDER: Final = QueryQueueBuilder(SETTINGS)
 #: payloads, seconds until they are due, dedupe keys, headers; returns positions and jobs.
 ENQUEUE: Final = _BUILDER.build_enqueue_query()
 
+#: How it says what is next, the same way.  How many jobs at most, lanes, worker, and the silence
+#: after which another worker's job is taken; returns rows of its table.
+DEQUEUE: Final = _BUILDER.build_dequeue_query(
+    batch_size=1,
+    entrypoints=[],
+    concurrency_limits=[],
+    queue_manager_id=QueueManagerId(uuid.UUID(int=0)),
+    global_concurrency_limit=None,
+    heartbeat_timeout=timedelta(0),
+).sql.rstrip(";")
+
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:
     """Run what never waits, since its driver does not."""
@@ -120,26 +123,6 @@ def upgrade(connection: Connection) -> None:
     )
     if connection.execute(query, [JOBS, SETTINGS.trigger]).fetchone():
         connection.execute(f"ALTER TABLE {JOBS} DISABLE TRIGGER {SETTINGS.trigger}")
-
-
-def dequeue(
-    connection: Connection, lanes: Sequence[str], worker: uuid.UUID, *, most: int, lease: float
-) -> list[Job]:
-    """Take what is next in these lanes.
-
-    `lease`: seconds of silence after which another worker's job is taken.
-    """
-    unlimited = EntrypointExecutionParameter(concurrency_limit=0)
-    jobs = _run(
-        _queries(connection).dequeue(
-            most,
-            {QueueEntrypoint(lane): unlimited for lane in lanes},
-            QueueManagerId(worker),
-            None,
-            timedelta(seconds=lease),
-        )
-    )
-    return [Job((job.payload or b"").decode("ascii", "replace"), int(job.id)) for job in jobs]
 
 
 def beat(connection: Connection, jobs: Sequence[int]) -> None:

@@ -24,29 +24,27 @@ import os
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import psycopg
 from zope.interface import implementer
 
 from ..errors import SpoolError
-from ..interfaces import Entry, IWatch, State
+from ..interfaces import Entry, ISettlesTogether, IWatch, LaneNote, Record, State
 from ..spool.postgres import PostgresSpool
 from ..watch import Told
 from .connections import Connection, Outage, notes_of, wait_for_any
-from .engine import JOBS, MOST_AT_ONCE, dequeue
+from .engine import JOBS, MOST_AT_ONCE, SCHEMA
+from .functions import TAKEABLE
 from .lanes import LANES
 from .lease import Lease
 from .mails import (
     CHANNEL,
-    CLAIM_MANY,
-    DROP_JOBS,
     ENTRY,
     INLINE_AHEAD,
     MAILS,
-    TAKEABLE,
     VISIBLE,
     entry_of,
     row_of,
@@ -55,10 +53,13 @@ from .workers import WORKERS
 
 log = logging.getLogger(__name__)
 
-#: Lanes that a worker feeds at most, and lanes that one question to the engine names: its cost is
-#: the product of lanes and batch.
+#: Lanes that a worker feeds at most.
 MOST_LANES: Final = 100
-_LANES_AT_ONCE: Final = 20
+
+#: Lanes that one question to the engine names.  It locks a batch of each of them, and takes one of
+#: all: few while they have much mail, many while there is little to be found.
+_FEW_AT_ONCE: Final = 5
+_MANY_AT_ONCE: Final = 20
 
 #: Mails that are leased ahead: of one lane, of one worker.  Of a lane that has none it is always
 #: some: the others may be slow.
@@ -101,17 +102,21 @@ WITH RECURSIVE queued AS (
     SELECT entrypoint FROM {JOBS} WHERE status = 'picked'
         AND heartbeat < clock_timestamp() - make_interval(secs => %(lease)s)
 )
-SELECT lane, taken IS NOT NULL FROM (active FULL JOIN (
+SELECT lane, taken IS NOT NULL, now() FROM (active FULL JOIN (
     SELECT lane, worker AS taken FROM {LANES} WHERE worker IS NOT NULL AND until > clock_timestamp()
 ) taken USING (lane)) known LEFT JOIN {LANES} USING (lane) ORDER BY until NULLS FIRST"""  # noqa: S608
 
+_CLAIM: Final = f"SELECT * FROM {SCHEMA}.claim(%s, %s::text[], %s, %s, %s, %s)"  # noqa: S608
+
+#: What somebody had and left since we looked is dry.
 TAKE: Final = f"""
 INSERT INTO {LANES} (lane, worker, until)
 SELECT lane, %(worker)s, clock_timestamp() + make_interval(secs => %(lease)s)
 FROM unnest(%(lanes)s::text[]) each (lane)
 ON CONFLICT (lane) DO UPDATE SET worker = excluded.worker, until = excluded.until
-WHERE lanes.worker IS NULL OR lanes.until < clock_timestamp()
-RETURNING lane"""  # noqa: S608
+WHERE coalesce(lanes.until < CASE WHEN lanes.worker IS NULL THEN %(looked)s
+    ELSE clock_timestamp() END, true)
+RETURNING lane, note IS NOT NULL"""  # noqa: S608
 
 _RENEW: Final = f"""
 UPDATE {LANES} SET until = clock_timestamp() + make_interval(secs => %(lease)s)
@@ -138,19 +143,31 @@ SELECT state, count(*) FROM {MAILS} WHERE {VISIBLE} AND %s = (
 ) GROUP BY state"""  # noqa: S608
 
 
+@implementer(ISettlesTogether)
 class Feed:
     """The spool of one processor that runs for ever: see `ISpool`, and the module.
 
-    What is not about the next mail is the spool's own.
+    What is not about the next mail is the spool's own.  `read_ahead`: told of mailboxes that will
+    send soon.
     """
 
-    def __init__(self, spool: PostgresSpool) -> None:
+    def __init__(
+        self,
+        spool: PostgresSpool,
+        read_ahead: Callable[[Collection[str]], None] = lambda mailboxes: None,
+    ) -> None:
         self._spool = spool
+        self._read_ahead = read_ahead
+        self._known: set[str] = set()  # lanes of ours whose mailboxes were told
         self._ahead: dict[str, Lease] = {}
         self._lock = threading.Lock()  # of what is leased ahead: the loop takes, the thread too
         self.worker = uuid.uuid4()
         self.workers = 1  # that live, this one counted
         self.lanes: frozenset[str] = frozenset()  # ours, and not about to be another's
+        self._turn = 0
+        self._at_once = _MANY_AT_ONCE
+        self._clear: set[str] = set()  # lanes of ours that had no note when we looked
+        self._noted: set[str] = set()  # lanes of which we have written a note, or none, ourselves
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._spool, name)
@@ -174,6 +191,34 @@ class Feed:
         lease.release()
         return None
 
+    def settle_accepted(self, leases: Sequence[Lease]) -> Sequence[Lease]:
+        """See `ISettlesTogether`."""
+        return self._spool.settle_accepted(leases)
+
+    def leased(self, entry: Entry) -> bool:
+        """See `ISpool`.  False of what is another's by now: the watch tells when it is ours."""
+        return entry.lane in self.lanes and self._spool.leased(entry)
+
+    def load(self, entry: Entry) -> Record:
+        """See `ISpool`; nobody is asked about what is leased ahead."""
+        lease = self._ahead.get(entry.id)
+        record = lease.record() if lease is not None and lease.entry == entry else None
+        return record or self._spool.load(entry)
+
+    def lane_note(self, key: str) -> LaneNote | None:
+        """See `ISpool`; nobody is asked about a lane that had none when it became ours.
+
+        Others write one of it only while they drain by hand: that is seen within a second.
+        """
+        if key in self._clear and key not in self._noted:
+            return None
+        return self._spool.lane_note(key)
+
+    def note_lane(self, key: str, note: LaneNote | None) -> None:
+        """See `ISpool`."""
+        self._noted.add(key)  # first, and for ever: the thread may just have seen none
+        self._spool.note_lane(key, note)
+
     def part(self, limit: int) -> int:
         """Return our part of a limit over all workers; at least 1."""
         return max(1, limit // self.workers)
@@ -191,6 +236,26 @@ class Feed:
 
     # For the thread
 
+    def took(self, lanes: Iterable[str]) -> None:
+        """Know of lanes that are ours now, and have no note."""
+        self._clear.update(lanes)
+
+    def is_noted(self, lanes: Iterable[str]) -> None:
+        """Know of lanes that have a note."""
+        self._clear.difference_update(lanes)
+
+    def left(self, lanes: Collection[str]) -> None:
+        """Know of lanes that are ours no more."""
+        self._clear.difference_update(lanes)
+        self._known.difference_update(lanes)
+
+    def next_of(self, lanes: list[str]) -> list[str]:
+        """Return those of some lanes that are asked for next; each has its turn."""
+        start = self._turn % len(lanes)
+        part = (lanes + lanes)[start : start + min(self._at_once, len(lanes))]
+        self._turn = start + len(part)
+        return part
+
     def lease(self, connection: Connection, lanes: Sequence[str], most: int) -> list[Entry]:
         """Lease the next mails of these lanes; return them, those to be sent first in front.
 
@@ -198,20 +263,16 @@ class Feed:
         """
         seconds = self._spool.leases.seconds
         token = uuid.uuid4()
-        with connection.transaction():
-            jobs = dequeue(connection, lanes, self.worker, most=most, lease=seconds)
-            if not jobs:
-                return []
-            ids = [job.mail for job in jobs]
-            values = {"ids": ids, "lease": token, "seconds": seconds, "inline": INLINE_AHEAD}
-            rows = connection.execute(CLAIM_MANY, values, binary=True).fetchall()
-            if len(rows) < len(jobs):  # of the others some are leased elsewhere: named again later
-                connection.execute(DROP_JOBS, {"ids": ids, "jobs": [job.id for job in jobs]})
-        job_of = {job.mail: job.id for job in jobs}
+        values = [most, list(lanes), self.worker, seconds, token, INLINE_AHEAD]
+        rows = connection.execute(_CLAIM, values, binary=True).fetchall()
+        named = rows[0][-1] if rows else 0
+        if named >= MOST_AT_ONCE:
+            self._at_once = max(_FEW_AT_ONCE, self._at_once // 2)
+        elif named < MOST_AT_ONCE // 4 and len(lanes) >= self._at_once:
+            self._at_once = min(2 * self._at_once, _MANY_AT_ONCE)
         entries = []
-        for found in rows:
-            row = row_of(found)
-            lease = self._spool.lease_of(row._replace(job=job_of[row.entry.id]), token)
+        for row in rows:
+            lease = self._spool.lease_of(row_of(row), token)
             if lease is not None:
                 with self._lock:
                     former = self._ahead.pop(lease.entry.id, None)
@@ -220,6 +281,14 @@ class Feed:
                     former.leave()
                 entries.append(lease.entry)
         return sorted(entries, key=lambda entry: (-entry.priority, entry.id))
+
+    def read_accounts(self, entries: Iterable[Entry]) -> None:
+        """Tell whose accounts are needed soon: of lanes that were not ours, or had no mail yet."""
+        leases = [self._ahead.get(each.id) for each in entries if each.lane not in self._known]
+        new = {lease.entry.lane: lease.envelope.route.mailbox for lease in leases if lease}
+        self._known.update(new)
+        if mailboxes := {mailbox for mailbox in new.values() if mailbox}:
+            self._read_ahead(mailboxes)
 
     def held(self) -> Counter[str]:
         """Return how many mails are leased, by lane."""
@@ -256,7 +325,10 @@ class FeedWatch:
         self._begun: dict[str, float] = {}  # and when they became ours
         self._leaving: set[str] = set()  # of them: too many, or their turn is over
         self._waiting: set[str] = set()  # of them: their circuits are open
-        self._turn = 0
+        self._dry: set[str] = set()  # of them: the engine had no more when it was asked last
+        self._wanted: deque[str] = deque()  # nobody's, with mail, when we looked
+        self._looked: Any = None  # when that was, by the server's clock
+        self._share = 1  # our part of all lanes with mail
         self._renew_at = 0.0  # monotonic, as all times here
         self._seek_at = time.monotonic() + _START
         self._age_at = 0.0
@@ -304,6 +376,8 @@ class FeedWatch:
             try:
                 if connection is None:
                     connection = self._listen()
+                    # The server may have died and forgotten claims, which do not wait for its disk.
+                    self._feed.give_back(connection)
                 seconds = self._work(connection)
                 outage.end()
                 self._wait(connection, seconds)
@@ -317,13 +391,13 @@ class FeedWatch:
                 log.exception("a fault in the feed; going on in a moment")
                 wait_for_any(self._ended, seconds=_LOOK)
         if connection is not None:
-            self._leave(connection)
+            self._go(connection)
 
     def _wait(self, connection: Connection, seconds: float) -> None:
         if notes_of(connection, self._ended, seconds=seconds):
             self._seek_at = 0.0
 
-    def _leave(self, connection: Connection) -> None:
+    def _go(self, connection: Connection) -> None:
         try:
             self._feed.give_back(connection)
             values = {"worker": self._feed.worker}
@@ -350,6 +424,7 @@ class FeedWatch:
             self._look_at_notes(connection)
             self._seek(connection, now)
             self._tell_expired(connection)
+            self._dry.clear()
             self._seek_at = now + _LOOK
         if now >= self._age_at:
             self._tell_old(connection)
@@ -359,86 +434,131 @@ class FeedWatch:
         for lane, count in held.items():
             if count and lane in self._lanes:
                 self._lanes[lane] = now
-        fed = [lane for lane in self._lanes if lane not in self._leaving | self._waiting]
+        if self._wanted:  # an idle session that is left is worth less than mail that waits
+            self._leave(connection, [lane for lane in self._dry | self._leaving if not held[lane]])
+            self._take(connection, now)
+        shut = self._leaving | self._waiting | self._dry
+        fed = [lane for lane in self._lanes if lane not in shut]
         full = held.total() >= _AHEAD
         open_ = [lane for lane in fed if held[lane] < (1 if full else _LANE_AHEAD)]
-        more = False
-        for _ in range(math.ceil(len(open_) / _LANES_AT_ONCE)):
-            part = self._next_of(open_)
+        more, asked = False, 0
+        while asked < len(open_):
+            part = self._feed.next_of(open_)
+            asked += len(part)
             most = len(part) if full else MOST_AT_ONCE
             entries = self._feed.lease(connection, part, most)
-            self._tell(entries)
+            try:
+                self._feed.read_accounts(entries)
+            finally:  # they are leased: nobody else tells of them
+                self._tell(entries)
             for entry in entries:
                 self._lanes[entry.lane] = now
-            more = more or len(entries) >= most
+            if len(entries) >= most:
+                more = True
+            else:
+                self._dry.update(part)
         if more:
             return 0.0
-        if len(open_) < len(fed):
+        if self._wanted or len(open_) < len(fed):
             return _FULL if full else _SOON
         return max(0.0, self._seek_at - now)
-
-    def _next_of(self, lanes: list[str]) -> list[str]:
-        start = self._turn % len(lanes)
-        part = (lanes + lanes)[start : start + min(_LANES_AT_ONCE, len(lanes))]
-        self._turn = start + len(part)
-        return part
 
     def _renew(self, connection: Connection) -> None:
         values = {"worker": self._feed.worker, "lease": self._seconds}
         self._spool.workers.sign(connection, self._feed.worker, self._seconds)
         kept = {row[0] for row in connection.execute(_RENEW, values)}
-        for lost in set(self._lanes) - kept:
-            log.warning("the lane %s is another worker's now: we were silent for too long", lost)
-            del self._lanes[lost], self._begun[lost]
+        lost = set(self._lanes) - kept
+        for lane in lost:
+            log.warning("the lane %s is another worker's now: we were silent for too long", lane)
+        self._forget(lost)
         for lane in kept - set(self._lanes):  # taken when the answer was lost
             self._lanes[lane] = self._begun[lane] = time.monotonic()
-        self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
+        self._know_lanes()
 
     def _seek(self, connection: Connection, now: float) -> None:
         """Take lanes up to our share of all; give back others, and those without mail for long.
 
-        At once what is over our share or, when more lanes have mail than we may feed, dry: an idle
-        session that is left is worth less than mail that waits.
+        At once what is over our share or, when more lanes have mail than we may feed, dry.
         """
-        self._feed.workers = max(1, self._spool.workers.count(connection))
+        self._feed.workers = workers = max(1, self._spool.workers.count(connection))
         rows = connection.execute(_ACTIVE, {"lease": self._seconds}).fetchall()
-        workers = self._feed.workers
-        share = max(1, math.ceil(len(rows) / workers))
-        wanted = [lane for lane, taken in rows if not taken and lane not in self._lanes]
-        # Those that wait cost nothing, nor do those that leave: they are in nobody's way.
-        most = MOST_LANES - len(self._lanes.keys() - self._waiting - self._leaving)
-        room = max(0, min(share - len(self._lanes), most))
-        if wanted and room:
+        self._share = max(1, math.ceil(len(rows) / workers))
+        wanted = [lane for lane, taken, _ in rows if not taken and lane not in self._lanes]
+        if wanted:
+            self._looked = rows[0][2]
             # Each worker begins elsewhere: two that seek at once do not want the same.
-            next_ = wanted[: room * workers]
-            next_.sort(key=lambda lane: hash((lane, self._feed.worker.int)))
+            size = max(1, self._room()) * workers
+            order = {
+                lane: (number // size, hash((lane, self._feed.worker.int)))
+                for number, lane in enumerate(wanted)
+            }
+            wanted.sort(key=order.__getitem__)
+        self._wanted = deque(wanted)
+        held = self._feed.held()
+        kept = 0.0 if len(wanted) > self._room() else _KEPT
+        self._leave(
+            connection,
+            [
+                lane
+                for lane, last in self._lanes.items()
+                if not held[lane] and now - last > kept and lane not in self._waiting
+            ],
+        )
+        in_vain = len(wanted) - max(self._most(), 0)
+        self._take(connection, now)
+        surplus = len(self._lanes) - self._share
+        self._leaving = set(list(self._lanes)[:surplus]) if surplus > 0 else set()
+        if in_vain > 0:
+            self._leaving |= self._whose_turn_is_over(math.ceil(in_vain / workers), now)
+        self._know_lanes()
+        self._feed.give_back(connection, self._leaving)
+        held = self._feed.held()
+        self._leave(connection, [lane for lane in self._leaving if not held[lane]])
+
+    def _most(self) -> int:
+        """Return how many lanes more we may feed.
+
+        Those that wait cost nothing, nor do those that leave: they are in nobody's way.
+        """
+        return MOST_LANES - len(self._lanes.keys() - self._waiting - self._leaving)
+
+    def _room(self) -> int:
+        """Return how many lanes more we want."""
+        return max(0, min(self._share - len(self._lanes), self._most()))
+
+    def _take(self, connection: Connection, now: float) -> None:
+        """Take those that are wanted, as far as there is room."""
+        while self._wanted and (room := self._room()):
+            lanes = [self._wanted.popleft() for _ in range(min(room, len(self._wanted)))]
             values = {
                 "worker": self._feed.worker,
                 "lease": self._seconds,
-                "lanes": sorted(next_[:room]),
+                "looked": self._looked,
+                "lanes": sorted(lanes),
             }
-            for (lane,) in connection.execute(TAKE, values).fetchall():
+            taken = connection.execute(TAKE, values).fetchall()
+            for lane, _ in taken:
                 self._lanes[lane] = self._begun[lane] = now
-        kept = 0.0 if len(wanted) > room else _KEPT
-        surplus = len(self._lanes) - share
-        self._leaving = set(list(self._lanes)[:surplus]) if surplus > 0 else set()
-        in_vain = len(wanted) - max(most, 0)
-        if in_vain > 0:
-            self._leaving |= self._whose_turn_is_over(math.ceil(in_vain / workers), now)
+            self._feed.took(lane for lane, is_noted in taken if not is_noted)
+            self._know_lanes()
+
+    def _leave(self, connection: Connection, lanes: Sequence[str]) -> None:
+        """Let others have some lanes, of which nothing is leased."""
+        if lanes:
+            values = {"worker": self._feed.worker, "lanes": lanes}
+            connection.execute(_LEAVE, values)
+            self._forget(lanes)
+
+    def _forget(self, lanes: Collection[str]) -> None:
+        for lane in lanes:
+            del self._lanes[lane], self._begun[lane]
+        self._dry.difference_update(lanes)
+        self._leaving.difference_update(lanes)
+        self._feed.left(lanes)
+        self._know_lanes()
+
+    def _know_lanes(self) -> None:
         self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
-        self._feed.give_back(connection, self._leaving)
-        held = self._feed.held()
-        dry = [
-            lane
-            for lane, last in self._lanes.items()
-            if not held[lane]
-            and (lane in self._leaving or (now - last > kept and lane not in self._waiting))
-        ]
-        if dry:
-            connection.execute(_LEAVE, {"worker": self._feed.worker, "lanes": dry})
-            for lane in dry:
-                del self._lanes[lane], self._begun[lane]
-            self._feed.lanes = frozenset(self._lanes.keys() - self._leaving)
 
     def _whose_turn_is_over(self, most: int, now: float) -> set[str]:
         """Return lanes that let others be fed, however much mail they have."""
@@ -449,11 +569,9 @@ class FeedWatch:
         """Feed no lane that waits: what is leased of it is given back."""
         query = f"SELECT lane, note FROM {LANES} WHERE note IS NOT NULL AND worker = %s"  # noqa: S608
         now = self._spool.connections.now()
-        waiting = {
-            lane
-            for lane, note in connection.execute(query, [self._feed.worker])
-            if _until(note) > now
-        }
+        notes = connection.execute(query, [self._feed.worker]).fetchall()
+        self._feed.is_noted(lane for lane, _ in notes)
+        waiting = {lane for lane, note in notes if _until(note) > now}
         if waiting - self._waiting:
             self._feed.give_back(connection, waiting - self._waiting)
         for lane in self._waiting - waiting:

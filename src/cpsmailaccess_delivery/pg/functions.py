@@ -1,4 +1,4 @@
-"""What the server does in one call: a commit waits for two of its answers, not for ten.
+"""What the server does in one call: a commit waits for two of its answers, a claim for one.
 
 Made anew by every `cpsmail schema upgrade`, since the engine's own statement is in one of them.
 """
@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from typing import Final
 
 from .connections import Connection, Executor
-from .engine import ENQUEUE, SCHEMA
+from .engine import DELETE_JOB, DEQUEUE, ENQUEUE, JOBS, SCHEMA
 
 #: Ids in one notification, which takes 8,000 bytes.
 _PER_NOTE: Final = 180
 
 #: Seconds that a mail waits at most: the engine adds them to a date.
 _FARTHEST: Final = 1e11
+
+#: Of a mail: nobody has it; and a processor may.
+FREE: Final = "(leased_until IS NULL OR leased_until < clock_timestamp())"
+TAKEABLE: Final = "(state = 'queued' OR (state IN ('deferred', 'unclear') AND due > 0))"
 
 #: That `doubt` is in `coalesce` keeps the planner from the index of mails in doubt: until it is
 #: vacuumed it holds every mail that came since.
@@ -81,6 +85,57 @@ BEGIN
         PERFORM {SCHEMA}.tell(ids);
     END IF;
     RETURN QUERY SELECT unnest(ids);
+END $function$;
+
+CREATE OR REPLACE FUNCTION {SCHEMA}.dequeue(int, text[], uuid, interval)
+RETURNS SETOF {JOBS} LANGUAGE plpgsql AS $function$
+BEGIN
+    RETURN QUERY {DEQUEUE};
+END $function$;
+
+-- Lease the next mails of some lanes: those that the engine names, a processor may take and nobody
+-- has; `named`: how many it has named.  Both are timed alike: neither claim ends before the other.
+-- What somebody has locked is not waited for: he may wait for its job, which we have by now.
+-- Jobs of mails that are gone, or a person's, go: the engine must not name them again.
+-- Nothing waits for the disk.  A server that dies forgets both claims or none; then the mails are
+-- next again, and what their worker says of them is not taken, since its token is not there.
+CREATE OR REPLACE FUNCTION {SCHEMA}.claim(
+    most int, of_lanes text[], worker uuid, seconds float8, token uuid, inline_size int
+) RETURNS TABLE (
+    id text, lane text, state text, due float8, attempts int, priority smallint, expires float8,
+    block bytea, message bytea, side text, job bigint, named int
+) LANGUAGE plpgsql AS $function$
+#variable_conflict use_column
+DECLARE
+    ids text[];
+    jobs bigint[];
+    found int;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    SELECT array_agg(encode(each.payload, 'escape')), array_agg(each.id) INTO ids, jobs
+    FROM {SCHEMA}.dequeue(most, of_lanes, worker, make_interval(secs => seconds)) each;
+    IF ids IS NULL THEN
+        RETURN;
+    END IF;
+    RETURN QUERY
+        UPDATE {SCHEMA}.mails
+        SET lease = token, leased_until = now() + make_interval(secs => seconds)
+        FROM (
+            SELECT id, each.job FROM unnest(ids, jobs) each (id, job) JOIN {SCHEMA}.mails USING (id)
+            WHERE {FREE} AND {TAKEABLE} FOR UPDATE OF mails SKIP LOCKED
+        ) next
+        WHERE mails.id = next.id
+        RETURNING mails.id, lane, state, due, attempts, priority, expires, block,
+            CASE WHEN size <= inline_size THEN message END, side, next.job, cardinality(ids);
+    GET DIAGNOSTICS found = ROW_COUNT;
+    IF found < cardinality(ids) THEN
+        WITH mail AS (
+            SELECT each.job FROM unnest(ids, jobs) each (id, job)
+            LEFT JOIN {SCHEMA}.mails ON mails.id = each.id
+            WHERE mails.id IS NULL OR mails.state IN ('held', 'refused')
+                OR (mails.state IN ('deferred', 'unclear') AND mails.due = 0)
+        ) {DELETE_JOB};
+    END IF;
 END $function$;
 """  # noqa: S608
 

@@ -15,18 +15,18 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from zope.interface import implementer
 
 from ..envelope import Envelope
 from ..errors import SpoolError
-from ..interfaces import Entry, ILease, Outcome, Settlement, State
+from ..interfaces import Entry, ILease, Outcome, Record, Settlement, State
 from ..spool import forks
 from ..spool.doubts import is_in_doubt
 from ..spool.names import normal
-from ..spool.outcomes import Side, side_aside
+from ..spool.outcomes import Side, load_side, side_aside
 from .connections import Connections
 from .engine import beat
 from .mails import MAILS, Mails, Row
@@ -38,6 +38,9 @@ _SETTLED: Final = (State.DEFERRED, State.HELD, State.UNCLEAR, State.REFUSED)
 
 #: Of the length of a lease: how often it is renewed.
 _BEATS: Final = 3
+
+#: Seconds for which many that are to be settled wait for those that are renewed.
+_TURN: Final = 0.5
 
 #: Seconds until leases are renewed that could not be: some have few left.
 _AGAIN: Final = 1.0
@@ -99,18 +102,34 @@ class Lease:
         self._check()
         return self._message or self._leases.mails.message(self.entry.id)
 
+    def record(self) -> Record | None:
+        """Return what `ISpool.load` says of the mail; None: that is not known here."""
+        if not self._message:  # large, or forgotten
+            return None
+        reason = "" if self.entry.state is State.QUEUED else load_side(self._side).reason
+        return Record(self.entry, self.envelope, self.outcomes, len(self._message), reason)
+
     @property
     def is_sure(self) -> bool:
         """Whether nobody else can have it: it was renewed within its time, by our clock."""
         return self._held and time.monotonic() - self.taken_at < self._leases.seconds
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it has not ended, and is not of the process that forked us."""
+        return self._held and self._generation == forks.generation()
 
     def settle(self, settlement: Settlement) -> Entry | None:
         """See `ILease`."""
         try:
             return self._settle(settlement)
         except SpoolError:
-            self._tried = True
+            self.was_tried()
             raise
+
+    def was_tried(self) -> None:
+        """Know that it may have been settled: nobody has heard that it was not."""
+        self._tried = True
 
     def _settle(self, settlement: Settlement) -> Entry | None:
         self._check()
@@ -118,7 +137,7 @@ class Lease:
         if state in _GONE or not settlement.keep:
             free_key = state is State.CANCELLED and not self.entry.attempts
             done = mails.remove(self.entry.id, self.token, free_key=free_key, again=self._tried)
-            self._is_done(done)
+            self.is_done(done)
             return None
         if state not in _SETTLED:
             raise SpoolError(f"{self.entry.id}: a mail is not settled as {state}")
@@ -127,7 +146,7 @@ class Lease:
         outcomes = {**self.outcomes, **settlement.outcomes}
         side = Side(after.state, after.due, after.attempts, settlement.reason, outcomes)
         done = mails.record(after, side, self.token, again=self._tried)
-        return after if self._is_done(done) else None
+        return after if self.is_done(done) else None
 
     def set_aside(self, reason: str, token: str = "") -> None:
         """See `ILease`."""
@@ -141,7 +160,7 @@ class Lease:
 
     def release(self) -> None:
         """See `ILease`."""
-        if not self._is_ours():
+        if not self.is_ours:
             return
         mails = self._leases.mails
         try:
@@ -157,21 +176,19 @@ class Lease:
 
     def leave(self) -> None:
         """See `ILease`.  What was set aside is nobody's at once."""
-        if not self._is_ours():
+        if not self.is_ours:
             return
         self._held = False
         self._leases.forget(self)
         if self._before is not None:
             self._leases.expire(self)
 
-    def _is_ours(self) -> bool:
-        return self._held and self._generation == forks.generation()
-
     def _check(self) -> None:
-        if not self._is_ours():
+        if not self.is_ours:
             raise SpoolError(f"{self.entry.id}: the lease has ended, or is another process's")
 
-    def _is_done(self, done: bool) -> bool:
+    def is_done(self, done: bool) -> bool:
+        """Know that it was settled, or lost."""
         self._held = False
         self._leases.forget(self)
         if not done and self._tried:
@@ -205,6 +222,7 @@ class Leases:
         self._generation = forks.generation()
         self._held: dict[Lease, None] = {}
         self._lock = threading.Lock()
+        self._jobs = threading.Lock()  # of many at once, in no order: else we wait for ourselves
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
@@ -227,6 +245,24 @@ class Leases:
     def forget(self, lease: Lease) -> None:
         """Renew it no more."""
         self._held.pop(lease, None)
+
+    def settle_accepted(self, leases: Sequence[Lease]) -> list[Lease]:
+        """See `ISettlesTogether`."""
+        ours = [lease for lease in leases if lease.is_ours]
+        if not self._jobs.acquire(timeout=_TURN):
+            return list(leases)
+        try:
+            removed = self.mails.remove_all([(lease.entry.id, lease.token) for lease in ours])
+        except SpoolError:
+            for lease in ours:
+                lease.was_tried()
+            raise
+        finally:
+            self._jobs.release()
+        for lease in ours:
+            if lease.entry.id in removed:
+                lease.is_done(True)
+        return [lease for lease in leases if lease.entry.id not in removed]
 
     def expire(self, lease: Lease) -> None:
         """End a lease without a change of its mail.  Never raises."""
@@ -271,6 +307,7 @@ class Leases:
         with self._connections.use("renew leases") as connection:
             kept = set(connection.execute(query, [self.seconds, ids, tokens]))
             renewed = [lease for lease in old if (lease.token, lease.entry.id) in kept]
-            beat(connection, [lease.job for lease in renewed if lease.job is not None])
+            with self._jobs:
+                beat(connection, [lease.job for lease in renewed if lease.job is not None])
         for lease in renewed:
             lease.taken_at = begun

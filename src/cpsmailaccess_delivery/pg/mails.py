@@ -24,7 +24,7 @@ from ..interfaces import Entry, Record, State
 from ..spool.outcomes import NOTHING, DamagedSide, Side, dump_side, load_side
 from .connections import Connection, Connections
 from .engine import DELETE_JOB, FREE_JOB, SCHEMA
-from .functions import give_jobs, tell
+from .functions import FREE, give_jobs, tell
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
@@ -52,8 +52,6 @@ _PAGE: Final = 5_000
 
 ENTRY: Final = "id, lane, state, due, attempts, priority, expires"
 _WIDTH: Final = 7  # columns
-FREE: Final = "(leased_until IS NULL OR leased_until < clock_timestamp())"
-TAKEABLE: Final = "(state = 'queued' OR (state IN ('deferred', 'unclear') AND due > 0))"
 _LAZY: Final = "set_config('synchronous_commit', 'off', true)"
 
 #: How long a settlement waits for a lock, in the loop of a processor: for the renewal of its
@@ -70,31 +68,22 @@ UPDATE {MAILS} SET lease = %(lease)s,
 WHERE id = %(id)s AND state = %(state)s AND due = %(due)s AND attempts = %(attempts)s AND {FREE}
 RETURNING {_CLAIMED}, {_LAZY}"""  # noqa: S608
 
-#: Of those that the engine has named: who is a processor's to take, and nobody has.
-#: Timed with the engine's claim, in one transaction: neither ends before the other.
-#: What somebody has locked is not waited for: he may wait for its job, which we have by now.
-CLAIM_MANY: Final = f"""
-UPDATE {MAILS} SET lease = %(lease)s,
-    leased_until = now() + make_interval(secs => %(seconds)s)
-WHERE id IN (SELECT id FROM {MAILS} WHERE id = ANY(%(ids)s) AND {FREE} AND {TAKEABLE}
-    FOR UPDATE SKIP LOCKED)
-RETURNING {_CLAIMED}, {_LAZY}"""  # noqa: S608
-
-#: Jobs of mails that are gone, or a person's: the engine must not name them again.
-DROP_JOBS: Final = f"""
-WITH mail AS (
-    SELECT each.job FROM unnest(%(ids)s::text[], %(jobs)s::bigint[]) each (id, job)
-    LEFT JOIN {MAILS} mails ON mails.id = each.id
-    WHERE mails.id IS NULL OR mails.state IN ('held', 'refused')
-        OR (mails.state IN ('deferred', 'unclear') AND mails.due = 0)
-) {DELETE_JOB}"""  # noqa: S608
-
 _REMOVE: Final = f"""
 WITH mail AS (
     DELETE FROM {MAILS} WHERE id = %(id)s AND {_SETTLED_BY} RETURNING id, job, {_LAZY}
 ), done AS ({DELETE_JOB}){{freed}}
 SELECT count(*) FROM mail"""  # noqa: S608
 _FREED: Final = f", freed AS (DELETE FROM {KEYS} WHERE mail IN (SELECT id FROM mail))"  # noqa: S608
+
+_REMOVE_ALL: Final = f"""
+WITH held AS (
+    SELECT mails.id FROM unnest(%(ids)s::text[], %(leases)s::uuid[]) each (id, lease)
+    JOIN {MAILS} USING (id, lease) WHERE set_config('lock_timeout', %(wait)s, true) IS NOT NULL
+    FOR UPDATE OF mails SKIP LOCKED
+), mail AS (
+    DELETE FROM {MAILS} USING held WHERE mails.id = held.id RETURNING mails.id, mails.job, {_LAZY}
+), done AS ({DELETE_JOB})
+SELECT id FROM mail"""  # noqa: S608
 
 _RECORD: Final = f"""
 WITH mail AS (
@@ -263,6 +252,19 @@ class Mails:
         query = _REMOVE.format(freed=_FREED if free_key else "")
         return self._settle(query, {"id": entry_id, "lease": lease}, again=again)
 
+    def remove_all(self, mails: Sequence[tuple[str, uuid.UUID]]) -> set[str]:
+        """Remove mails, by id and lease, as `remove` does; return the ids of those removed.
+
+        What somebody has locked is not waited for.
+        """
+        values = {
+            "ids": [each for each, _ in mails],
+            "leases": [lease for _, lease in mails],
+            "wait": _WAIT,
+        }
+        with self._connections.use("settle mails") as connection:
+            return {row[0] for row in connection.execute(_REMOVE_ALL, values)}
+
     def record(self, after: Entry, side: Side, lease: uuid.UUID, *, again: bool) -> bool:
         """Write what an attempt left, durably, and end the lease."""
         job = FREE_JOB if is_takeable(after) else DELETE_JOB
@@ -285,7 +287,7 @@ class Mails:
     def put_back(self, before: Entry, side: str | None, lease: uuid.UUID, *, doubt: bool) -> bool:
         """End a lease after `set_aside`: the mail is as it was.  `doubt`: it was in doubt.
 
-        Its job may be gone: the engine was told that a held mail has none, see `DROP_JOBS`.
+        Its job may be gone: the engine was told that a held mail has none, see `functions`.
         """
         values = {**_values(before, NOTHING, lease), "side": side, "doubt": doubt}
         query = (

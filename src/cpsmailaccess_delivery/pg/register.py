@@ -19,6 +19,14 @@ from .engine import SCHEMA
 
 REGISTERS: Final = f"{SCHEMA}.registers"
 
+#: Each session asks, and the register of many accounts is long: it is sent when it is another row,
+#: written by another transaction, or in another place.
+_READ: Final = f"""
+SELECT stamp, CASE WHEN stamp <> %(known)s THEN data END
+FROM (
+    SELECT xmin::text || ' ' || ctid::text AS stamp, data FROM {REGISTERS} WHERE key = %(key)s
+) row"""  # noqa: S608
+
 _LOCK: Final = 0x63707372  # "cpsr": of two that change accounts at once, one waits
 
 
@@ -26,7 +34,7 @@ class RegisterTable:
     """The registers of one vault.  Thread-safe."""
 
     def __init__(self) -> None:
-        self._read: dict[str, tuple[bytes, Page]] = {}  # key id -> (what was read, its content)
+        self._read: dict[str, tuple[str, Page]] = {}  # key id -> (stamp of the row, its content)
         self._seen: dict[str, int] = {}  # key id -> the highest generation that was committed
         self._lock = threading.Lock()  # what is read later was committed later
 
@@ -41,14 +49,15 @@ class RegisterTable:
         Raises `Unusable`, and what the database does.
         """
         with self._lock:
-            query = f"SELECT data FROM {REGISTERS} WHERE key = %s"  # noqa: S608
-            row = connection.execute(query, [key.id], binary=True).fetchone()
+            known = self._read.get(key.id, ("", Page()))
+            values = {"key": key.id, "known": known[0]}
+            row = connection.execute(_READ, values, binary=True).fetchone()
             if row is None:
                 return None
-            known = self._read.get(key.id)
-            page = known[1] if known and known[0] == row[0] else load_page(row[0], key)
+            stamp, data = row
+            page = known[1] if data is None else load_page(data, key)
             check_generation(page, self._seen.get(key.id, 0))
-            self._read[key.id] = row[0], page
+            self._read[key.id] = stamp, page
             if connection.info.transaction_status == TransactionStatus.IDLE:
                 self._seen[key.id] = page.generation  # else it may be rolled back
             return page

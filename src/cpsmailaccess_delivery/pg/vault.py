@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Final, NamedTuple
 
 from zope.interface import implementer
@@ -21,7 +23,7 @@ from ..interfaces import Entry, IAccountStore, Verdict
 from ..key import Key, KeySource
 from ..register import Page, Unusable
 from ..seal import is_deletion, seal, staged_mailbox
-from ..sealed import PUBLISHED, SealedAccounts, parsed
+from ..sealed import PUBLISHED, SealedAccounts, parsed, version_of
 from ..spool import forks
 from .connections import Connection, Connections
 from .engine import SCHEMA
@@ -40,10 +42,20 @@ CHANNEL: Final = "cpsmail_accounts"
 _LEFT: Final = "staged_at < clock_timestamp() - make_interval(secs => %s)"
 
 
+#: Seconds for which an account that was read ahead is good: as long as a session lives idle.
+_AHEAD: Final = 10.0
+
+
 class _Staged(NamedTuple):
     data: bytes
     transaction: str
     generation: int
+
+
+class _Ahead(NamedTuple):
+    account: Account
+    version: str
+    read_at: float  # monotonic
 
 
 @implementer(IAccountStore)
@@ -55,6 +67,8 @@ class PostgresVault(SealedAccounts):
         self._connections = connections
         self._register = RegisterTable()
         self._staged: dict[str, _Staged] = {}
+        self._ahead: dict[str, _Ahead] = {}  # by mailbox
+        self._told = 0  # how often somebody was told that accounts have changed
 
     def stage(self, mailbox: str, account: Account | None, transaction: str = "") -> str:
         """See `IAccountStore`.  Raises `VaultError`, `WrongKey`."""
@@ -220,7 +234,43 @@ class PostgresVault(SealedAccounts):
 
     def watch(self) -> Watch:
         """See `IAccountStore`.  Raises `SpoolError`."""
-        return Watch(self._connections, CHANNEL, _something)
+        return _Watch(self._connections, self._forget_ahead)
+
+    # Many at once, for who is told of changes
+
+    def read_ahead(self, mailboxes: Collection[str]) -> None:
+        """Read accounts that are needed soon: `current` gives each of them once.
+
+        Not after a change that our watch has told of; nor much later, should it tell nothing.
+        """
+        told, now = self._told, time.monotonic()
+        names = [digest(mailbox) + PUBLISHED for mailbox in mailboxes]
+        query = f"SELECT name, data FROM {ACCOUNTS} WHERE name = ANY(%s)"  # noqa: S608
+        found = {}
+        try:
+            with self._use("read accounts") as connection:
+                rows = connection.execute(query, [names], binary=True).fetchall()
+            page_of = cache(self._page)
+            for name, data in rows:
+                account = self._open(self._parse(name, "", data), page_of)
+                found[account.mailbox] = _Ahead(account, version_of(data), now)
+        except VaultError as error:  # who needs it is told
+            log.debug("not read ahead: %s", error)
+        ahead = {m: each for m, each in self._ahead.copy().items() if now - each.read_at < _AHEAD}
+        self._ahead = {**ahead, **found}
+        if told != self._told:  # after what we have read, perhaps
+            self._ahead = {}
+
+    def current(self, mailbox: str) -> tuple[str, Account]:
+        """See `IAccountStore`, and `read_ahead`."""
+        ahead = self._ahead.pop(mailbox, None)
+        if ahead is not None and time.monotonic() - ahead.read_at < _AHEAD:
+            return ahead.version, ahead.account
+        return super().current(mailbox)
+
+    def _forget_ahead(self) -> None:
+        self._told += 1
+        self._ahead = {}
 
     @contextmanager
     def _use(self, action: str) -> Iterator[Connection]:
@@ -310,6 +360,19 @@ def _rows(connection: Connection, table: str, name: str) -> list[tuple[str, byte
 
 def _name(token: str) -> str:
     return token.partition("-")[0] + PUBLISHED
+
+
+class _Watch(Watch):
+    """Tells that something has changed.  `forget`: called before who reads looks what it was."""
+
+    def __init__(self, connections: Connections, forget: Callable[[], None]) -> None:
+        self._forget = forget
+        super().__init__(connections, CHANNEL, _something)
+
+    def read(self) -> Iterable[Entry] | None:
+        """See `IWatch`."""
+        self._forget()
+        return super().read()
 
 
 def _something(connection: Connection, payloads: list[str]) -> list[Entry] | None:

@@ -19,7 +19,16 @@ from zope.interface import implementer
 
 from ..envelope import Envelope, parse_block
 from ..errors import InvalidEnvelope
-from ..interfaces import Doubt, Entry, ISpool, LaneNote, Record, SweepReport, Verdict
+from ..interfaces import (
+    Doubt,
+    Entry,
+    ISettlesTogether,
+    ISpool,
+    LaneNote,
+    Record,
+    SweepReport,
+    Verdict,
+)
 from ..pg.connections import Connection, Connections
 from ..pg.inside import Home, Inside
 from ..pg.lanes import LaneNotes
@@ -37,7 +46,7 @@ log = logging.getLogger("cpsmailaccess_delivery.spool")
 LEASE: Final = 30.0
 
 
-@implementer(ISpool)
+@implementer(ISpool, ISettlesTogether)
 class PostgresSpool:
     """See `ISpool`.
 
@@ -128,6 +137,10 @@ class PostgresSpool:
         lease = Lease(self.leases, row, token, envelope, side)
         self.leases.add(lease)
         return lease
+
+    def settle_accepted(self, leases: Sequence[Lease]) -> Sequence[Lease]:
+        """See `ISettlesTogether`."""
+        return self.leases.settle_accepted(leases)
 
     def leased(self, entry: Entry) -> bool:
         """See `ISpool`."""
