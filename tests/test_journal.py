@@ -315,6 +315,22 @@ def test_link_is_not_followed(make, path, tmp_path):
     assert victim.read_bytes() == b"precious"
 
 
+def test_link_to_another_journal_is_not_followed(make, path, tmp_path):
+    elsewhere = tmp_path / "elsewhere" / "journal.sqlite"
+    elsewhere.parent.mkdir()
+    other = Journal(elsewhere)
+    other.record(event(1))
+    other.close()
+    before = elsewhere.read_bytes()
+    path.symlink_to(elsewhere)
+    journal = make()
+    journal.record(event(2))
+    journal.flush()
+    assert not path.is_symlink()
+    assert len(journal.events(message_id="2@example.org")) == 1
+    assert elsewhere.read_bytes() == before
+
+
 def test_lock_that_is_a_link_is_not_followed(make, path, tmp_path):
     victim = tmp_path / "victim"
     path.with_name(path.name + ".lock").symlink_to(victim)

@@ -21,10 +21,17 @@ from click.testing import CliRunner
 from cli_helpers import Site
 from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.cli import cli
-from cpsmailaccess_delivery.errors import OutboxError, SpoolError, VaultError, WrongKey
-from cpsmailaccess_delivery.interfaces import LaneNote, State
+from cpsmailaccess_delivery.errors import (
+    InvalidEnvelope,
+    OutboxError,
+    SpoolError,
+    VaultError,
+    WrongKey,
+)
+from cpsmailaccess_delivery.interfaces import LaneNote, Settlement, State
 from cpsmailaccess_delivery.processor import QueueProcessorThread
 from cpsmailaccess_delivery.retry import Schedule
+from cpsmailaccess_delivery.spool import staging
 from cpsmailaccess_delivery.testing import SMTPServer
 
 ALICE = "alice@example.org"
@@ -392,6 +399,48 @@ def test_a_lock_or_register_that_is_a_link_is_not_followed(box: Outbox, tmp_path
     register.symlink_to(elsewhere)
     with Outbox(box.location) as again, pytest.raises(VaultError, match="symbolic link"):
         again.vault.get("*")
+
+
+def test_a_staged_mail_that_becomes_a_link_is_not_followed(
+    box: Outbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it points to would get the mode of a mail."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    victim.chmod(0o644)
+    monkeypatch.setattr(staging, "_MAX_OPEN", 0)
+    box.delivery.send(ALICE, ["bob@example.net"], b"Subject: x\n\nx")
+    (path,) = Path(box.location, "tmp").iterdir()
+    path.unlink()
+    path.symlink_to(victim)
+    with pytest.raises(OutboxError, match="symbolic link"):
+        transaction.commit()
+    transaction.abort()
+    assert victim.stat().st_mode & 0o777 == 0o644
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_mail_or_its_outcomes_that_are_a_link_are_not_followed(
+    box: Outbox, tmp_path: Path
+) -> None:
+    send(box)
+    (entry,) = box.spool.scan()
+    lease = box.spool.claim(entry)
+    after = lease.settle(Settlement(State.DEFERRED, reason="later", attempts=1, due=9e9))
+    side = Path(box.location, "outcomes", entry.id)
+    side.rename(tmp_path / "side")
+    side.symlink_to(tmp_path / "side")
+    with pytest.raises(SpoolError, match="symbolic link"):
+        box.spool.load(after)
+    side.unlink()
+    (mail,) = Path(box.location, "cur").iterdir()
+    mail.rename(tmp_path / "mail")
+    mail.symlink_to(tmp_path / "mail")
+    assert box.spool.claim(after) is None
+    (held,) = box.spool.scan()
+    assert held.state is State.HELD
+    with pytest.raises(InvalidEnvelope, match="symbolic links"):
+        box.spool.load(held)
 
 
 def test_links_among_the_files_are_not_followed(

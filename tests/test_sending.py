@@ -20,7 +20,7 @@ from conftest import mails_on_disk
 from cpsmailaccess_delivery import Account, Outbox, QueueProcessorThread, State
 from cpsmailaccess_delivery import outbox as outbox_module
 from cpsmailaccess_delivery.delivery import MailboxDelivery
-from cpsmailaccess_delivery.envelope import parse_block
+from cpsmailaccess_delivery.envelope import Envelope, Route, parse_block
 from cpsmailaccess_delivery.errors import EntryBusy, InvalidOption, NoSuchEntry, SpoolError
 from cpsmailaccess_delivery.interfaces import Entry
 from cpsmailaccess_delivery.ready import Ready
@@ -705,6 +705,16 @@ def test_key_and_mail_are_in_doubt_together(outbox, server, where, committed):
     assert len(keys(outbox)) == 1
 
 
+def test_a_key_that_cannot_be_swept_is_not_taken_twice(outbox, monkeypatch):
+    """Its process is dead, and the sweep fails: the next one may know better."""
+    crash(outbox, "key taken")
+    monkeypatch.setattr(outbox.spool._keys, "_sweep", lambda: None)
+    with pytest.raises(TransientError, match="another transaction"):
+        send(outbox, idempotency_key="k")
+    transaction.abort()
+    assert list(outbox.spool.scan()) == []
+
+
 KILLED_CANCEL = """
 import os, sys
 from cpsmailaccess_delivery import Outbox
@@ -757,6 +767,26 @@ def test_old_keys_are_forgotten(outbox):
     os.utime(path, (1.0, time.time() - 31 * 86400))
     outbox.spool.sweep()  # once a day
     assert len(keys(outbox)) == 2
+    os.utime(directory / ".pruned", (1.0, time.time() - 86401))
+    outbox.spool.sweep()
+    assert len(keys(outbox)) == 1
+
+
+def test_keys_are_kept_for_a_month_and_while_they_are_pending(outbox):
+    directory = Path(outbox.location, "keys")
+    kept = send(outbox, idempotency_key="kept")
+    (path,) = (path for path in directory.iterdir() if path.name != ".pruned")
+    os.utime(path, (1.0, time.time() - 29 * 86400))
+    envelope = Envelope(ALICE, (BOB,), Route(ALICE, "127.0.0.1", 25), "1@x", key="pending")
+    pending = outbox.spool.stage(envelope, b"")
+    outbox.spool.prepare([pending])
+    (path,) = (p for p in directory.iterdir() if p.stat().st_nlink == 2)
+    os.utime(path, (1.0, time.time() - 31 * 86400))  # as a clock that was set might leave it
+    outbox.spool.sweep()
+    assert path.exists()
+    outbox.spool.discard([pending])
+    assert not path.exists()
+    assert send(outbox, idempotency_key="kept") == kept
 
 
 def test_a_key_is_as_private_as_a_mail(outbox):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,16 @@ class TestSweep:
         assert spool.left_overs() == []
         assert os.listdir(spool.location + "/tmp") == []
         assert list(spool.scan()) == []
+
+    def test_a_presence_is_private_whatever_the_umask(self, tmp_path):
+        before = os.umask(0o777)
+        try:
+            presence = Presence(tmp_path / "presence")
+        finally:
+            os.umask(before)
+        path = tmp_path / "presence" / presence.token
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        presence.close()
 
     def test_what_a_killed_process_prepared_is_in_doubt(self, spool, start):
         child = start(

@@ -49,7 +49,7 @@ def write_new(
 
     `sync`: its content is durable, its name is not.  `dir_fd`: what `path` is relative to.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(path, flags, mode, dir_fd=dir_fd)
     try:
         try:

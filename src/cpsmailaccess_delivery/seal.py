@@ -16,7 +16,6 @@ import binascii
 import hashlib
 import json
 import secrets
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -29,7 +28,6 @@ MAX_SIZE: Final = 16 * 1024  # bytes of an account file
 _NONCE_SIZE: Final = 12  # bytes
 _TAG_SIZE: Final = 16  # bytes
 _KEYS: Final = {"version", "account", "key", "sealed"}
-_PUBLIC: Final = {field.name for field in fields(Account)} - {"password"}
 
 
 class Stored(NamedTuple):
@@ -85,8 +83,6 @@ def parse(data: bytes) -> Stored:
     if document.keys() != _KEYS:
         raise ValueError("is no account file")
     settings, key_id = document["account"], document["key"]
-    if not isinstance(settings, dict) or not settings.keys() <= _PUBLIC:
-        raise ValueError("has a setting that is none")
     try:
         sealed = base64.b64decode(document.pop("sealed"), validate=True)
         has_secret = len(sealed) > _NONCE_SIZE + _TAG_SIZE

@@ -25,7 +25,7 @@ from .durable import spool_error
 
 log = logging.getLogger(__name__)
 
-_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_NEW: Final = os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _FORGOTTEN: Final = 3600.0  # seconds: an unfinished file is only touched when this old
 
 
@@ -171,7 +171,7 @@ class Presence:
             make_private(os.path.dirname(self._directory) or ".")
             refuse_link(self._directory)
             make_private(self._directory)
-            fd = os.open(hidden, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+            fd = os.open(hidden, _NEW, 0o600)
             forks.keep(fd)
             os.fchmod(fd, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
