@@ -6,7 +6,7 @@
     connections  to the server: kept, given back, left behind by a fork; its clock
     schema       tables, and how an older one becomes the present one
     engine       pgqueuer: which mail is next for whom
-    functions    what the server does in one call: publish a commit, give jobs
+    functions    what the server does in one call: publish a commit, claim, give jobs
     transit      mails that come from another outbox
     mails        one mail and every change of it, as SQL
     lease        the claim on one mail: a token that every change must show
