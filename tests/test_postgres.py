@@ -780,6 +780,37 @@ def test_the_trouble_of_a_lane_is_counted_on_by_another_worker(outbox, relay):
     wait_for(lambda: outbox.spool.lane_note(lane.key).failures == 4)
 
 
+def test_the_relay_of_a_lane_is_tried_by_the_worker_that_has_it(database, relay):
+    """A refused login that each worker tries at every due time locks the mailbox."""
+    with open_outbox(f"{database}?lease=2") as outbox:
+        put(outbox, relay, ALICE)
+        relay.on("GREETING", reply="421 not now")
+        processor = outbox.processor()
+        processor.start()
+        send(outbox)
+        wait_for(lambda: processor.scheduler and processor.scheduler.lanes)
+        (lane,) = processor.scheduler.lanes
+        wait_for(lambda: lane.circuit.failures > 1)
+        assert lane.is_ours
+        with outbox.spool.connections.use("test") as connection:
+            query = "UPDATE cpsmail.lanes SET worker = gen_random_uuid(), until = now() + '1h'"
+            connection.execute(query)
+        wait_for(lambda: not lane.is_ours and not lane.sessions)
+        tried, (entry,) = len(relay.commands), outbox.spool.scan()
+        loop = processor.scheduler.loop
+        for _ in range(3):  # what was told before, and is due now
+            lane.circuit.until = 0.0
+            loop.call_soon_threadsafe(lane.push, entry)
+            loop.call_soon_threadsafe(lane.work)
+            done = threading.Event()
+            loop.call_soon_threadsafe(done.set)
+            assert done.wait(60)
+        assert not lane.entries()
+        assert not lane.sessions
+        assert len(relay.commands) == tried
+        assert processor.stop()
+
+
 # What relays have taken is recorded together
 
 

@@ -286,6 +286,9 @@ class ISpool(Interface):
     def watch() -> IWatch:
         """Return a watch that tells of entries that become visible or change state."""
 
+    def serves(lane: str) -> bool:
+        """Tell whether mails of this lane leave from here: else another worker has it now."""
+
     def claim(entry: Entry) -> ILease | None:
         """Take the exclusive lease of an entry, or None: gone, changed or leased elsewhere.
 

@@ -107,6 +107,11 @@ class Lane:
         return self._bytes >= OWN and self._room.used >= MOST
 
     @property
+    def is_ours(self) -> bool:
+        """Whether no other worker has it now."""
+        return bool(self._shared.spool.serves(self.key))
+
+    @property
     def quiet(self) -> bool:
         """Nothing is on its way, and nothing can be sent now."""
         if self.in_flight or self.sessions or self._aging.busy:
@@ -130,7 +135,7 @@ class Lane:
         return [*self._aging.entries(), *self.ready.copy(), *flying]
 
     def forget(self) -> None:
-        """Forget what is ready: the spool is scanned again."""
+        """Forget what is ready: it is told again."""
         self.ready.clear()
         self._aging.forget()
 
@@ -143,6 +148,9 @@ class Lane:
     def work(self) -> None:
         """Put the ready entries to work: wake sessions, open what is missing."""
         if self._stopping or not (self.ready or self._aging.walking):
+            return
+        if not self.is_ours:  # nor is it ours to try its relay; we are told again when it is
+            self.forget()
             return
         self.circuit.look(begins=not (self.sessions or self._shared.draining))
         if self.circuit.is_open:

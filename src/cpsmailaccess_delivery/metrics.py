@@ -76,9 +76,11 @@ class Collector:
         names = {}
         for lane in scheduler.lanes:
             route = lane.name
+            sessions += len(lane.sessions)
+            if not lane.is_ours:  # its worker counts it
+                continue
             names[lane.key] = route
             conditions["paused"] += lane.circuit.is_open
-            sessions += len(lane.sessions)
             for entry in set(lane.entries()):  # scan and watch may both have told of it
                 counts[entry.state] = counts.get(entry.state, 0) + 1
                 since = entry.due or entry.staged_at or now

@@ -180,12 +180,16 @@ class Feed:
         """See `ISpool`: it tells of mails that are leased already."""
         return FeedWatch(self, self._spool)
 
+    def serves(self, lane: str) -> bool:
+        """See `ISpool`."""
+        return lane in self.lanes
+
     def claim(self, entry: Entry) -> Lease | None:
         """See `ISpool`."""
         with self._lock:
             lease = self._ahead.pop(entry.id, None)
         if lease is None:  # given back, or it waited here for its time
-            return self._spool.claim(entry) if entry.lane in self.lanes else None
+            return self._spool.claim(entry) if self.serves(entry.lane) else None
         if lease.is_sure and lease.entry == entry:
             return lease
         lease.release()
@@ -197,7 +201,7 @@ class Feed:
 
     def leased(self, entry: Entry) -> bool:
         """See `ISpool`.  False of what is another's by now: the watch tells when it is ours."""
-        return entry.lane in self.lanes and self._spool.leased(entry)
+        return self.serves(entry.lane) and self._spool.leased(entry)
 
     def load(self, entry: Entry) -> Record:
         """See `ISpool`; nobody is asked about what is leased ahead."""

@@ -125,6 +125,10 @@ class Maildir:
             self._polling.append(watch)
         return watch
 
+    def serves(self, lane: str) -> bool:
+        """See `ISpool`."""
+        return True
+
     def claim(self, entry: Entry) -> Lease | None:
         """See `ISpool`."""
         return self._mails.claim(entry)

@@ -117,6 +117,10 @@ class PostgresSpool:
         self._watches.append(watch)
         return watch
 
+    def serves(self, lane: str) -> bool:
+        """See `ISpool`."""
+        return True
+
     def claim(self, entry: Entry) -> Lease | None:
         """See `ISpool`."""
         token = uuid.uuid4()

@@ -115,6 +115,10 @@ class MemorySpool:
         self._watches.append(watch)
         return watch
 
+    def serves(self, lane: str) -> bool:
+        """See `ISpool`."""
+        return True
+
     def claim(self, entry: Entry) -> MemoryLease | None:
         """See `ISpool`."""
         with self._lock:
