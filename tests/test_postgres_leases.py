@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import resource
 import time
@@ -414,10 +415,31 @@ def test_of_two_that_seek_at_once_one_gets_the_lane(make):
     with spool.connections.use("take") as connection:
         first = connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall()
         second = connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall()
-    assert (first, second) == ([("0123456789abcdef", False)], [])
+    assert (first, second) == ([("0123456789abcdef", False, None)], [])
     expire(spool)
     with spool.connections.use("take") as connection:
-        assert connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall() == first
+        third = connection.execute(TAKE, {**values, "worker": uuid.uuid4()}).fetchall()
+    assert [lane for lane, *_ in third] == [lane for lane, *_ in first]
+
+
+@pytest.mark.parametrize("ending", ["left", "dead"])
+def test_what_a_lane_has_sent_lately_goes_with_it(make, ending):
+    """Else a limit per minute would begin anew with each worker."""
+    spool = make()
+    entry = queue(spool)
+    feed, watch = watch_of(spool)
+    assert told(watch, 1) == [entry]
+    feed.paces[entry.lane] = 12345.0
+    if ending == "left":
+        watch.close()
+    else:
+        watch._renew_at = math.inf  # silent from now on
+        expire(spool)
+    other, next_watch = watch_of(make())
+    assert told(next_watch, 1) == [entry]
+    assert other.paces == {entry.lane: 12345.0 if ending == "left" else math.inf}
+    for each in (watch, next_watch):
+        each.close()
 
 
 # Fair, and not in each other's way
@@ -864,4 +886,4 @@ def test_a_lane_that_was_left_since_we_looked_is_not_taken(make):
                 "SELECT now() + make_interval(secs => %s)", [seconds]
             ).fetchone()
             values = {"lanes": lanes, "lease": 30.0, "looked": looked, "worker": uuid.uuid4()}
-            assert {lane for lane, _ in connection.execute(TAKE, values)} == expected
+            assert {lane for lane, *_ in connection.execute(TAKE, values)} == expected

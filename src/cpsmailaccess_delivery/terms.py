@@ -75,13 +75,13 @@ class Terms:
         """Take leave to send one mail: return 0.0, or the seconds until there is some."""
         wait = self.wait(now)
         if self._pace is not None and not wait:
-            self._paces[self._key] = self._pace.spend(self._paces[self._key], now)
+            self._paces[self._key] = self._pace.spend(self._paces.get(self._key, 0.0), now)
         return wait
 
     def give_back(self) -> None:
         """Return a leave that was not used."""
         if self._pace is not None:
-            self._paces[self._key] = self._pace.give_back(self._paces[self._key])
+            self._paces[self._key] = self._pace.give_back(self._paces.get(self._key, 0.0))
 
     def wait(self, now: float) -> float:
         """Return the seconds until a mail may go."""

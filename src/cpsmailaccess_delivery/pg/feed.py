@@ -108,23 +108,26 @@ SELECT lane, taken IS NOT NULL, now() FROM (active FULL JOIN (
 
 _CLAIM: Final = f"SELECT * FROM {SCHEMA}.claim(%s, %s::text[], %s, %s, %s, %s)"  # noqa: S608
 
-#: What somebody had and left since we looked is dry.
+#: What somebody had and left since we looked is dry.  What one that has died had sent lately nobody
+#: knows: all that may be, see `limits.Pace`.
 TAKE: Final = f"""
 INSERT INTO {LANES} (lane, worker, until)
 SELECT lane, %(worker)s, clock_timestamp() + make_interval(secs => %(lease)s)
 FROM unnest(%(lanes)s::text[]) each (lane)
-ON CONFLICT (lane) DO UPDATE SET worker = excluded.worker, until = excluded.until
+ON CONFLICT (lane) DO UPDATE SET worker = excluded.worker, until = excluded.until,
+    spent = CASE WHEN lanes.worker IS NULL THEN lanes.spent ELSE 'infinity' END
 WHERE coalesce(lanes.until < CASE WHEN lanes.worker IS NULL THEN %(looked)s
     ELSE clock_timestamp() END, true)
-RETURNING lane, note IS NOT NULL"""  # noqa: S608
+RETURNING lane, note IS NOT NULL, spent"""  # noqa: S608
 
 _RENEW: Final = f"""
 UPDATE {LANES} SET until = clock_timestamp() + make_interval(secs => %(lease)s)
 WHERE worker = %(worker)s AND until > clock_timestamp() RETURNING lane"""  # noqa: S608
 
 _LEAVE: Final = f"""
-UPDATE {LANES} SET worker = NULL, until = clock_timestamp()
-WHERE worker = %(worker)s AND lane = ANY(%(lanes)s)"""  # noqa: S608
+UPDATE {LANES} SET worker = NULL, until = clock_timestamp(), spent = each.spent
+FROM unnest(%(lanes)s::text[], %(spent)s::float8[]) each (lane, spent)
+WHERE worker = %(worker)s AND lanes.lane = each.lane"""  # noqa: S608
 
 _GIVE_BACK: Final = f"""
 WITH mail AS (
@@ -164,6 +167,7 @@ class Feed:
         self.worker = uuid.uuid4()
         self.workers = 1  # that live, this one counted
         self.lanes: frozenset[str] = frozenset()  # ours, and not about to be another's
+        self.paces: dict[str, float] = {}  # see `ISpool`; goes with the lane
         self._turn = 0
         self._at_once = _MANY_AT_ONCE
         self._clear: set[str] = set()  # lanes of ours that had no note when we looked
@@ -252,6 +256,8 @@ class Feed:
         """Know of lanes that are ours no more."""
         self._clear.difference_update(lanes)
         self._known.difference_update(lanes)
+        for lane in lanes:
+            self.paces.pop(lane, None)
 
     def next_of(self, lanes: list[str]) -> list[str]:
         """Return those of some lanes that are asked for next; each has its turn."""
@@ -404,7 +410,8 @@ class FeedWatch:
     def _go(self, connection: Connection) -> None:
         try:
             self._feed.give_back(connection)
-            values = {"worker": self._feed.worker}
+            self._leave(connection, list(self._lanes))
+            values = {"worker": self._feed.worker}  # of those, too, that were taken unknown to us
             connection.execute(
                 f"UPDATE {LANES} SET worker = NULL, until = clock_timestamp()"  # noqa: S608
                 " WHERE worker = %(worker)s",
@@ -541,15 +548,18 @@ class FeedWatch:
                 "lanes": sorted(lanes),
             }
             taken = connection.execute(TAKE, values).fetchall()
-            for lane, _ in taken:
+            for lane, _, spent in taken:
                 self._lanes[lane] = self._begun[lane] = now
-            self._feed.took(lane for lane, is_noted in taken if not is_noted)
+                if spent is not None:
+                    self._feed.paces[lane] = spent
+            self._feed.took(lane for lane, is_noted, _ in taken if not is_noted)
             self._know_lanes()
 
     def _leave(self, connection: Connection, lanes: Sequence[str]) -> None:
         """Let others have some lanes, of which nothing is leased."""
         if lanes:
-            values = {"worker": self._feed.worker, "lanes": lanes}
+            spent = [self._feed.paces.get(lane) for lane in lanes]
+            values = {"worker": self._feed.worker, "lanes": list(lanes), "spent": spent}
             connection.execute(_LEAVE, values)
             self._forget(lanes)
 

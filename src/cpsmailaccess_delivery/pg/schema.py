@@ -116,8 +116,12 @@ CREATE INDEX events_sender ON {SCHEMA}.events (lower(sender), at);
 CREATE INDEX events_recipient ON {SCHEMA}.events (lower(recipient), at);
 """
 
+_SECOND: Final = f"""
+ALTER TABLE {SCHEMA}.lanes ADD COLUMN spent double precision;  -- see `limits.Pace`
+{FUNCTIONS}"""
+
 #: By the version that they lead to: what is executed, and the oldest release that works then.
-_STEPS: Final[dict[int, tuple[str, int]]] = {1: (_FIRST, 1), 2: (FUNCTIONS, 1)}
+_STEPS: Final[dict[int, tuple[str, int]]] = {1: (_FIRST, 1), 2: (_SECOND, 1)}
 
 
 class Upgrade(NamedTuple):
