@@ -23,8 +23,8 @@ from cpsmailaccess_delivery.account import HIDDEN, Account
 from cpsmailaccess_delivery.envelope import digest
 from cpsmailaccess_delivery.errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
 from cpsmailaccess_delivery.interfaces import IAccountStore, IWatch
-from cpsmailaccess_delivery.key import KeySource
-from cpsmailaccess_delivery.seal import MAX_SIZE
+from cpsmailaccess_delivery.key import Key, KeySource
+from cpsmailaccess_delivery.seal import MAX_SIZE, parse, seal
 from cpsmailaccess_delivery.vault import Vault
 from cpsmailaccess_delivery.watch import PollingWatch
 
@@ -699,3 +699,12 @@ def test_a_register_of_another_release_is_not_believed(tmp_path, vault, monkeypa
     monkeypatch.setattr(register, "VERSION", 2)
     with pytest.raises(BrokenSeal, match="has version 1; this release reads 2"):
         make(tmp_path).get("alice@example.org")
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"), [({"version": 2}, "has version 2"), ({"key": 7}, "names no key")]
+)
+def test_what_another_release_would_write_is_told(changed, why):
+    document = json.loads(seal(Account(mailbox="*", host="h"), Key(bytes(32), "a test")))
+    with pytest.raises(ValueError, match=why):
+        parse(json.dumps(document | changed).encode())
