@@ -23,6 +23,7 @@ from cpsmailaccess_delivery.envelope import Route
 from cpsmailaccess_delivery.errors import SpoolError
 from cpsmailaccess_delivery.interfaces import Entry, ISettlesTogether, LaneNote, Settlement, State
 from cpsmailaccess_delivery.pg import feed as feed_module
+from cpsmailaccess_delivery.pg import feed_watch, lane_sharing
 from cpsmailaccess_delivery.pg import lease as lease_module
 from cpsmailaccess_delivery.pg.connections import (
     Connection,
@@ -31,7 +32,9 @@ from cpsmailaccess_delivery.pg.connections import (
     wait_for_any,
 )
 from cpsmailaccess_delivery.pg.engine import JOBS
-from cpsmailaccess_delivery.pg.feed import TAKE, Feed, FeedWatch
+from cpsmailaccess_delivery.pg.feed import Feed
+from cpsmailaccess_delivery.pg.feed_watch import FeedWatch
+from cpsmailaccess_delivery.pg.lane_sharing import TAKE
 from cpsmailaccess_delivery.pg.mails import MAILS, SLICE, Mails
 from cpsmailaccess_delivery.spool.outcomes import Side
 from cpsmailaccess_delivery.spool.postgres import PostgresSpool
@@ -241,7 +244,7 @@ def test_two_feeds_share_no_lane(make):
 
 
 def test_feeds_that_start_together_share_the_lanes(make, monkeypatch):
-    monkeypatch.setattr(feed_module, "_START", 3600.0)  # until a mail comes, here
+    monkeypatch.setattr(feed_watch, "_START", 3600.0)  # until a mail comes, here
     spool = make()
     entries = [queue(spool, f"{n}@x", route=Route(f"m{n}@example.org")) for n in range(9)]
     _, first = watch_of(make())
@@ -258,7 +261,7 @@ def test_feeds_that_start_together_share_the_lanes(make, monkeypatch):
 
 def test_a_worker_that_comes_later_gets_its_share_at_once(make, monkeypatch):
     """What the first has leased ahead and not begun is the second's; the first lets it be."""
-    monkeypatch.setattr(feed_module, "_KEPT", 3600.0)
+    monkeypatch.setattr(lane_sharing, "_KEPT", 3600.0)
     spool = make()
     entries = {
         entry.id: entry
@@ -277,8 +280,8 @@ def test_a_worker_that_comes_later_gets_its_share_at_once(make, monkeypatch):
 
 
 def test_lanes_that_are_dry_leave_room_for_others(make, monkeypatch):
-    monkeypatch.setattr(feed_module, "MOST_LANES", 2)
-    monkeypatch.setattr(feed_module, "_KEPT", 3600.0)
+    monkeypatch.setattr(lane_sharing, "MOST_LANES", 2)
+    monkeypatch.setattr(lane_sharing, "_KEPT", 3600.0)
     spool = make()
     entries = [queue(spool, f"{n}@x", route=Route(f"m{n}@example.org")) for n in range(5)]
     feed, watch = watch_of(make())
@@ -292,8 +295,8 @@ def test_lanes_that_are_dry_leave_room_for_others(make, monkeypatch):
 
 
 def test_lanes_that_wait_leave_room_for_others(make, monkeypatch):
-    monkeypatch.setattr(feed_module, "MOST_LANES", 2)
-    monkeypatch.setattr(feed_module, "_KEPT", 3600.0)
+    monkeypatch.setattr(lane_sharing, "MOST_LANES", 2)
+    monkeypatch.setattr(lane_sharing, "_KEPT", 3600.0)
     spool = make()
     bad = [queue(spool, f"{n}@x", route=Route(f"m{n}@example.org")) for n in range(2)]
     _, watch = watch_of(spool)
@@ -472,9 +475,10 @@ def queue_many(spool: PostgresSpool, number: int, route: Route) -> list[Entry]:
 
 def test_lanes_that_are_slow_leave_others_their_mail(make, monkeypatch):
     """Ten accounts with a limit and much mail: all that may be leased ahead is theirs."""
-    monkeypatch.setattr(feed_module, "_LANE_AHEAD", 10)
-    monkeypatch.setattr(feed_module, "_AHEAD", 40)
+    monkeypatch.setattr(feed_watch, "_LANE_AHEAD", 10)
+    monkeypatch.setattr(feed_watch, "_AHEAD", 40)
     monkeypatch.setattr(feed_module, "MOST_AT_ONCE", 10)
+    monkeypatch.setattr(feed_watch, "MOST_AT_ONCE", 10)
     spool = make()
     for number in range(5):
         queue_many(spool, 40, Route(f"slow{number}@example.org"))
@@ -487,8 +491,8 @@ def test_lanes_that_are_slow_leave_others_their_mail(make, monkeypatch):
 
 
 def test_lanes_with_much_mail_take_turns(make, monkeypatch):
-    monkeypatch.setattr(feed_module, "MOST_LANES", 2)
-    monkeypatch.setattr(feed_module, "_TURN", 1.0)
+    monkeypatch.setattr(lane_sharing, "MOST_LANES", 2)
+    monkeypatch.setattr(lane_sharing, "_TURN", 1.0)
     spool = make()
     for number in range(3):
         queue_many(spool, 300, Route(f"busy{number}@example.org"))
@@ -501,7 +505,7 @@ def test_lanes_with_much_mail_take_turns(make, monkeypatch):
 
 
 def test_lanes_that_get_mail_again_and_again_take_turns(make, monkeypatch):
-    monkeypatch.setattr(feed_module, "MOST_LANES", 2)
+    monkeypatch.setattr(lane_sharing, "MOST_LANES", 2)
     spool = make()
     routes = {Route(f"m{n}@example.org") for n in range(6)}
     for route in routes:
@@ -581,7 +585,7 @@ def test_a_mail_that_somebody_has_locked_is_settled_later(make, database):
 
 def test_a_person_and_the_feed_do_not_wait_for_each_other(make, monkeypatch):
     """He has the mail and wants its job; the feed has the job and wants the mail."""
-    monkeypatch.setattr(feed_module, "_START", 3600.0)  # the thread does nothing here
+    monkeypatch.setattr(feed_watch, "_START", 3600.0)  # the thread does nothing here
     spool, person = make(), make()
     entry = queue(spool)
     feed, watch = watch_of(spool)
@@ -835,6 +839,7 @@ def test_a_server_that_dies_may_forget_who_has_a_mail(make, database, monkeypatc
 
 def test_few_lanes_are_asked_for_while_there_is_much(make, monkeypatch):
     monkeypatch.setattr(feed_module, "MOST_AT_ONCE", 10)
+    monkeypatch.setattr(feed_watch, "MOST_AT_ONCE", 10)
     spool = make()
     routes = [Route(f"m{n}@example.org") for n in range(20)]
     lanes = [queue_many(spool, 12, route)[0].lane for route in routes]
@@ -857,8 +862,8 @@ def test_few_lanes_are_asked_for_while_there_is_much(make, monkeypatch):
 
 
 def test_lanes_that_are_dry_leave_room_between_two_looks(make, monkeypatch):
-    monkeypatch.setattr(feed_module, "MOST_LANES", 2)
-    monkeypatch.setattr(feed_module, "_LOOK", 3600.0)
+    monkeypatch.setattr(lane_sharing, "MOST_LANES", 2)
+    monkeypatch.setattr(feed_watch, "_LOOK", 3600.0)
     spool = make()
     entries = [queue(spool, f"{n}@x", route=Route(f"m{n}@example.org")) for n in range(9)]
     feed, watch = watch_of(make())

@@ -22,7 +22,7 @@ from cpsmailaccess_delivery import Outbox, State, recorder
 from cpsmailaccess_delivery.envelope import parse_block
 from cpsmailaccess_delivery.errors import OutboxError, SpoolError
 from cpsmailaccess_delivery.interfaces import Outcome, Settlement, Verdict
-from cpsmailaccess_delivery.pg import feed, staging
+from cpsmailaccess_delivery.pg import feed_watch, staging
 from cpsmailaccess_delivery.pg.mails import MAILS, VISIBLE
 from cpsmailaccess_delivery.testing import SMTPServer
 from postgres_helpers import wait_for
@@ -68,7 +68,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
     monkeypatch.setattr(staging, "_LATE", 0.02)
     monkeypatch.setattr(recorder, "_UNSETTLED", 0.05)
-    monkeypatch.setattr(feed, "_LOOK", 0.2)
+    monkeypatch.setattr(feed_watch, "_LOOK", 0.2)
 
 
 @pytest.fixture(params=HOWS)

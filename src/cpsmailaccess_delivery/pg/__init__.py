@@ -12,7 +12,10 @@
     lease        the claim on one mail: a token that every change must show
     leases       those of this process, kept alive
     workers      who delivers, on all hosts
-    watch, feed  what has changed, for who looks; the next mails, for who delivers
+    watch        what has changed, for who looks
+    feed, feed_watch
+                 the next mails, for who delivers, and the thread that leases them ahead
+    lane_sharing whose a lane is: one worker's at a time
     vault, register, journal
                  accounts, and what happened
 """
