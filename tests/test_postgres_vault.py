@@ -94,7 +94,7 @@ def test_round_trip(make, vault):
     put(vault, account(), account("bob@example.org", "other"))
     other = make()
     assert other.get(ALICE).secret.reveal() == PASSWORD
-    assert sorted(other.mailboxes()) == [ALICE, "bob@example.org"]
+    assert sorted(each.mailbox for each in other.accounts()) == [ALICE, "bob@example.org"]
     assert problems(other) == []
     delete(other)
     with pytest.raises(NoSuchAccount):
@@ -363,3 +363,20 @@ def test_the_register_is_sent_when_it_has_changed(make, vault, monkeypatch):
     for _ in range(3):
         reader.get("bob@example.org")
     assert len(loaded) == 1
+
+
+def test_all_are_listed_by_one_question(vault, monkeypatch, caplog):
+    """A page of thousands asks once, and one that is damaged hides no other."""
+    for name in ("a", "b", "c"):
+        put(vault, Account(mailbox=f"{name}@example.org", host="smtp.example.org", port=587))
+    with vault._connections.use("damage") as connection:
+        query = "UPDATE cpsmail.accounts SET data = 'x' WHERE name = %s"
+        connection.execute(query, [digest("b@example.org") + ".account"])
+    asked: list[str] = []
+    use = Connections.use
+    monkeypatch.setattr(
+        Connections, "use", lambda self, action: asked.append(action) or use(self, action)
+    )
+    assert {each.mailbox for each in vault.accounts()} == {"a@example.org", "c@example.org"}
+    assert asked == ["list the accounts"]
+    assert digest("b@example.org") in caplog.text

@@ -57,10 +57,13 @@ class Accounts:
         return account
 
     def list(self) -> list[Account]:
-        changes = self._doings().changes
-        mailboxes = {*self._store.mailboxes(), *(mailbox for mailbox, _ in changes)}
-        found = (self._look(mailbox) for mailbox in sorted(mailboxes))
-        return [account for account in found if account is not None]
+        found = {account.mailbox: account for account in self._store.accounts()}
+        for mailbox, account in self._doings().changes:
+            if account is None:
+                found.pop(mailbox, None)
+            else:
+                found[mailbox] = account.without_secret()
+        return [found[mailbox] for mailbox in sorted(found)]
 
     def find(self, sender: str) -> Account:
         if isinstance(sender, str) and (sender == "*" or sender.startswith("@")):

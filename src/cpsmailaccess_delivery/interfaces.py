@@ -549,8 +549,8 @@ class IAccountStore(Interface):
     def version(mailbox: str) -> str:
         """Return a text that differs after every change of this account; "" for none."""
 
-    def mailboxes() -> Iterator[str]:
-        """Yield the mailboxes that have an account, in no order."""
+    def accounts() -> Iterator[Account]:
+        """Yield all accounts as `peek` gives them, in no order; what cannot be read is logged."""
 
     def stage(mailbox: str, account: Account | None, transaction: str = "") -> str:
         """Write a change (None: delete) that nobody sees yet; return its token.

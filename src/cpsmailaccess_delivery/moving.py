@@ -260,8 +260,8 @@ class Mover:
     def _copy_accounts(self) -> None:
         """Copy the accounts that the target does not have: what is there stays as it is."""
         vault = self._target.vault
-        there = set(vault.mailboxes())
-        for mailbox in self._source.vault.mailboxes():
+        there = {account.mailbox for account in vault.accounts()}
+        for mailbox in [account.mailbox for account in self._source.vault.accounts()]:
             if mailbox not in there:
                 token = vault.stage(mailbox, self._source.vault.get(mailbox))
                 vault.prepare([token])

@@ -87,8 +87,8 @@ class SealedAccounts(ABC):
         data = self._data(digest(mailbox) + PUBLISHED, mailbox)
         return version_of(data) if data is not None else ""
 
-    def mailboxes(self) -> Iterator[str]:
-        """See `IAccountStore`.  Files that cannot be read are logged: see `problems`."""
+    def accounts(self) -> Iterator[Account]:
+        """See `IAccountStore`, and `problems`."""
         for name in self._published():
             try:
                 stored = self._read(name)
@@ -96,7 +96,7 @@ class SealedAccounts(ABC):
                 log.error("%s", error)
                 continue
             if stored:
-                yield stored.account.mailbox
+                yield stored.account
 
     def problems(self) -> Iterator[VaultError]:
         """Open every account with the key, and yield what is wrong: for the doctor."""

@@ -115,7 +115,7 @@ def _check_access(outbox: Outbox) -> _Findings:
 
 def _check_key(outbox: Outbox) -> _Findings:
     key = outbox.keys.load()
-    accounts = sum(1 for _ in outbox.vault.mailboxes())
+    accounts = sum(1 for _ in outbox.vault.accounts())
     problems = dict.fromkeys(map(str, outbox.vault.problems()))  # of all accounts, often one
     if key is not None:
         yield Level.OK, f"key {key.id} from {key.origin}", ""

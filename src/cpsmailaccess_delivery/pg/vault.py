@@ -324,6 +324,16 @@ class PostgresVault(SealedAccounts):
 
     # See `sealed`
 
+    def accounts(self) -> Iterator[Account]:
+        """See `IAccountStore`.  One question for all."""
+        with self._use("list the accounts") as connection:
+            rows = _rows(connection, ACCOUNTS, "name")
+        for name, data in rows:
+            try:
+                yield self._parse(name, "", data).account
+            except VaultError as error:
+                log.error("%s", error)
+
     def _published(self) -> list[str]:
         with self._use("list the accounts") as connection:
             return [row[0] for row in connection.execute(f"SELECT name FROM {ACCOUNTS}")]  # noqa: S608

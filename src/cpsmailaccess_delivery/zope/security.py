@@ -137,7 +137,7 @@ def _key() -> bytes:
     for _, outbox in sorted(getUtilitiesFor(IOutbox)):
         try:
             key = outbox.keys.load()
-            if key is None and not any(outbox.vault.mailboxes()):
+            if key is None and not any(True for _ in outbox.vault.accounts()):
                 key = outbox.keys.make()  # as the first account would
         except VaultError:
             continue  # which the accounts page says
