@@ -23,11 +23,12 @@ pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 from conftest import KEY
 from cpsmailaccess_delivery import Account, Outbox, State
 from cpsmailaccess_delivery.envelope import parse_block
-from cpsmailaccess_delivery.errors import NoSuchEntry, OutboxError
+from cpsmailaccess_delivery.errors import NoSuchEntry, OutboxError, VaultUnreachable
 from cpsmailaccess_delivery.interfaces import Settlement, Verdict
 from cpsmailaccess_delivery.metrics import Collector
 from cpsmailaccess_delivery.pg import staging
 from cpsmailaccess_delivery.smtp.machine import WINDOW
+from cpsmailaccess_delivery.terms import Terms
 from cpsmailaccess_delivery.testing import SMTPServer
 from postgres_helpers import DEADLINE, Server, wait_for
 from test_postgres import ALICE, BOB, MESSAGE, open_outbox, put, send
@@ -321,18 +322,22 @@ def test_an_outage_is_told_once(own_server, outbox, relay, caplog, monkeypatch):
 
 def test_an_outage_is_no_trouble_of_an_account(outbox, relay, monkeypatch, caplog):
     """Whoever owns the mailbox is told of none, and nothing waits longer for it than it must."""
-    get, failures = outbox.vault.get, []
+    load, failures = Terms.load, []
 
-    def fail_once(mailbox: str) -> Account:
-        if not failures:
-            failures.append(1)
-            with monkeypatch.context() as patch:
-                patch.setattr(outbox.spool.connections, "_conninfo", "host=127.0.0.1 port=1")
-                patch.setattr(outbox.spool.connections, "_idle", [])
-                return get(mailbox)
-        return get(mailbox)
+    def fail_once(self: Terms) -> Account:
+        if failures:
+            return load(self)
+        with monkeypatch.context() as patch:
+            patch.setattr(outbox.spool.connections, "_conninfo", "host=127.0.0.1 port=1")
+            patch.setattr(outbox.spool.connections, "_idle", [])
+            try:
+                return load(self)
+            except VaultUnreachable as error:
+                failures.append(error)
+                raise
 
-    monkeypatch.setattr(outbox.vault, "get", fail_once)
+    monkeypatch.setattr(outbox.vault, "read_ahead", lambda mailboxes: None)
+    monkeypatch.setattr(Terms, "load", fail_once)
     processor = outbox.processor()
     processor.start()
     send(outbox)
