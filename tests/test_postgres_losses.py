@@ -448,8 +448,8 @@ def test_what_is_in_doubt(
         for _ in range(2):
             try:
                 outbox.spool.sweep()
-                for held, _ in outbox.spool.doubts():
-                    outbox.spool.resolve(held, verdict)
+                for doubt in outbox.spool.doubts():
+                    outbox.spool.resolve(doubt, verdict)
                 break
             except SpoolError:
                 assert set(states(direct).values()) <= {State.HELD, State.QUEUED}
