@@ -38,7 +38,7 @@ demo: $(VENV)/.demo
 	@PYTHONPATH=examples $(BIN)/python -m demo $(if $(MAILS),"$(MAILS)")
 
 test: lint
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
