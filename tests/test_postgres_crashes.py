@@ -240,6 +240,19 @@ def staged(outbox: Outbox, **how: bool) -> Any:
     return entry
 
 
+def test_who_publishes_again_undoes_no_cancel(outbox):
+    """The answer of the first time was lost; since then somebody cancels the mail."""
+    entry = staged(outbox)
+    mine = outbox.spool.staging._staged[entry.id]
+    outbox.spool.publish([entry])
+    lease = outbox.spool.claim(entry)
+    lease.set_aside("in doubt: who knows?", "T0k3n")
+    outbox.spool.staging._publish([mine])
+    assert [each.state for each in outbox.spool.scan()] == [State.HELD]
+    assert lease.settle(Settlement(State.CANCELLED)) is None
+    assert list(outbox.spool.scan()) == []
+
+
 # The server dies
 
 

@@ -6,23 +6,20 @@ With one connection: it listens, looks for lanes (`lane_sharing`), and asks the 
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 from typing import TYPE_CHECKING, Final
 
 import psycopg
-from zope.interface import implementer
 
 from ..errors import SpoolError
-from ..interfaces import Entry, IWatch
+from ..interfaces import Entry
 from ..spool.postgres import PostgresSpool
-from ..watch import Told
 from .connections import Connection, Outage, notes_of, wait_for_any
 from .engine import MOST_AT_ONCE
 from .functions import TAKEABLE
 from .lane_sharing import LaneSharing
 from .mails import CHANNEL, ENTRY, MAILS, entry_of
+from .watch import Listener
 
 if TYPE_CHECKING:
     from .feed import Feed
@@ -47,55 +44,19 @@ _AGE: Final = 60.0
 _AGE_STEP: Final = 1000
 
 
-@implementer(IWatch)
-class FeedWatch:
-    """See `IWatch`.  Raises `SpoolError` when the server cannot be reached now."""
+class FeedWatch(Listener):
+    """Tells of mails that are leased already; `close` gives them back, and the lanes."""
 
     def __init__(self, feed: Feed, spool: PostgresSpool) -> None:
         self._feed = feed
         self._spool = spool
         self._sharing = LaneSharing(feed, spool)
-        self._told = Told()
         self._renew_at = 0.0  # monotonic, as all times here
         self._seek_at = time.monotonic() + _START
         self._age_at = 0.0
         self._aged: dict[str, str] = {}  # by lane: the last id that was told because of its age
         self._expired: set[str] = set()  # ids that were told since because their time is over
-        self._closed = False
-        connection = self._listen()
-        self._ended, self._end = os.pipe()
-        self._thread = threading.Thread(
-            target=self._run, args=[connection], name="cpsmail-feed", daemon=True
-        )
-        self._thread.start()
-
-    def fileno(self) -> int:
-        """See `IWatch`."""
-        return self._told.fileno()
-
-    def read(self) -> list[Entry] | None:
-        """See `IWatch`."""
-        return self._told.read()
-
-    def close(self) -> None:
-        """See `IWatch`.  Gives back what is leased ahead, and the lanes."""
-        if self._closed:
-            return
-        self._closed = True
-        os.write(self._end, b"!")
-        self._thread.join()
-        self._told.close()
-        os.close(self._ended)
-        os.close(self._end)
-
-    def _listen(self) -> Connection:
-        connection = self._spool.connections.connect()
-        try:
-            connection.execute(f'LISTEN "{CHANNEL}"')
-        except psycopg.Error as error:
-            connection.close()
-            raise self._spool.connections.error("listen", error) from error
-        return connection
+        super().__init__(spool.connections, CHANNEL, "cpsmail-feed")
 
     def _run(self, connection: Connection | None) -> None:
         outage = Outage(log, "no mail is taken")

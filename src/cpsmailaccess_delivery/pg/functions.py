@@ -63,7 +63,8 @@ BEGIN
     FROM generate_series(1, cardinality(mail_ids), {_PER_NOTE}) start;
 END $function$;
 
--- The end of a commit; returns those that were still there to be published.
+-- The end of a commit; returns those that were still there to be published.  What has had a job was
+-- published: when it is in doubt now, then because somebody cancels it.
 CREATE OR REPLACE FUNCTION {SCHEMA}.publish(mail_ids text[], mail_dues float8[])
 RETURNS SETOF text LANGUAGE plpgsql AS $function$
 DECLARE
@@ -76,7 +77,7 @@ BEGIN
     INTO ids, lanes, priorities, dues
     FROM (SELECT mails.id, lane, priority, each.due
         FROM unnest(mail_ids, mail_dues) each (id, due) JOIN {SCHEMA}.mails USING (id)
-        WHERE coalesce(doubt, true) FOR UPDATE OF mails) mail;
+        WHERE coalesce(doubt, true) AND job IS NULL FOR UPDATE OF mails) mail;
     IF ids IS NOT NULL THEN
         UPDATE {SCHEMA}.mails
         SET state = 'queued', due = each.due, side = NULL, doubt = false, job = each.job

@@ -26,31 +26,20 @@ _RETRY: Final = 1.0
 
 
 @implementer(IWatch)
-class Watch:
-    """See `IWatch`.  Raises `SpoolError` when the server cannot be reached now.
+class Listener:
+    """See `IWatch`.  A thread with a connection of its own, which `_run` gets.
 
-    `tell_of`: called in the thread with a connection and the payloads of the notifications;
-    returns the entries that are told, None: who reads is to look again.
+    Raises `SpoolError` when the server cannot be reached now.
     """
 
-    def __init__(
-        self,
-        connections: Connections,
-        channel: str,
-        tell_of: Callable[[Connection, list[str]], list[Entry] | None],
-        on_close: Callable[[Watch], None] = lambda watch: None,
-    ) -> None:
+    def __init__(self, connections: Connections, channel: str, name: str) -> None:
         self._connections = connections
         self._channel = channel
-        self._tell_of = tell_of
-        self._on_close = on_close
         self._told = Told()
         self._closed = False
         connection = self._listen()
         self._ended, self._end = os.pipe()
-        self._thread = threading.Thread(
-            target=self._run, args=[connection], name="cpsmail-listen", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=[connection], name=name, daemon=True)
         self._thread.start()
 
     def fileno(self) -> int:
@@ -68,7 +57,6 @@ class Watch:
         self._closed = True
         os.write(self._end, b"!")
         self._thread.join()
-        self._on_close(self)
         self._told.close()
         os.close(self._ended)
         os.close(self._end)
@@ -81,6 +69,35 @@ class Watch:
             connection.close()
             raise self._connections.error("listen", error) from error
         return connection
+
+    def _run(self, connection: Connection | None) -> None:
+        """Work until `_closed`; `_ended` can be read then.  Closes the connection."""
+        raise NotImplementedError
+
+
+class Watch(Listener):
+    """Tells what has changed.
+
+    `tell_of`: called in the thread with a connection and the payloads of the notifications;
+    returns the entries that are told, None: who reads is to look again.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        channel: str,
+        tell_of: Callable[[Connection, list[str]], list[Entry] | None],
+        on_close: Callable[[Watch], None] = lambda watch: None,
+    ) -> None:
+        self._tell_of = tell_of
+        self._on_close = on_close
+        super().__init__(connections, channel, "cpsmail-listen")
+
+    def close(self) -> None:
+        """See `IWatch`."""
+        if not self._closed:
+            self._on_close(self)
+        super().close()
 
     def _run(self, connection: Connection | None) -> None:
         outage = Outage(log, "not told of changes")
