@@ -190,6 +190,20 @@ def chromium(_chromium: Any) -> Iterator[Callable[..., Any]]:
         session.close()
 
 
+def open_files() -> set[tuple[str, str]]:
+    """Return what this process has open: to be compared as sets.
+
+    Their number tells nothing: what an earlier test left may be closed at any moment.
+    """
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+        except FileNotFoundError:
+            continue  # that of the listing itself
+    return found
+
+
 def mails_on_disk(outbox: Outbox) -> list[Path]:
     """Return every file of the spool that is, or may become, a mail."""
     root = Path(outbox.location)

@@ -93,6 +93,7 @@ _SILENT_SITES = (
     "files.refuse_link",
     "files.open_inside < spool.presence.is_alive",  # tidying; a sweep tells
     "files.open_inside < vault_files.read_file",  # the version of an account: compared again
+    "files.read_all < register.page",  # a lane asks once more for its account; a sweep tells
     "spool.presence._is_removed",
 )
 
