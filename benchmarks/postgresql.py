@@ -91,22 +91,65 @@ def count(parent: Parent, place: str) -> int:
         return sum(1 for _ in outbox.spool.scan())
 
 
+#: Per transaction.
+_HUNDRED = 100
+
+
 def commits(parent: Parent, place: str, size: int, count: int) -> dict[str, float]:
-    """Return durable mails a second, one in a transaction and a hundred."""
+    """Return durable mails a second, one in a transaction and a hundred, and what they cost raw.
+
+    Raw: rows of the same size, inserted by one transaction and changed by another; nothing else
+    is two-phase.  Block by block in turns: the disk of a machine that others use has moods.
+    """
     import transaction
 
+    def ours_of(batch: int, first: int) -> None:
+        with transaction.manager:
+            for number in range(first, first + batch):
+                ours._send(outbox, number, 0, size)
+
     ours.fill(parent, place, [ours._ACCOUNT], size, [])
-    rates = {}
-    with ours._outbox(place) as outbox:
-        for name, batch, number in (("one", 1, count), ("hundred", 100, count * 5)):
-            begun = time.perf_counter()
-            for start in range(0, number, batch):
-                with transaction.manager:
-                    for each in range(start, min(start + batch, number)):
-                        ours._send(outbox, each, 0, size)
-            rates[name] = number / (time.perf_counter() - begun)
+    seconds = dict.fromkeys(("one", "hundred", "raw_one", "raw_hundred"), 0.0)
+    mails = dict.fromkeys(seconds, 0)
+    blocks = 10
+    number = 0
+    with ours._outbox(place) as outbox, outbox.spool.connections.use("measure") as connection:
+        connection.execute("CREATE TABLE raw (id bigint PRIMARY KEY, state text, message bytea)")
+        connection.execute("ALTER TABLE raw ALTER message SET STORAGE EXTERNAL")
+        for _ in range(blocks):
+            for kind in seconds:
+                batch, times = 1, count // blocks
+                if kind.endswith("hundred"):
+                    batch, times = _HUNDRED, max(1, times // 20)
+                begun = time.perf_counter()
+                for _ in range(times):
+                    if kind.startswith("raw"):
+                        _raw(connection, batch, number, size)
+                    else:
+                        ours_of(batch, number)
+                    number += batch
+                seconds[kind] += time.perf_counter() - begun
+                mails[kind] += batch * times
         there = sum(1 for _ in outbox.spool.scan())
-    return {**rates, "missing": count * 6 - there}
+        (raw,) = connection.execute("SELECT count(*) FROM raw").fetchone()
+    rates = {kind: mails[kind] / seconds[kind] for kind in seconds}
+    return {**rates, "missing": number - raw - there}
+
+
+def _raw(connection: Any, batch: int, first: int, size: int) -> None:
+    rows = [(number, ours.message(number, 0, size)) for number in range(first, first + batch)]
+    if batch == 1:
+        connection.execute("INSERT INTO raw VALUES (%s, 'staged', %s)", rows[0])
+    else:
+        with (
+            connection.cursor() as cursor,
+            cursor.copy("COPY raw (id, message) FROM STDIN (FORMAT BINARY)") as copy,
+        ):
+            copy.set_types(["int8", "bytea"])
+            for row in rows:
+                copy.write_row(row)
+    ids = [number for number, _ in rows]
+    connection.execute("UPDATE raw SET state = 'queued' WHERE id = ANY(%s)", [ids])
 
 
 def claims(

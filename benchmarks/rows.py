@@ -308,7 +308,12 @@ def _large(bench: Bench, who: str) -> Result:
 def _pg_commit(bench: Bench, who: str) -> Result:
     with postgresql.database(bench.place()) as url:
         rates = call("postgresql", "commits", place=url, size=4096, count=bench.number(1000, 100))
-    return {"value": rates["one"], **rates}
+    return {
+        "value": rates["one"],
+        **rates,
+        "of_raw": rates["one"] / rates["raw_one"],
+        "hundred_of_raw": rates["hundred"] / rates["raw_hundred"],
+    }
 
 
 def _pg_drain(bench: Bench, *, lanes: int, mails: int = 5000) -> Result:

@@ -41,7 +41,11 @@ def check_address(address: object) -> str:
             address = address.decode("utf-8")
         except UnicodeDecodeError:
             raise InvalidAddress(f"address {address!r}: is not UTF-8") from None
-    text = str(address) if address is not None else ""
+    return _check_text(str(address) if address is not None else "")
+
+
+@lru_cache(4096)  # the same people write and are written to
+def _check_text(text: str) -> str:
     if len(text) > _MAX_TEXT:
         raise InvalidAddress(f"address {text[:40]!r}...: is longer than {MAX_ADDRESS} octets")
     if _CONTROL.search(text):

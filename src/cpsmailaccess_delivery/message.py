@@ -12,6 +12,7 @@ from email.header import decode_header, make_header
 from email.message import Message
 from email.policy import EmailPolicy
 from email.utils import formatdate, getaddresses, make_msgid
+from functools import lru_cache
 from typing import Final
 
 from .address import ascii_host, check_address
@@ -119,7 +120,7 @@ def complete(
         message_id = _new_message_id(sender)
         added += b"Message-Id: <" + message_id.encode() + b">" + eol
     if b"date" not in seen:
-        added += b"Date: " + formatdate(now, localtime=True).encode() + eol
+        added += b"Date: " + _date(int(now)) + eol
     if start > MAX_HEADER:
         raise InvalidMessage(
             f"the header has {start:,} bytes, and at most {MAX_HEADER:,} are taken: is the empty"
@@ -261,6 +262,11 @@ def _own_message_id(value: bytes | None) -> str | None:
             " brackets; leave it out and one is made"
         )
     return match[1]
+
+
+@lru_cache(16)  # mails of one transaction are of the same second
+def _date(now: int) -> bytes:
+    return formatdate(now, localtime=True).encode()
 
 
 def _new_message_id(sender: str) -> str:

@@ -108,6 +108,8 @@ def parse(name: str, where: str) -> Entry | None:
 
 def normal(entry: Entry) -> Entry:
     """Return the entry as its name can say it: due in whole milliseconds, never early."""
+    if not (entry.due or entry.attempts or entry.expires):
+        return entry
     wanted = min(max(entry.due, 0.0), _LAST_DUE)
     due = float(_number(wanted))
     if due < wanted:
