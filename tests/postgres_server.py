@@ -166,6 +166,19 @@ class Server:
     def stop(self) -> None:
         self._call("pg_ctl", "-D", str(self.directory / "data"), "-m", "immediate", "-w", "stop")
 
+    def standby(self) -> Standby:
+        """Start one that has all this server has, before a commit returns."""
+        made = Standby(self)
+        self._do("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        self._do("SELECT pg_reload_conf()")
+        deadline = time.monotonic() + DEADLINE
+        with psycopg.connect(self.local_url("template1"), autocommit=True) as connection:
+            query = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
+            while connection.execute(query).fetchone() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        return made
+
     def remove(self) -> None:
         try:
             self.stop()
@@ -187,6 +200,28 @@ class Server:
             check=False,
         )
         assert done.returncode == 0, (program, done.stdout, done.stderr)
+
+
+class Standby(Server):
+    """Follows another server, from a copy of it, until it is promoted."""
+
+    def __init__(self, primary: Server) -> None:
+        self._binaries = primary._binaries
+        self._as_user = primary._as_user
+        self.directory = Path(tempfile.mkdtemp(prefix="cpsmail-postgres-"))
+        if os.geteuid() == 0:
+            shutil.chown(self.directory, "postgres")
+        self.port = _free_port()
+        source = primary.local_url("template1")
+        data = str(self.directory / "data")
+        self._call("pg_basebackup", "-D", data, "-d", source, "-R", "-c", "fast", "--no-sync")
+        with self.psql_settings().open("a") as stream:
+            stream.write(f"port = {self.port}\nunix_socket_directories = '{self.directory}'\n")
+        self.start()
+
+    def promote(self) -> None:
+        """Be the primary from now on."""
+        self._call("pg_ctl", "-D", str(self.directory / "data"), "-w", "promote")
 
 
 def _is_there(process: int) -> bool:

@@ -79,6 +79,7 @@ class Relay:
     commands: list[str] = field(default_factory=list)
     delivered: list[tuple[str, list[str], bytes]] = field(default_factory=list)
     closing: bool = False
+    deaf: bool = False  # to whatever comes, a handshake for instance
     starting_tls: bool = False
     sender: str | None = None
     recipients: list[str] = field(default_factory=list)
@@ -93,7 +94,7 @@ class Relay:
     def receive(self, data: bytes) -> bytes:
         self._buffer += data
         out = []
-        while not self.closing:
+        while not self.closing and not self.deaf:
             answer = self._step()
             if answer is None:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,8 @@ from cpsmailaccess_delivery.pg import staging
 from cpsmailaccess_delivery.smtp.machine import WINDOW
 from cpsmailaccess_delivery.terms import Terms
 from cpsmailaccess_delivery.testing import SMTPServer
-from postgres_helpers import DEADLINE, Server, wait_for
+from postgres_helpers import DEADLINE, Server, start_server, wait_for
+from postgres_server import Standby
 from test_postgres import ALICE, BOB, MESSAGE, open_outbox, put, send
 
 LEASE = 2.0  # seconds
@@ -435,6 +437,63 @@ def test_the_server_restarts_while_a_worker_delivers(own_server, database, relay
     assert len(set(ids)) == 160
     # Removals that the server had not synced came back: see the module `spool.postgres`.
     assert max(Counter(ids).values()) <= 2
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Server, Standby]]:
+    """A server of this test, and one that takes its place."""
+    primary = start_server()
+    try:
+        standby = primary.standby()
+        try:
+            yield primary, standby
+        finally:
+            standby.remove()
+    finally:
+        if primary.is_running():
+            primary.remove()
+        else:
+            shutil.rmtree(primary.directory)
+
+
+def test_a_standby_takes_over_under_load(pair, relay):
+    """Who has both in his URL goes on with what has committed, and with nothing else."""
+    primary, standby = pair
+    name = primary.new_database().rpartition("/")[2]
+    hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+    url = f"postgresql://cpsmail@{hosts}/{name}?target_session_attrs=read-write&lease=1"
+    committed, refused, stop = [], [], threading.Event()
+
+    def commit() -> None:
+        while not stop.is_set():
+            try:
+                committed.extend(send(outbox))
+            except OutboxError as error:
+                refused.append(error)
+
+    with open_outbox(url) as outbox:
+        assert hosts in outbox.location
+        put(outbox, relay, ALICE)
+        processor = outbox.processor()
+        processor.start()
+        thread = threading.Thread(target=commit)
+        thread.start()
+        try:
+            wait_for(lambda: len(relay.mails) > 50)
+            primary.kill()
+            wait_for(lambda: refused)
+            standby.promote()
+            before = len(committed)
+            wait_for(lambda: len(committed) > before + 50)
+        finally:
+            stop.set()
+            thread.join()
+        wait_for(lambda: {mail.message_id for mail in relay.mails} >= set(committed))
+        assert processor.stop()
+    counts = Counter(mail.message_id for mail in relay.mails)
+    assert set(counts) == set(committed)
+    # What was on its way, and what was recorded without waiting for the standby.
+    assert sum(count - 1 for count in counts.values()) <= 2 * WINDOW
 
 
 # Workers die, or stand still

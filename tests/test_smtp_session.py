@@ -474,8 +474,12 @@ def test_one_timer_per_session():
 
 def test_stopped_in_the_middle_of_a_handshake():
     async def work():
-        def make():  # a relay that says 220 to STARTTLS, and nothing more
-            return Relay(("STARTTLS",), lambda line, _: "220 go" if line == "STARTTLS" else None)
+        def only_220(line, relay):
+            relay.deaf = line == "STARTTLS"
+            return "220 go" if relay.deaf else None
+
+        def make():
+            return Relay(("STARTTLS",), only_220)
 
         async with serving(make) as (port, connections):
             lane = Lane([letter(1)])

@@ -273,8 +273,12 @@ def _unknown_parameters(url: str) -> list[str]:
 
 def _without_secret(given: dict[str, Any]) -> str:
     user = f"{given['user']}@" if given.get("user") else ""
-    port = f":{given['port']}" if given.get("port") else ""
-    return f"postgresql://{user}{given.get('host', '')}{port}/{given.get('dbname', '')}"
+    hosts, ports = given.get("host", "").split(","), given.get("port", "").split(",")
+    if len(ports) == 1:  # that of all of them
+        ports *= len(hosts)
+    pairs = zip(hosts, ports, strict=False)
+    servers = ",".join(f"{host}:{port}" if port else host for host, port in pairs)
+    return f"postgresql://{user}{servers}/{given.get('dbname', '')}"
 
 
 def _after_fork_in_child() -> None:
