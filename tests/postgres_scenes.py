@@ -1,6 +1,7 @@
 """Processes that die at a bad moment, for `test_postgres_crashes`: started as scripts.
 
 ``commit URL MOMENT``: sends one mail and dies at that moment of its commit.
+``cancel URL MESSAGE-ID MOMENT``: the same of a transaction that cancels one.
 ``commits URL``: commits for ever, and prints the Message-Id of each mail once it is committed.
 """
 
@@ -16,6 +17,7 @@ import transaction
 from conftest import KEY
 from cpsmailaccess_delivery import Outbox
 from cpsmailaccess_delivery.pg import functions, staging
+from cpsmailaccess_delivery.pg.lease import Lease
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
 MESSAGE = b"From: alice@example.org\r\nSubject: hello\r\n\r\nhello\r\n"
@@ -48,6 +50,20 @@ def commit(url: str, moment: str) -> None:
     transaction.commit()
 
 
+def cancel(url: str, message_id: str, moment: str) -> None:
+    outbox = Outbox(url, key=KEY)
+    settle = Lease.settle
+    outbox.delivery.cancel(message_id)
+    if moment == "before it is set aside":
+        Lease.set_aside = die
+    elif moment == "after the vote":
+        Lease.settle = die
+    elif moment == "after the finish":
+        Lease.settle = lambda lease, settlement: (settle(lease, settlement), die())
+    print(message_id, flush=True)
+    transaction.commit()
+
+
 def commits(url: str) -> None:
     outbox = Outbox(url, key=KEY)
     while True:
@@ -60,4 +76,4 @@ def commits(url: str) -> None:
 
 
 if __name__ == "__main__":
-    {"commit": commit, "commits": commits}[sys.argv[1]](*sys.argv[2:])
+    {"cancel": cancel, "commit": commit, "commits": commits}[sys.argv[1]](*sys.argv[2:])

@@ -173,6 +173,29 @@ def test_who_stood_still_finishes_after_all(outbox, monkeypatch, meanwhile):
     assert outbox.processor().run(forever=False).accepted == 1
 
 
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [
+        ("before it is set aside", State.QUEUED),
+        ("after the vote", State.HELD),
+        ("after the finish", None),
+    ],
+)
+def test_who_cancels_dies(database, outbox, relay, moment, left):
+    (message_id,) = send(outbox)
+    dying = script("cancel", f"{database}?lease=1", message_id, moment)
+    assert dying.communicate(timeout=60)[0].strip() == message_id
+    assert dying.returncode == -signal.SIGKILL
+    wait_for(lambda: not any(map(outbox.spool.leased, outbox.spool.scan())))
+    assert [entry.state for entry in outbox.spool.scan()] == ([left] if left else [])
+    if left is State.HELD:
+        assert "transaction that cancels it" in outbox.status(message_id).reason
+        assert outbox.processor().run(forever=False).accepted == 0
+        outbox.queue.release(message_id)  # it had not committed
+    assert outbox.processor().run(forever=False).accepted == (left is not None)
+    assert len(relay.mails) == (left is not None)
+
+
 @pytest.mark.parametrize("meanwhile", ["nothing", "delivered"])
 def test_who_stood_still_cancels_after_all(outbox, database, meanwhile):
     """Taken for dead, so the mail is what it was before: gone all the same, if nobody has it."""
