@@ -189,6 +189,8 @@ def test_paused_and_resumed_once_for_each_trouble(tmp_path: Path, told: list) ->
         with Outbox(path, schedule=NEVER) as outbox:
             processor = outbox.processor()
             processor.start()
+            soon = time.time() + 60.0
+            wait_for(lambda: all(note.until > soon for note in outbox.spool.lane_notes().values()))
             put(outbox, server, username="alice", password="right")
             server.wait_for(1, DEADLINE)
             wait_for(lambda: "MailAccepted" in kinds(told))

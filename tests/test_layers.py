@@ -74,6 +74,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "password.py",
         "journal.py",
         "journal_file.py",
+        "journal_tail.py",
         "announcer.py",
         "gatherer.py",
         "smtp/session.py",

@@ -69,6 +69,7 @@ class Case:
         self.relay = Relay(random.Random(0))
         self.kills: list[Kill] = []
         self.spool: dict[str, State] = {}
+        self.accepted: set[str] | None = None
 
     def committed(self, sent: str, cancelled: str = "", key: str | None = None) -> None:
         line = {"token": "t", "sent": list(sent), "cancelled": list(cancelled), "key": key}
@@ -83,7 +84,7 @@ class Case:
 
     def wrong(self) -> dict[str, int]:
         """Return what the judge finds wrong: how often, by the first word."""
-        verdict = judge(self.root, self.relay, self.kills, self.spool)
+        verdict = judge(self.root, self.relay, self.kills, self.spool, self.accepted)
         return {name.strip(): len(mails) for name, mails in verdict.wrong.items() if mails}
 
 
@@ -98,6 +99,16 @@ def test_a_lost_mail(case: Case) -> None:
     case.committed("ab")
     case.taken("a", 1.0)
     assert case.wrong() == {"mails lost": 1}
+
+
+def test_a_mail_of_whose_fate_nobody_knows(case: Case) -> None:
+    case.committed("abc")
+    case.taken("a", 1.0)
+    case.taken("b", 1.0)
+    case.taken("c", 1.0)
+    case.spool = {"c": State.UNCLEAR}
+    case.accepted = {"a"}
+    assert case.wrong() == {"mails delivered of which the journal does not say so": 1}
 
 
 def test_an_aborted_mail_that_was_sent(case: Case) -> None:

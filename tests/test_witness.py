@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,8 @@ from zope.sqlalchemy import register
 from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.cli.checks import examine
 from cpsmailaccess_delivery.datamanager import TOKEN_NAME
-from cpsmailaccess_delivery.interfaces import ITransactionWitness, State, Verdict
+from cpsmailaccess_delivery.interfaces import Entry, ITransactionWitness, State, Verdict
+from cpsmailaccess_delivery.spool import Maildir, doubts
 from cpsmailaccess_delivery.spool.lease import Lease
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.upkeep import Upkeep
@@ -641,6 +643,41 @@ def test_a_processor_delivers_what_was_committed(tmp_path: Path, zodb: Any) -> N
         with closing(make(doubtful.path, ZODBWitness(zodb()))) as outbox:
             summary = outbox.processor().run(forever=False)
             assert summary.accepted == len(relay.mails) == MAILS
+
+
+def test_a_drain_leaves_none_that_it_came_for_too_soon(
+    tmp_path: Path, zodb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the moment in which it was decided: it is told of as soon as it stands there."""
+    doubtful = Doubtful(tmp_path / "box")
+    refused = threading.Semaphore(0)
+    leased, unlock = Maildir.leased, doubts.unlock
+
+    def is_leased(spool: Maildir, entry: Entry) -> bool:
+        answer = leased(spool, entry)
+        refused.release()
+        return answer
+
+    def unlocks(fd: int) -> None:
+        for _ in range(2):  # who cannot claim it looks twice
+            assert refused.acquire(timeout=DEADLINE)
+        unlock(fd)
+
+    with SMTPServer() as relay:
+        with closing(make(doubtful.path)) as outbox, transaction.manager:
+            outbox.accounts.put(
+                Account(mailbox=ALICE, host="127.0.0.1", port=relay.port, security="plain")
+            )
+        doubtful.left_by(zodb, write)
+        monkeypatch.setattr(Maildir, "leased", is_leased)
+        monkeypatch.setattr(doubts, "unlock", unlocks)
+
+        class Committed:
+            def ask(self, tokens: Any) -> Any:
+                return dict.fromkeys(tokens, Verdict.COMMITTED)
+
+        with closing(make(doubtful.path, Committed())) as outbox:
+            assert outbox.processor().run(forever=False).accepted == MAILS
 
 
 def test_a_witness_that_fails_stops_no_commit(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +50,16 @@ class Steps:
         self.told = told  # file descriptor that hears of each step
         self.count = 0
         self.on = False
+        self._lock = threading.Lock()  # databases have threads of their own
 
     def step(self, name: str) -> None:
         if not self.on:
             return
-        os.write(self.told, f"{self.count} {name}\n".encode())
-        if self.count == self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.count += 1
+        with self._lock:
+            os.write(self.told, f"{self.count} {name}\n".encode())
+            if self.count == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
 
     def wrap(self, owner: Any, name: str) -> None:
         function: Callable[..., Any] = getattr(owner, name)

@@ -53,7 +53,7 @@ class Arrivals:
         """Watch the spool, and scan it."""
         self._watch = self._spool.watch()
         self._loop.add_reader(self._watch.fileno(), self.read)
-        self._rescan()
+        self.look()
 
     def stop(self) -> None:
         """Scan no further."""
@@ -70,13 +70,14 @@ class Arrivals:
         entries = self._watch.read()
         if entries is None:
             log.info("the spool's watch lost count; scanning again")
-            self._rescan()
+            self.look()
             return True
         entries = list(entries)
         self._offer(entries)
         return bool(entries)
 
-    def _rescan(self) -> None:
+    def look(self) -> None:
+        """Forget what was found, and scan the spool."""
         self._forget()
         self._scan = self._spool.scan()
         self._scan_step()
@@ -92,7 +93,7 @@ class Arrivals:
                 self._failed(error)
                 return
             log.error("%s; trying again in %.0f s", error, LONGEST_SLEEP)
-            self._loop.call_later(LONGEST_SLEEP, self._rescan)
+            self._loop.call_later(LONGEST_SLEEP, self.look)
             return
         self._offer(step)
         if len(step) < _SCAN_STEP:

@@ -75,14 +75,14 @@ class Gatherer(Generic[T]):
         self._hurry = threading.Event()
         self._thread = None
 
-    def put(self, thing: T) -> None:
-        """Let a thing be handled soon; over the limit it is dropped."""
-        if len(self._pending) < self._limit:
+    def put(self, thing: T) -> bool:
+        """Let a thing be handled soon; return whether it will be: over the limit it is not."""
+        taken = len(self._pending) < self._limit
+        if taken:
             self._pending.append(thing)
         else:
             self.dropped += 1
-        if not self._signalled:
-            self._signal()
+        return (self._signalled or self._signal()) and taken
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until what was put is handled, as far as that can be done now; return whether it is.
@@ -114,11 +114,11 @@ class Gatherer(Generic[T]):
             if wait and thread is not threading.current_thread():
                 thread.join(self._patience)
 
-    def _signal(self) -> None:
+    def _signal(self) -> bool:
         with self._lock:
             if self._closed:
                 self._pending.clear()
-                return
+                return False
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 try:
@@ -126,11 +126,12 @@ class Gatherer(Generic[T]):
                 except RuntimeError as error:  # no more threads, or the process ends
                     log.error("%s: events are lost: %s", self._name, error)
                     self._pending.clear()
-                    return
+                    return False
                 self._thread = thread
                 atexit.register(self.flush)  # not close: a processor may still stop
             self._signalled = True
         self._wake.set()
+        return True
 
     def _run(self) -> None:
         last = again = False

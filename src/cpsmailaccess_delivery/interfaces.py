@@ -716,6 +716,12 @@ class IJournal(Interface):
     def record(event) -> None:
         """Take a `journal.Event`; written soon, in a batch.  Never raises, never blocks."""
 
+    def recover() -> int:
+        """Write what processes that were killed had recorded and not written; return how many.
+
+        Never raises.
+        """
+
     def events(*, message_id=None, address=None, limit=1000):
         """Return the newest `limit` events of one Message-Id or address, the oldest first."""
 

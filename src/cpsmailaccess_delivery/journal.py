@@ -3,6 +3,7 @@
 ::
 
     record --> writer thread (`gatherer`), every 50 ms --> SQLite (`journal_file`)
+        `----> a line in a file (`journal_tail`), until then: what a killed process has recorded
 
 Whatever is wrong with the file, mail is not affected: events wait for a while, then are
 dropped with a line in the log.  Nothing is on disk, and no thread runs, before the first
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Final, Protocol
 
 from zope.interface import implementer
@@ -22,6 +25,7 @@ from zope.interface import implementer
 from .gatherer import Gatherer
 from .interfaces import IJournal, Outcome, State
 from .journal_file import Event, JournalFile
+from .journal_tail import JournalTail, left_behind, taken_over
 
 __all__ = ["MAX_LAG", "Event", "Journal"]
 
@@ -74,6 +78,7 @@ class Journal:
     ) -> None:
         self.path = os.path.abspath(path) if store is None else os.fspath(path)
         self._make = store or (lambda: JournalFile(self.path))
+        self._has_tail = store is None
         self._keep = keep_days * _DAY
         self._clock = clock
         self._begin()
@@ -92,7 +97,24 @@ class Journal:
 
     def record(self, event: Event) -> None:
         """See `IJournal`."""
-        self._events.put(event)
+        with self._lock:  # what the writer takes is in the part of the tail that it forgets
+            if self._events.put(event) and self._tail is not None:
+                self._tail.append(event)
+
+    def recover(self) -> int:
+        """See `IJournal`."""
+        if not self._has_tail:
+            return 0
+        recovered = 0
+        for path in left_behind(self.path):
+            try:
+                with taken_over(path) as events, closing(JournalFile(self.path)) as file:
+                    recovered += file.add(events) if events else 0
+            except FileNotFoundError:
+                continue  # another process was faster, or its own has removed it
+            except JournalFile.errors as error:
+                log.error("%s: what a killed process has recorded cannot be read: %s", path, error)
+        return recovered
 
     def events(
         self, *, message_id: str | None = None, address: str | None = None, limit: int = 1000
@@ -157,6 +179,8 @@ class Journal:
 
     def _begin(self) -> None:
         self.trouble = ""
+        self._lock = threading.Lock()
+        self._tail = JournalTail(self.path) if self._has_tail else None
         # The writer's own
         self._file = self._make()
         self._batch: list[Event] = []
@@ -165,14 +189,25 @@ class Journal:
 
     def _forked(self) -> None:
         _abandoned.append(self._file)
+        if self._tail is not None:
+            self._tail.leave()
         self._begin()
 
     def _handle(self, events: Iterator[Event], last: bool) -> bool:
-        self._batch += events
+        with self._lock:
+            self._batch += events
+            if self._tail is not None:
+                self._tail.turn()
         if self._batch:
             self._write(last)
+        if not self._batch and self._tail is not None:
+            self._tail.forget()
         if last:
             self._file.close()
+            with self._lock:
+                tail, self._tail = self._tail, None
+            if tail is not None:
+                tail.close()
         return bool(self._batch)
 
     def _write(self, last: bool) -> None:
@@ -201,6 +236,8 @@ class Journal:
         if self._failing_since is None:
             self._failing_since = now
             log.error("the journal %s cannot be written: %s: trying again", self.path, error)
+        if last and self._tail is not None:
+            self._tail.leave()  # the next process writes it
         if last or now - self._failing_since > _GIVE_UP or len(self._batch) >= _LIMIT:
             self._events.dropped += len(self._batch)
             self._batch.clear()

@@ -41,6 +41,12 @@ PRAGMA user_version = {VERSION};
 
 _COLUMNS: Final = "at, kind, entry, message_id, mailbox, sender, recipient, attempt, reply, relay"
 _ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD: Final = f"""
+INSERT INTO events ({_COLUMNS})
+SELECT :{_COLUMNS.replace(", ", ", :")} WHERE NOT EXISTS (
+    SELECT 1 FROM events
+    WHERE at = :at AND kind = :kind AND entry = :entry AND recipient = :recipient
+)"""  # noqa: S608
 _NEWEST: Final = "ORDER BY at DESC, id DESC LIMIT :limit"
 _BY_MESSAGE_ID: Final = f"SELECT {_COLUMNS} FROM events WHERE message_id = :key {_NEWEST}"  # noqa: S608
 _BY_ADDRESS: Final = f"""
@@ -110,6 +116,13 @@ class JournalFile:
         except _UNBINDABLE:
             self._write([clean for event in events if (clean := _clean(event))])
 
+    def add(self, events: Sequence[Event]) -> int:
+        """Write those that are missing; return how many."""
+        rows = [clean._asdict() for event in events if (clean := _clean(event))]
+        connection = self._connected()
+        with _transaction(connection):
+            return connection.executemany(_ADD, rows).rowcount
+
     def prune(self, before: float, most: int) -> int:
         """Remove at most so many of the events before a time; return how many."""
         return self._connected().execute(_PRUNE, (before, most)).rowcount
@@ -157,16 +170,10 @@ class JournalFile:
             self._insert(self._connected(), events)
 
     def _insert(self, connection: sqlite3.Connection, events: Sequence[Event]) -> None:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+        with _transaction(connection):
             for start in range(0, len(events), _CHUNK):
                 part = events[start : start + _CHUNK]
                 connection.execute(_insertion(len(part)), tuple(itertools.chain(*part)))
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
 
     def _connected(self) -> sqlite3.Connection:
         """Return a connection to the file that stands at our path now."""
@@ -278,6 +285,18 @@ def _connect(path: str, mode: str = "mode=rw") -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
 
 
 def _insertion(rows: int) -> str:

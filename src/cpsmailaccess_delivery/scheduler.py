@@ -229,10 +229,12 @@ class Scheduler:
         swept = self.loop.run_in_executor(self._sweep_thread, self._upkeep.run)
         swept.add_done_callback(self._swept)
 
-    def _swept(self, done: asyncio.Future[None]) -> None:
+    def _swept(self, done: asyncio.Future[bool]) -> None:
         self._sweeping = False
         if not done.cancelled() and (error := done.exception()):
             log.error("cannot sweep; trying again later", exc_info=error)
+        elif self._draining and not self._stopping and not done.cancelled() and done.result():
+            self._arrivals.look()  # who came for one in the moment of its decision found it leased
         if self._watch is not None:  # else closed meanwhile
             self._sweep_timer = self.loop.call_later(_SWEEP_EVERY, self._sweep)
             self.check_quiet()

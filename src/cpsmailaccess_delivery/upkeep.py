@@ -50,21 +50,28 @@ class Upkeep:
         self._clock = clock
         self._look_at = -math.inf  # by the monotonic clock
 
-    def run(self) -> None:
-        """Do what is to be done now and then.  Never raises."""
-        self.sweep()
+    def run(self) -> bool:
+        """Do what is to be done now and then; see `sweep`.  Never raises."""
+        decided = self.sweep()
         if time.monotonic() >= self._look_at:
             more = self.remove_refused()
             self._look_at = time.monotonic() + (0.0 if more else _LOOK)
+        return decided
 
-    def sweep(self) -> None:
-        """Tidy what dead processes left, and log what became of it.  Never raises."""
+    def sweep(self) -> bool:
+        """Tidy what dead processes left, and log what became of it.  Never raises.
+
+        Return whether something was decided that was in doubt: such mails may go now.
+        """
+        recovered = self._journal.recover()
+        if recovered:
+            log.info("a process was killed here: its last %d events are in the journal", recovered)
         try:
             report = self._spool.sweep()
             changed = self._accounts.sweep()
         except (OutboxError, OSError) as error:
             log.error("cannot sweep %s: %s", self._spool.location, error)
-            return
+            return False
         if report.removed or report.held:
             log.warning(
                 "a process died here: %d uncommitted mails removed, %d in doubt and held",
@@ -73,7 +80,9 @@ class Upkeep:
             )
         for mailbox in changed:
             log.warning("account %s: its change was not committed: put it again", mailbox)
-        resolve(self._spool, self._accounts, self._journal, self._witness, self._clock, report.held)
+        return resolve(
+            self._spool, self._accounts, self._journal, self._witness, self._clock, report.held
+        )
 
     def remove_refused(self) -> bool:
         """Remove mails that were refused `KEPT` ago; return whether there are more.

@@ -29,8 +29,10 @@ def resolve(
     witness: Any,
     clock: Callable[[], float],
     held: Sequence[str],
-) -> None:
-    """Ask about what is in doubt, and log what became of it.  Never raises.
+) -> bool:
+    """Ask about what is in doubt, and log what became of it; return whether any was decided.
+
+    Never raises.
 
     Also about what earlier sweeps, or processors without a witness, have held.  `witness`: an
     `ITransactionWitness`, or None.  `held`: ids of the mails that a sweep has just held.
@@ -42,16 +44,16 @@ def resolve(
             journal.record(_event(record, Verdict.UNKNOWN, clock()))
     except (OutboxError, OSError) as error:
         log.error("cannot look at what is in doubt in %s: %s", spool.location, error)
-        return
+        return False
     if not mails and not changes:
-        return
+        return False
     if witness is None:
         log.warning(
             "%d mails and %d changes of accounts are in doubt, and wait for a processor that has"
             " the witness (the database) to ask",
             *(len(mails), len(changes)),
         )
-        return
+        return False
     try:
         tokens = {doubt.token for doubt in mails}.union(token for _, token in changes)
         verdicts = witness.ask(sorted(tokens))
@@ -61,12 +63,13 @@ def resolve(
             " %s: %s",
             *(len(mails), len(changes), type(error).__name__, error),
         )
-        return
+        return False
     try:
         _resolve_changes(accounts, changes, verdicts)  # first: the mails may need them
         _resolve_mails(spool, mails, verdicts, journal, clock())
     except (OutboxError, OSError) as error:
         log.error("what is in doubt in %s stays so, until later: %s", spool.location, error)
+    return True
 
 
 def _resolve_mails(

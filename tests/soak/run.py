@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,8 +156,10 @@ def soak(
             for _ in range(PROCESSORS):
                 pack.start("p")  # the next start puts in order what the last deaths have left
             _wait_until_quiet(outbox)
+            pack.kill_all(names.all)
         spool = {m: entry.state for m, entry in names.entries().items()}
-        return judge(root, relay, pack.kills, spool)
+        accepted = None if server else _accepted(outbox)
+        return judge(root, relay, pack.kills, spool, accepted)
 
 
 def _stop(pid: int) -> None:
@@ -242,6 +245,14 @@ class _Names:
 
     def all(self) -> frozenset[str]:
         return frozenset(self.entries())
+
+
+def _accepted(outbox: Outbox) -> set[str]:
+    """Return the mails of which the journal says that a relay took them."""
+    outbox.journal.recover()
+    with closing(sqlite3.connect(outbox.journal.path)) as connection:
+        rows = connection.execute("SELECT message_id FROM events WHERE kind = 'accepted'")
+        return {row[0] for row in rows}
 
 
 def _wait_until_quiet(outbox: Outbox) -> None:

@@ -5,6 +5,7 @@
 * a mail came twice only where an attempt had no recorded reply: the relay did not answer, or the
   processor was killed after the relay took the mail, and the mail was still in the spool then; or
   the database died around that time, and the mail was in it when it came again;
+* of what was delivered and is gone the journal of a directory says so, whoever was killed;
 * a key was committed once;
 * a cancelled mail was not delivered, but by such an attempt, or when its cancelling
   process was killed in that very commit.
@@ -13,6 +14,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,8 +58,17 @@ class Verdict:
         return "\n".join(table)
 
 
-def judge(root: Path, relay: Relay, kills: list[Kill], spool: dict[str, State]) -> Verdict:
-    """`spool`: the mails that are left, by Message-Id."""
+def judge(
+    root: Path,
+    relay: Relay,
+    kills: list[Kill],
+    spool: dict[str, State],
+    accepted: Collection[str] | None = None,
+) -> Verdict:
+    """`spool`: the mails that are left, by Message-Id.
+
+    `accepted`: those that the journal calls so; None: it may lack some.
+    """
     planned = {mail for _, line in lines(root / "plans") for mail in line["mails"]}
     truth = list(lines(root / "truth"))
     committed = {mail for _, line in truth for mail in line["sent"]}
@@ -115,6 +126,11 @@ def judge(root: Path, relay: Relay, kills: list[Kill], spool: dict[str, State]) 
             "mails lost": sorted(committed - set(deliveries) - set(spool) - cancelled),
             "mails delivered that were not committed": sorted(set(deliveries) - committed),
             "cancelled mails delivered all the same": cancelled_sent,
+            "mails delivered of which the journal does not say so": sorted(
+                (committed & set(deliveries)) - set(spool) - cancelled - set(accepted)
+                if accepted is not None
+                else ()
+            ),
             "keys committed twice": sorted(key for key, n in keys.items() if n > 1),
         },
     )
