@@ -69,7 +69,7 @@ def event(number: int) -> Event:
 def test_what_a_killed_process_had_recorded(path, journal):
     code = "    for n in range(3): record(n)\n    os.kill(os.getpid(), signal.SIGKILL)"
     assert run(code, path) == -signal.SIGKILL
-    assert times(journal, 0, 1, 2) == []
+    assert journal.counts(0.0) == {}
     assert journal.recover() == 3
     assert times(journal, 0, 1, 2) == [0.0, 1.0, 2.0]
     assert tails(path) == []
@@ -132,7 +132,7 @@ def test_a_child_has_a_tail_of_its_own(path, journal):
         "    made.close()"
     )
     assert run(code, path) == 0
-    assert times(journal, 1, 2) == [1.0]
+    assert journal.counts(0.0) == {"accepted": 1}
     assert journal.recover() == 1
     assert times(journal, 1, 2) == [1.0, 2.0]
 
@@ -251,8 +251,9 @@ def test_the_fate_of_a_mail_whose_processor_was_killed(tmp_path, who):
         assert killed.returncode == -signal.SIGKILL
         assert list(outbox.spool.scan()) == []
         if who == "its sender asks":
-            assert outbox.status(message_id).state is State.ACCEPTED
+            status = outbox.status(message_id)
+            assert status.state is State.ACCEPTED
+            assert status.recipients[BOB].reply.startswith("250")
         else:
             assert outbox.processor().run(forever=False).accepted == 0
-        (told,) = outbox.journal.events(message_id=message_id)
-        assert (told.kind, told.recipient, told.reply[:3]) == ("accepted", BOB, "250")
+        assert outbox.journal.counts(0.0) == {"accepted": 1}

@@ -125,6 +125,7 @@ class Journal:
         logged, and as good as empty.
         """
         self.flush()
+        self.recover()
         try:
             return self._file.find(message_id=message_id, address=address, limit=limit)
         except self._file.errors as error:

@@ -163,10 +163,9 @@ class Outbox:
         records = self.spool.find(message_id)
         status = self._status(message_id, records)
         if status is None:
-            # Another process has settled it, and its journal is a moment behind its spool, or it
-            # was killed then; what the spool has lost by then, it does not get back.
+            # Another process has settled it, and its journal is a moment behind its spool;
+            # what the spool has lost by then, it does not get back.
             time.sleep(MAX_LAG)
-            self.journal.recover()
             status = self._status(message_id, records)
         if status is None:
             raise NoSuchEntry(
