@@ -36,6 +36,7 @@ from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.cli.checks import examine
 from cpsmailaccess_delivery.datamanager import TOKEN_NAME
 from cpsmailaccess_delivery.interfaces import Entry, ITransactionWitness, State, Verdict
+from cpsmailaccess_delivery.search import search
 from cpsmailaccess_delivery.spool import Maildir, doubts
 from cpsmailaccess_delivery.spool.lease import Lease
 from cpsmailaccess_delivery.testing import SMTPServer
@@ -564,17 +565,28 @@ def test_a_scheduled_mail_is_not_sent_early(tmp_path: Path, zodb: Any) -> None:
         assert (entry.state, entry.due, entry.priority) == ("queued", later, 8)
 
 
+class Says:
+    """A witness that says the same of every transaction."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self._verdict = verdict
+
+    def mark(self, txn: Any) -> str:
+        return ""
+
+    def expects(self, txn: Any) -> bool:
+        return True
+
+    def ask(self, tokens: Any) -> Any:
+        return dict.fromkeys(tokens, self._verdict)
+
+
 @pytest.mark.parametrize("verdict", Verdict)
 def test_a_cancel_in_doubt_is_told(
     tmp_path: Path, verdict: Verdict, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By the log, the journal, the status and the doctor."""
-
-    class Knows:
-        def ask(self, tokens: Any) -> Any:
-            return dict.fromkeys(tokens, verdict)
-
-    with closing(make(tmp_path / "box", Knows())) as outbox:
+    with closing(make(tmp_path / "box", Says(verdict))) as outbox:
         send_earlier(outbox)
         (entry,) = outbox.spool.scan()
         lease = outbox.spool.claim(entry)
@@ -586,8 +598,8 @@ def test_a_cancel_in_doubt_is_told(
         swept(outbox)
         status = outbox.status(f"{EARLIER}@x")
         expected = {
-            Verdict.COMMITTED: (State.CANCELLED, "1 are cancelled", "of 1 were committed"),
-            Verdict.ABORTED: (State.QUEUED, "1 are what they were before", "of 1 not"),
+            Verdict.COMMITTED: (State.CANCELLED, "1 are cancelled", "in doubt: 1 committed"),
+            Verdict.ABORTED: (State.QUEUED, "1 are what they were before", "1 not committed"),
             Verdict.UNKNOWN: (State.HELD, "1 are held", "1 held because nobody knew"),
         }
         state, logged, found = expected[verdict]
@@ -598,6 +610,28 @@ def test_a_cancel_in_doubt_is_told(
         kinds = [event.kind for event in outbox.journal.events(message_id=f"{EARLIER}@x")]
         decided = {"committed": ["committed", "cancelled"], "aborted": ["aborted"]}
         assert kinds == decided.get(verdict, ["doubtful"])
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_each_recipient_s_story_has_the_verdict(tmp_path: Path, verdict: Verdict) -> None:
+    """Of a mail that is removed nothing but the journal says who was to get it."""
+    path = tmp_path / "box"
+    make(path).close()
+
+    def child(steps: Any) -> None:
+        outbox = Outbox(path, key=KEY, witness=Says(verdict))
+        steps.wrap(type(outbox.spool), "publish")
+        steps.on = True
+        with transaction.manager:
+            outbox.delivery.send(ALICE, ["bob@example.net", "carol@example.net"], b"\nx")
+
+    assert in_child(child, 0)[0] == -signal.SIGKILL
+    with closing(make(path, Says(verdict))) as outbox:
+        swept(outbox)
+        kinds = {"committed": "committed", "aborted": "aborted", "unknown": "doubtful"}
+        for recipient in ("bob@example.net", "carol@example.net"):
+            story = search(outbox.queue, outbox.journal, recipient).events
+            assert kinds[verdict] in {e.kind for e in story if e.recipient == recipient}
 
 
 def test_a_transaction_that_only_cancels_is_held(tmp_path: Path, zodb: Any) -> None:
@@ -706,7 +740,7 @@ def test_the_doctor_tells_the_numbers(tmp_path: Path, zodb: Any) -> None:
         swept(outbox)
         (finding,) = (each for each in examine(outbox) if each.check == "doubts")
         assert finding.level == "ok"
-        assert "the transactions of 3 were committed, of 0 not" in finding.text
+        assert "in doubt: 3 committed, 0 not committed, 0 held" in finding.text
 
 
 # SQL

@@ -244,6 +244,18 @@ def events_of(
         concerned = [r for r in concerned if may_be_tried(known[r])] or concerned
     if not concerned and kind in (_RETRIED, _RELEASED, REMOVED):  # it is about them
         concerned = [r for r in outcomes if outcomes[r].state is State.REFUSED]
+    return events_for(concerned, entry, envelope, kind, at, reply)
+
+
+def events_for(
+    recipients: Collection[str],
+    entry: Entry,
+    envelope: Envelope,
+    kind: str,
+    at: float,
+    reply: str = "",
+) -> list[Event]:
+    """Return what the journal gets of these recipients of a mail."""
     return [
         Event(
             at=at,
@@ -256,5 +268,5 @@ def events_of(
             attempt=entry.attempts,
             reply=reply,
         )
-        for recipient in concerned
+        for recipient in recipients
     ]

@@ -9,12 +9,11 @@ from typing import Any, Final
 
 from .errors import OutboxError
 from .interfaces import Doubt, Record, State, Verdict
-from .journal import Event
-from .queue import events_of
+from .queue import events_for, events_of
 
 log = logging.getLogger(__name__)
 
-#: What the witness says of a mail in doubt, as it stands in the journal: once for each doubt.
+#: What the witness says of a mail in doubt, as it stands in the journal, of each recipient.
 DECIDED: Final = {
     Verdict.COMMITTED: "committed",
     Verdict.ABORTED: "aborted",
@@ -41,7 +40,7 @@ def resolve(
         mails, changes = spool.doubts(), accounts.doubts()
         for entry_id in set(held).difference(doubt.entry.id for doubt in mails):
             record = spool.load(spool.look_up(entry_id))
-            journal.record(_event(record, Verdict.UNKNOWN, clock()))
+            _tell(journal, record, Verdict.UNKNOWN, clock())
     except (OutboxError, OSError) as error:
         log.error("cannot look at what is in doubt in %s: %s", spool.location, error)
         return False
@@ -83,7 +82,7 @@ def _resolve_mails(
         if record is None:
             continue
         (cancels if doubt.cancels else sends)[verdict] += 1
-        journal.record(_event(record, verdict, now))
+        _tell(journal, record, verdict, now)
         if doubt.cancels and verdict is Verdict.COMMITTED:
             entry, envelope, outcomes = record.entry, record.envelope, record.outcomes
             for event in events_of(entry, envelope, outcomes, State.CANCELLED, now):
@@ -112,13 +111,7 @@ def _resolve_changes(accounts: Any, changes: Any, verdicts: Mapping[str, Verdict
             log.warning("account %s: its change was not committed: put it again", mailbox)
 
 
-def _event(record: Record, verdict: Verdict, now: float) -> Event:
-    return Event(
-        at=now,
-        kind=DECIDED[verdict],
-        entry=record.entry.id,
-        message_id=record.envelope.message_id,
-        mailbox=str(record.envelope.route),
-        sender=record.envelope.sender,
-        reply=record.reason,
-    )
+def _tell(journal: Any, record: Record, verdict: Verdict, now: float) -> None:
+    entry, envelope, kind = record.entry, record.envelope, DECIDED[verdict]
+    for event in events_for(envelope.recipients, entry, envelope, kind, now, record.reason):
+        journal.record(event)

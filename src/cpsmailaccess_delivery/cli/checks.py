@@ -251,8 +251,8 @@ def _check_doubts(outbox: Outbox) -> _Findings:
     if committed or aborted or doubtful:
         yield (
             Level.OK,
-            f"of mails in doubt after crashes, the transactions of {committed} were committed, of"
-            f" {aborted} not; {doubtful} held because nobody knew",
+            f"recipients of mails that crashes left in doubt: {committed} committed, {aborted} not"
+            f" committed, {doubtful} held because nobody knew",
             "",
         )
     elif not mails and not changes:
