@@ -192,6 +192,7 @@ def test_no_account_for_the_sender(tmp_path: Path) -> None:
     site.account(mailbox="carol@example.org")
     result = site.run("send", "a@b.c", input=MAIL, code=67)
     assert "no account for alice@example.org" in result.stderr
+    assert str(tmp_path) in result.stderr
 
 
 def test_size_limit(site: Site) -> None:

@@ -249,6 +249,7 @@ def test_unknown_mailbox_says_what_to_do(stocked):
         stocked.delivery.send("eve@example.net", [BOB], MESSAGE)
     for words in ("eve@example.net", "@example.net", "*", "accounts.put", "cpsmail accounts set"):
         assert words in str(caught.value)
+    assert str(stocked.location) in str(caught.value)  # another outbox may be meant
 
 
 def test_bind(stocked):

@@ -52,7 +52,8 @@ class Accounts:
         account = self._look(normalise_mailbox(mailbox))
         if account is None:
             raise NoSuchAccount(
-                f"mailbox {mailbox!r}: has no account; `cpsmail accounts list` shows those that are"
+                f"mailbox {mailbox!r}: has no account in {self._store.location}; `cpsmail accounts"
+                " list` shows those that are there"
             )
         return account
 
@@ -75,8 +76,9 @@ class Accounts:
             if account is not None:
                 return account
         raise UnknownMailbox(
-            f"sender {sender!r}: no account for {', '.join(tried)}; add one with"
-            f" outbox.accounts.put(Account(mailbox={tried[0]!r}, ...)) or `cpsmail accounts set`"
+            f"sender {sender!r}: no account for {', '.join(tried)} in {self._store.location}; add"
+            f" one with outbox.accounts.put(Account(mailbox={tried[0]!r}, ...)) or `cpsmail accounts"
+            " set`"
         )
 
     def find_once(self, sender: str) -> Account:

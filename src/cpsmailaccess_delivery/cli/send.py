@@ -13,7 +13,7 @@ import click
 import transaction
 
 from ..address import ascii_host
-from ..errors import InvalidAddress, UnknownMailbox
+from ..errors import InvalidAddress
 from .app import App, json_option, pass_app
 from .mail_input import Mail, qualified, read_mail, split_addresses
 from .output import emit, say
@@ -114,21 +114,18 @@ def send(
         mail.add_author(sender or user, name)
         if not sender and mailbox is None:
             mailbox = user  # RFC 5321 section 4.5.5: nobody to route by
-        try:
-            with transaction.manager:
-                message_id = outbox.delivery.send(
-                    sender,
-                    addresses,
-                    mail.data,
-                    mailbox=mailbox,
-                    not_before=not_before,
-                    undo=undo,
-                    priority=int(priority) if priority in _DIGITS else priority,
-                    notify=notify,
-                    ret="headers" if ret and ret.lower() == "hdrs" else ret,  # sendmail's word
-                )
-        except UnknownMailbox as error:
-            raise UnknownMailbox(f"{outbox.location}: {error}") from None  # maybe another is meant
+        with transaction.manager:
+            message_id = outbox.delivery.send(
+                sender,
+                addresses,
+                mail.data,
+                mailbox=mailbox,
+                not_before=not_before,
+                undo=undo,
+                priority=int(priority) if priority in _DIGITS else priority,
+                notify=notify,
+                ret="headers" if ret and ret.lower() == "hdrs" else ret,  # sendmail's word
+            )
     if as_json:
         emit({"message_id": message_id, "sender": sender, "recipients": addresses})
     elif verbose or app.verbose:
