@@ -207,7 +207,7 @@ def test_remove(site: Site) -> None:
     site.account(mailbox=ALICE)
     site.send()
     result = site.run("accounts", "remove", ALICE, code=1)
-    assert "warning: 1 mails" in result.stderr
+    assert "warning: 1 mail in the queue is routed" in result.stderr
     assert "nothing was changed" in result.stderr
     assert site.json("accounts", "remove", "Alice@Example.ORG", "--yes") == {
         "removed": ALICE,

@@ -185,7 +185,7 @@ def test_clock(site: Site) -> None:
     (site.path / "new" / f"{ahead}.1.host").write_bytes(block)
     (site.path / "new" / f"{ahead}.1.host").chmod(0o600)
     ((level, text),) = findings(site, "clock")
-    assert (level, text) == ("warn", "1 mails were queued in the future, by up to 2h")
+    assert (level, text) == ("warn", "1 mail was queued in the future, by up to 2h")
 
 
 def test_oldest_mail(site: Site) -> None:
@@ -199,7 +199,7 @@ def test_oldest_mail(site: Site) -> None:
 
 def test_mails_for_a_person(site: Site) -> None:
     site.run("hold", site.send())
-    assert ("warn", "1 mails are held, and wait for a person") in findings(site, "queue")
+    assert ("warn", "1 mail is held, and waits for a person") in findings(site, "queue")
 
 
 @pytest.mark.parametrize("trouble", ["account", "login"])
@@ -224,8 +224,8 @@ def test_what_dead_processes_left(site: Site) -> None:
         os._exit(0)
     os.waitpid(child, 0)
     levels = findings(site, "leftovers")
-    assert ("warn", "processes died and left 1 files of mails in tmp/") in levels
-    assert ("warn", "processes died and left 1 changes of accounts") in levels
+    assert ("warn", "processes died and left 1 file of a mail in tmp/") in levels
+    assert ("warn", "processes died and left 1 change of an account") in levels
 
 
 def test_who_delivers(site: Site) -> None:
@@ -234,10 +234,10 @@ def test_who_delivers(site: Site) -> None:
     with site.outbox() as outbox:
         ((level, text),) = findings(site, "processes")
         assert level == "warn"  # whoever has it open may only send
-        assert text == "1 other processes have the outbox open: nothing delivers"
+        assert text == "1 other process has the outbox open: nothing delivers"
         with delivering(outbox):
             ((level, text),) = findings(site, "processes")
-    assert (level, text) == ("ok", "1 processes deliver; 1 have the outbox open")
+    assert (level, text) == ("ok", "1 process delivers; 1 has the outbox open")
 
 
 def test_journal(site: Site) -> None:

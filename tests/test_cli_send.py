@@ -192,7 +192,6 @@ def test_no_account_for_the_sender(tmp_path: Path) -> None:
     site.account(mailbox="carol@example.org")
     result = site.run("send", "a@b.c", input=MAIL, code=67)
     assert "no account for alice@example.org" in result.stderr
-    assert str(tmp_path) in result.stderr
 
 
 def test_size_limit(site: Site) -> None:
@@ -271,4 +270,5 @@ def test_nobody_s_sender(tmp_path: Path) -> None:
     site = Site(tmp_path)
     site.account(mailbox="alice@example.org")
     output = site.run("send", "-f", "eve@example.net", "b@x.org", input=MAIL, code=67).output
-    assert f"{site.path}: sender 'eve@example.net': no account" in output
+    assert "sender 'eve@example.net': no account" in output
+    assert str(site.path) in output

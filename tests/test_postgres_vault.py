@@ -266,7 +266,7 @@ def test_rekey_by_the_command(database, tmp_path, vault):
         "CPSMAIL_KEY": text(new),
         "CPSMAIL_FORMER_KEY": text(KEY),
     }
-    assert "1 accounts are sealed anew" in site.run("accounts", "rekey").output
+    assert "1 account is sealed anew" in site.run("accounts", "rekey").output
 
 
 # Many at once

@@ -1103,7 +1103,7 @@ def test_what_dies_while_a_processor_runs_is_swept(outbox, server, monkeypatch, 
         assert len(os.listdir(Path(outbox.location, "tmp"))) == 1  # of the living
         child.kill()
     wait_for(lambda: not os.listdir(Path(outbox.location, "tmp")))
-    wait_for(lambda: "1 uncommitted mails removed, 0 in doubt" in caplog.text)
+    wait_for(lambda: "1 uncommitted mail removed, 0 in doubt" in caplog.text)
     assert processor.stop(timeout=DEADLINE)
 
 

@@ -408,7 +408,7 @@ def test_command(tmp_path):
             said = site.json("accounts", "rekey")
             assert (said["resealed"], said["left"]) == (1, 0)
         processor.stop()
-    assert "1 accounts are sealed anew" in site.run("accounts", "rekey").stdout
+    assert "1 account is sealed anew" in site.run("accounts", "rekey").stdout
     assert all(each["level"] != "fail" for each in site.json("doctor")["findings"])
     assert all(login.accepted for login in server.logins)
 

@@ -735,7 +735,7 @@ def test_the_doctor_tells_the_numbers(tmp_path: Path, zodb: Any) -> None:
         swept(outbox)
         (finding,) = (each for each in examine(outbox) if each.check == "doubts")
         assert finding.level == "warn"
-        assert "3 mails and 1 changes of accounts are in doubt" in finding.text
+        assert "in doubt: 3 mails and 1 change of an account" in finding.text
     with closing(make(doubtful.path, ZODBWitness(zodb()))) as outbox:
         swept(outbox)
         (finding,) = (each for each in examine(outbox) if each.check == "doubts")

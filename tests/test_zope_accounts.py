@@ -293,7 +293,7 @@ def test_what_is_paused_says_why(zmi):
     assert re.search(r"paused: .*535", browser.contents)
     browser.getControl(name="mailboxes:list").value = [ALICE]
     browser.getControl("Delete").click()
-    assert "1 mails in the queue wait for it" in browser.contents
+    assert "1 mail in the queue waits for it" in browser.contents
 
 
 # Trying it

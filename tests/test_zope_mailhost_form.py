@@ -103,7 +103,7 @@ def test_it_replaces_the_mailhost_and_is_put_back(zmi, site):
     browser = replace(zmi, site)
     assert browser.url.startswith(f"{site}/MailHost/manage_main")
     assert alert(browser) == (
-        "MailHost is a Mailbox Host now. 1 mails are left in its old queue: see below."
+        "MailHost is a Mailbox Host now. 1 mail is left in its old queue: see below."
     )
     assert '<strong class="text-danger">' in browser.contents
     with zmi.app() as app:

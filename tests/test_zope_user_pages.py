@@ -327,9 +327,9 @@ def test_mails_that_wait_do_not_change_hands(users):
     with transaction.manager:
         users.outbox.delivery.send(OTHER, [CAROL], b"Subject: for Carol only\n\nx\n")
     browser = post(users, "alice", "@@my-mailboxes/delete", mailbox=OTHER)
-    assert "1 mails wait to leave through it" in alert(browser)
+    assert "1 mail waits to leave through it" in alert(browser)
     browser.open(f"{users.url}/@@my-mailboxes/confirm_delete?mailbox={OTHER}")
-    assert "wait to leave through it" in browser.contents
+    assert "1 mail waits</strong> to leave through it" in browser.contents
     with transaction.manager:
         users.outbox.accounts.delete(OTHER)  # as the administrator
     assert "mails from before wait for it" in alert(new(users, "bob"))

@@ -77,8 +77,8 @@ class Accounts:
                 return account
         raise UnknownMailbox(
             f"sender {sender!r}: no account for {', '.join(tried)} in {self._store.location}; add"
-            f" one with outbox.accounts.put(Account(mailbox={tried[0]!r}, ...)) or `cpsmail accounts"
-            " set`"
+            f" one with outbox.accounts.put(Account(mailbox={tried[0]!r}, ...)) or"
+            " `cpsmail accounts set`"
         )
 
     def find_once(self, sender: str) -> Account:

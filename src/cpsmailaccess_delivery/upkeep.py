@@ -17,6 +17,7 @@ from .errors import OutboxError
 from .interfaces import Entry, Outcome, Settlement, State
 from .queue import REMOVED, events_of
 from .verdicts import resolve
+from .wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ class Upkeep:
             return False
         if report.removed or report.held:
             log.warning(
-                "a process died here: %d uncommitted mails removed, %d in doubt and held",
-                len(report.removed),
+                "a process died here: %s removed, %d in doubt and held",
+                counted(len(report.removed), "uncommitted mail", "uncommitted mails"),
                 len(report.held),
             )
         for mailbox in changed:
@@ -99,7 +100,7 @@ class Upkeep:
                     lease.settle(self.leaving(lease, lease.outcomes, "refused 30 days ago"))
                     removed += 1
             if removed:
-                log.info("%d mails that were refused 30 days ago are removed", removed)
+                log.info("%s refused 30 days ago: removed", counted(removed, "mail", "mails"))
                 self._spool.sync()
         except (OutboxError, OSError):
             log.exception("cannot remove old refused mails of %s", self._spool.location)

@@ -10,6 +10,7 @@ from typing import Any, Final
 from .errors import OutboxError
 from .interfaces import Doubt, Record, State, Verdict
 from .queue import events_for, events_of
+from .wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,8 @@ def resolve(
         return False
     if witness is None:
         log.warning(
-            "%d mails and %d changes of accounts are in doubt, and wait for a processor that has"
-            " the witness (the database) to ask",
-            *(len(mails), len(changes)),
+            "in doubt: %s; they wait for a processor that has the witness (the database) to ask",
+            mails_and_changes(len(mails), len(changes)),
         )
         return False
     try:
@@ -58,9 +58,8 @@ def resolve(
         verdicts = witness.ask(sorted(tokens))
     except Exception as error:
         log.error(
-            "%d mails and %d changes of accounts stay in doubt: the witness cannot be asked now:"
-            " %s: %s",
-            *(len(mails), len(changes), type(error).__name__, error),
+            "still in doubt: %s: the witness cannot be asked now: %s: %s",
+            *(mails_and_changes(len(mails), len(changes)), type(error).__name__, error),
         )
         return False
     try:
@@ -69,6 +68,12 @@ def resolve(
     except (OutboxError, OSError) as error:
         log.error("what is in doubt in %s stays so, until later: %s", spool.location, error)
     return True
+
+
+def mails_and_changes(mails: int, changes: int) -> str:
+    """Return so many mails and changes of accounts in words."""
+    accounts = counted(changes, "change of an account", "changes of accounts")
+    return f"{counted(mails, 'mail', 'mails')} and {accounts}"
 
 
 def _resolve_mails(

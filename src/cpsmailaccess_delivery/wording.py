@@ -34,6 +34,11 @@ def age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f}s"
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number, and what so many of something do: 1 mail waits, 2 mails wait."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def moment(when: float) -> str:
     """Return a time (seconds since the epoch) in local time; "" for none."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else ""

@@ -14,6 +14,7 @@ import transaction
 from ..account import Account, Secret, normalise_mailbox
 from ..envelope import Route, lane_key
 from ..errors import InvalidAccount, NoSuchAccount
+from ..wording import counted
 from .app import EX_NO, App, confirmed, json_option, pass_app, yes_option
 from .output import complain, emit, say, table
 
@@ -179,7 +180,8 @@ def remove(app: App, mailbox: str, yes: bool, as_json: bool) -> int:
         lane = lane_key(Route(account.mailbox))
         waiting = sum(entry.lane == lane for entry in outbox.queue.entries())
         if waiting:
-            complain(f"warning: {waiting} mails in the queue are routed as {account.mailbox}")
+            routed = counted(waiting, "mail in the queue is", "mails in the queue are")
+            complain(f"warning: {routed} routed as {account.mailbox}")
         if not yes and not confirmed(f"Remove the account {account.mailbox}?"):
             complain("nothing was changed")
             return EX_NO
@@ -209,9 +211,11 @@ def rekey_(app: App, as_json: bool) -> int:
     if as_json:
         emit({"key": done.key.id, "former": former, "resealed": done.resealed, "left": done.needed})
     else:
-        say(f"{done.resealed} accounts are sealed anew, with the key {done.key.id}")
+        accounts = counted(done.resealed, "account is", "accounts are")
+        say(f"{accounts} sealed anew, with the key {done.key.id}")
         if done.needed:
-            say(f"{done.needed} changes under way need the former key {former}: say this again")
+            changes = counted(done.needed, "change under way needs", "changes under way need")
+            say(f"{changes} the former key {former}: say this again")
         elif done.former is not None:
             say(f"the former key {former} from {done.former.origin} is needed no more")
     return EX_NO if done.needed else 0
@@ -269,7 +273,8 @@ def _read_password(prompt: bool, mailbox: str) -> Secret:
 
 
 def _row(account: Account) -> tuple[object, ...]:
-    limits = f"{account.connections} connections, {account.mails_per_session} mails each"
+    connections = counted(account.connections, "connection", "connections")
+    limits = f"{connections}, {counted(account.mails_per_session, 'mail', 'mails')} each"
     if account.mails_per_minute is not None:
         limits += f", {account.mails_per_minute} a minute"
     return (

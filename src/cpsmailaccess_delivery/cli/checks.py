@@ -23,8 +23,8 @@ from ..outcome import Trouble
 from ..parts import is_url
 from ..password import resolve_secret
 from ..spool.names import parse
-from ..verdicts import DECIDED
-from ..wording import age
+from ..verdicts import DECIDED, mails_and_changes
+from ..wording import age, counted
 from .findings import Finding, Level
 from .server_checks import advice_on, check_server
 
@@ -127,14 +127,15 @@ def _check_key(outbox: Outbox) -> _Findings:
     for problem in problems:
         yield Level.FAIL, problem, ""
     if accounts and not problems:
-        yield Level.OK, f"it opens all {accounts} accounts", ""
+        yield Level.OK, f"it opens all accounts: {accounts}", ""
     if not accounts:
         yield Level.WARN, "there are no accounts", "cpsmail accounts set MAILBOX --host ..."
     former = outbox.keys.former()
     if former is None or key is None or former.id == key.id:
         return
     if needed := outbox.vault.needs(former):
-        text = f"{needed} accounts or changes are still sealed with the former key {former.id}"
+        sealed = counted(needed, "account or change is", "accounts or changes are")
+        text = f"{sealed} still sealed with the former key {former.id}"
         yield Level.WARN, text, "cpsmail accounts rekey"
     else:
         text = f"nothing needs the former key {former.id} from {former.origin}"
@@ -187,7 +188,8 @@ def _check_clock(outbox: Outbox) -> _Findings:
     now = time.time()
     ahead = [e.staged_at - now for e in outbox.queue.entries() if e.staged_at - now > _WRONG]
     if ahead:
-        text = f"{len(ahead)} mails were queued in the future, by up to {age(max(ahead))}"
+        mails = counted(len(ahead), "mail was", "mails were")
+        text = f"{mails} queued in the future, by up to {age(max(ahead))}"
         yield Level.WARN, text, "was the clock put back? synchronise it (timedatectl)"
     elif abs(drift) <= _DRIFT:
         yield Level.OK, "clock and file system agree", ""
@@ -205,7 +207,8 @@ def _check_oldest(outbox: Outbox) -> _Findings:
     for state in _DECISIONS:
         if number := counts.states.get(state, 0):
             advice = f"cpsmail queue --state {state}; then {_DECISIONS[state]}"
-            yield Level.WARN, f"{number} mails are {state}, and wait for a person", advice
+            one, many = f"mail is {state}, and waits", f"mails are {state}, and wait"
+            yield Level.WARN, f"{counted(number, one, many)} for a person", advice
 
 
 def _check_lanes(outbox: Outbox) -> _Findings:
@@ -228,10 +231,12 @@ def _check_leftovers(outbox: Outbox) -> _Findings:
     mails, changes = len(outbox.spool.left_overs()), len(outbox.vault.left_overs())
     if mails:
         advice = "`cpsmail run` and `drain` remove them or hold them"
-        yield Level.WARN, f"processes died and left {mails} files of mails in tmp/", advice
+        text = counted(mails, "file of a mail in tmp/", "files of mails in tmp/")
+        yield Level.WARN, f"processes died and left {text}", advice
     if changes:
         advice = "put these accounts again: `cpsmail accounts list` shows what is in force"
-        yield Level.WARN, f"processes died and left {changes} changes of accounts", advice
+        text = counted(changes, "change of an account", "changes of accounts")
+        yield Level.WARN, f"processes died and left {text}", advice
     others = list(_left_by_zope_sendmail(root))
     yield from others
     if not mails and not changes and not others:
@@ -243,7 +248,7 @@ def _check_doubts(outbox: Outbox) -> _Findings:
     if mails or changes:
         yield (
             Level.WARN,
-            f"{mails} mails and {changes} changes of accounts are in doubt, and a witness can tell",
+            f"in doubt: {mails_and_changes(mails, changes)}; a witness can tell",
             "a processor that has the witness (the application's, with its database) asks it",
         )
     counts = outbox.journal.counts(0.0)
@@ -297,10 +302,15 @@ def _check_processes(outbox: Outbox) -> _Findings:
     others = sum(presence.is_alive(name) for name in names if not name.startswith("."))
     deliver = sum(not each.here for each in presence.deliverers())
     if deliver:
-        yield Level.OK, f"{deliver} processes deliver; {others} have the outbox open", ""
+        text = counted(deliver, "process delivers", "processes deliver")
+        yield Level.OK, f"{text}; {counted(others, 'has', 'have')} the outbox open", ""
     else:
-        text = f"{others or 'no'} other processes have the outbox open: nothing delivers"
-        yield Level.WARN, text, "start `cpsmail run`, or an application with a processor"
+        text = counted(others, "other process has", "other processes have")
+        yield (
+            Level.WARN,
+            f"{text} the outbox open: nothing delivers",
+            "start `cpsmail run`, or an application with a processor",
+        )
 
 
 def _check_journal(outbox: Outbox) -> _Findings:
@@ -309,7 +319,7 @@ def _check_journal(outbox: Outbox) -> _Findings:
     except sqlite3.Error as error:
         yield Level.FAIL, f"{outbox.journal.path}: {error}", "remove it: no mail is affected"
     else:
-        yield Level.OK, f"{events:,} events", ""
+        yield Level.OK, counted(events, "event", "events"), ""
 
 
 def _names(directory: Path) -> list[str]:

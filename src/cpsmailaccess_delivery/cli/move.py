@@ -9,6 +9,7 @@ import click
 from ..errors import InvalidSettings
 from ..moving import Mover
 from ..settings import Settings
+from ..wording import counted
 from .app import EX_NO, App, json_option, pass_app
 from .output import emit, say
 
@@ -51,10 +52,10 @@ def move(app: App, source: str, target: str, wait: float, as_json: bool) -> int:
             }
         )
     else:
-        say(
-            f"{moved.mails} mails moved; {moved.accounts} accounts and {moved.keys} idempotency"
-            " keys copied"
-        )
+        mails = counted(moved.mails, "mail", "mails")
+        accounts = counted(moved.accounts, "account", "accounts")
+        keys = counted(moved.keys, "idempotency key", "idempotency keys")
+        say(f"{mails} moved; {accounts} and {keys} copied")
         for each, why in moved.left.items():
             say(f"{each} is left: {why}")
     return EX_NO if moved.left else 0

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from ..wording import counted
 from .findings import Level
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def check_server(outbox: Outbox) -> Iterator[tuple[Level, str, str]]:
     if abs(drift) > _DRIFT:
         yield Level.WARN, f"the server's clock is {drift:+.0f} s from ours", "synchronise the hosts"
     if workers := len(outbox.presence.deliverers()):
-        yield Level.OK, f"{workers} workers deliver", ""
+        yield Level.OK, counted(workers, "worker delivers", "workers deliver"), ""
     else:
         yield Level.WARN, "no worker delivers", "start `cpsmail run` on one host at least"
     if number := len(outbox.spool.left_overs()):
-        yield Level.WARN, f"{number} mails are in doubt", "`cpsmail run` and `drain` hold them"
+        text = counted(number, "mail is in doubt", "mails are in doubt")
+        yield Level.WARN, text, "`cpsmail run` and `drain` hold what is in doubt"

@@ -11,6 +11,7 @@ from ..interfaces import Entry, Record, State
 from ..queue import Queue
 from ..steering import release as release_one
 from ..steering import steer
+from ..wording import counted
 from .app import EX_NO, App, confirmed, exit_code, json_option, pass_app, yes_option
 from .mails import mail_json
 from .output import complain, emit, say
@@ -126,7 +127,7 @@ def _steer(
         wanted: Sequence[str | Entry] = names
         if every:
             wanted = select(outbox, states or usual, mailbox)
-            question = f"{len(wanted)} mails will be {done}; go on?"
+            question = f"{counted(len(wanted), 'mail', 'mails')} will be {done}; go on?"
             if wanted and not yes and not confirmed(question):
                 complain("nothing was changed")
                 return EX_NO
@@ -148,7 +149,7 @@ def _steer(
 
 def _say_done(records: list[Record], done: str, every: bool) -> None:
     if every:
-        say(f"{len(records)} mails {done}")
+        say(f"{counted(len(records), 'mail', 'mails')} {done}")
         return
     for record in records:
         say(f"{done} {record.entry.id} to {', '.join(record.envelope.recipients)}")

@@ -11,6 +11,7 @@ from AccessControl.SecurityInfo import ClassSecurityInfo
 from ..account import Account
 from ..envelope import Route, lane_key
 from ..errors import InvalidAccount, NoSuchAccount, OutboxError
+from ..wording import counted
 from .account_form import FIELDS, changed, password_state, shown
 from .page import action, as_typed, page, redirect, render, template, text, texts
 from .paging import Page
@@ -103,7 +104,7 @@ class AccountsTab:
         if not accounts:
             return redirect(REQUEST, f"{self.absolute_url()}/manage_main", _NONE)
         waiting = Counter(entry.lane for entry in outbox.queue.entries())
-        rows = [(each, waiting[lane_key(Route(each.mailbox))]) for each in accounts]
+        rows = [(each, _what_waits(waiting[lane_key(Route(each.mailbox))])) for each in accounts]
         return render(_DELETE, self, REQUEST, rows=rows, tab="Accounts")
 
     @security.protected(MANAGE_ACCOUNTS)
@@ -151,6 +152,14 @@ InitializeClass(AccountsTab)
 def _matches(account: Account, search: str) -> bool:
     words = (account.mailbox, account.relay, account.username or "", account.owner)
     return not search or any(search in word.lower() for word in words)
+
+
+def _what_waits(number: int) -> str:
+    one, many = (
+        "mail in the queue waits for it, and will",
+        "mails in the queue wait for it, and will",
+    )
+    return counted(number, one, many) if number else ""
 
 
 def _check_new(outbox: Any, mailbox: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 from Acquisition import aq_chain, aq_inner
 
 from ..errors import InvalidSettings
+from ..wording import counted
 from .mailhost import MailboxHost
 from .mailhost_form import mails_left_over
 from .mailhost_swap import ours_of, stock_ids, swap
@@ -53,5 +54,6 @@ def manage_addMailboxHost(dispatcher: Any, REQUEST: Any) -> str:
     swap(container, old, ours_of(old, made))
     message = f"{replaced} is a {ADD_NAME} now."
     if old.smtp_queue and left_over:
-        message += f" {left_over} mails are left in its old queue: see below."
+        left = counted(left_over, "mail is", "mails are")
+        message += f" {left} left in its old queue: see below."
     return redirect(REQUEST, f"{container.absolute_url()}/{replaced}/manage_main", message)

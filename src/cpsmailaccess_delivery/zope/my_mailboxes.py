@@ -10,6 +10,7 @@ from ..account import DEFAULT_PORT, Account
 from ..envelope import Route, lane_key
 from ..errors import InvalidAccount, NoSuchAccount, OutboxError
 from ..interfaces import State
+from ..wording import counted
 from .account_form import login, password_state, shown, typed
 from .claims import claims_of, claims_to_change
 from .outboxes import site_account
@@ -83,8 +84,8 @@ class MyMailboxes(UserPage):
         account = self.own_account(text(REQUEST, "mailbox"))
         if waiting := self._waiting(account.mailbox):
             raise InvalidAccount(
-                f"mailbox {account.mailbox}: {waiting} mails wait to leave through it: take them"
-                " back first, or wait until they are sent"
+                f"mailbox {account.mailbox}: {waiting} to leave through it: take back what waits"
+                " first, or wait until it is sent"
             )
         self._outbox.accounts.delete(account.mailbox)
         self._take(account.mailbox)
@@ -177,10 +178,11 @@ class MyMailboxes(UserPage):
         claims = claims_to_change(near.getPhysicalRoot(), near.delivery_name)
         claims.take(mailbox, self.owner, time.time())
 
-    def _waiting(self, mailbox: str) -> int:
-        """Count the mails that would leave through the account of a mailbox."""
+    def _waiting(self, mailbox: str) -> str:
+        """Return how many mails would leave through the account of a mailbox; "" for none."""
         lane = lane_key(Route(mailbox))
-        return sum(
+        number = sum(
             entry.lane == lane and entry.state is not State.REFUSED
             for entry in self._outbox.queue.entries()
         )
+        return counted(number, "mail waits", "mails wait") if number else ""

@@ -14,6 +14,7 @@ from ..account import Account, normalise_mailbox
 from ..address import ascii_host
 from ..errors import InvalidAccount, InvalidAddress
 from ..networks import PUBLIC, check_networks, is_within
+from ..wording import counted
 from .account_form import check_source
 
 #: Fields of an account that users may choose themselves; others come from the site's relay.
@@ -102,9 +103,8 @@ class Policy:
                 " administrator"
             )
         if owned >= self.accounts:
-            raise InvalidAccount(
-                f"mailbox {mailbox}: you have {owned} accounts, which is the limit"
-            )
+            accounts = counted(owned, "account", "accounts")
+            raise InvalidAccount(f"mailbox {mailbox}: you have {accounts}, which is the limit")
 
     def account(
         self,

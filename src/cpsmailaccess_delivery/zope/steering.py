@@ -14,7 +14,7 @@ from ..interfaces import Entry, Record, State
 from ..selection import lane_of
 from ..shape import UNREADABLE
 from ..steering import Steered, is_unclear, release, steer
-from ..wording import clean
+from ..wording import clean, counted
 from .choosing import choose
 from .page import action, page, redirect, render, template, text, texts
 from .security import MANAGE_QUEUE
@@ -234,8 +234,7 @@ def _kept(request: Any) -> dict[str, str]:
 
 def _told(steered: Steered, done: str) -> str:
     """Say what happened to how many, and what could not be done and why."""
-    number = len(steered.records)
-    message = f"{number} {'mail' if number == 1 else 'mails'} {done}."
+    message = f"{counted(len(steered.records), 'mail', 'mails')} {done}."
     if steered.failures:
         named = "; ".join(_failure(*failure) for failure in steered.failures[:_NAMED])
         more = len(steered.failures) - _NAMED
