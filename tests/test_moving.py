@@ -30,6 +30,7 @@ from cpsmailaccess_delivery.interfaces import Entry, ITransit, Outcome, Settleme
 from cpsmailaccess_delivery.moving import MARK, Moved, Mover
 from cpsmailaccess_delivery.retry import Schedule
 from cpsmailaccess_delivery.spool.doubts import ASKED, CANCEL_ASKED
+from cpsmailaccess_delivery.spool.keys import KEPT
 from cpsmailaccess_delivery.testing import SMTPServer
 from postgres_helpers import wait_for
 
@@ -90,6 +91,21 @@ def send(outbox: Outbox, to: tuple[str, ...] = (BOB,), **options: Any) -> str:
 def entry_of(outbox: Outbox, message_id: str) -> Entry:
     (record,) = outbox.spool.find(message_id)
     return record.entry
+
+
+@both_ways
+def test_times_are_those_of_the_outboxes(places, monkeypatch):
+    """Not of the host that moves: what is compared with them later was noted by them, too."""
+    monkeypatch.setattr(Mover, "_copy_keys", lambda mover: 0)  # the key came in with its mail
+    with opened(places) as (source, target):
+        put(source)
+        message_id = send(source, idempotency_key="a key")
+        source.clock, target.clock = lambda: DUE, lambda: DUE + 60
+        Mover(source, target).move()
+        moved = [e for e in source.journal.events(message_id=message_id) if e.kind == "moved"]
+        assert [(event.at, event.recipient) for event in moved] == [(DUE, BOB)]
+        (note,) = target.spool.transit.key_notes()
+        assert note.until == pytest.approx(DUE + 60 + KEPT, abs=1.0)
 
 
 def fill(outbox: Outbox) -> dict[str, tuple[object, ...]]:

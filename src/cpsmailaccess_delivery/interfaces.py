@@ -844,6 +844,7 @@ class IOutbox(Interface):
     keys = Attribute("`key.KeySource` of the vault")
     presence = Attribute("IPresence of this process")
     witness = Attribute("ITransactionWitness, or None: what is in doubt is held")
+    clock = Attribute("The time that rules: Callable[[], float], seconds since the epoch")
     helo_name = Attribute("How it introduces itself to relays (str)")
     processors = Attribute("Those that were made here: tuple[IQueueProcessor, ...]")
 

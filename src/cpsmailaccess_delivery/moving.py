@@ -25,7 +25,7 @@ from typing import Any, Final
 from .envelope import digest
 from .errors import InvalidEnvelope, InvalidSettings, NoSuchEntry, SpoolError
 from .interfaces import KeyNote, Record, Settlement, State
-from .journal import Event
+from .queue import events_for
 from .spool.keys import KEPT, digest_of
 
 log = logging.getLogger(__name__)
@@ -230,8 +230,9 @@ class Mover:
             else:
                 marked.append(lease)
         # With its mail at the latest: whoever commits it again is told.
+        now = self._target.clock()
         keyed = [lease for lease in marked if lease.envelope.key]
-        self._transit.keep_keys([_key_of(lease) for lease in keyed])
+        self._transit.keep_keys([_key_of(lease, now) for lease in keyed])
         return marked
 
     def _tell(self, record: Record) -> None:
@@ -243,19 +244,9 @@ class Mover:
             for event in story:
                 if event.entry == entry.id and event not in known:
                     journal.record(event)
-        for recipient in envelope.recipients:
-            self._source.journal.record(
-                Event(
-                    at=time.time(),
-                    kind="moved",
-                    entry=entry.id,
-                    message_id=envelope.message_id,
-                    mailbox=str(envelope.route),
-                    sender=envelope.sender,
-                    recipient=recipient,
-                    reply=f"to {self._target.location}",
-                )
-            )
+        now, where = self._source.clock(), f"to {self._target.location}"
+        for event in events_for(envelope.recipients, entry, envelope, "moved", now, where):
+            self._source.journal.record(event)
 
     def _copy_accounts(self) -> None:
         """Copy the accounts that the target does not have: what is there stays as it is."""
@@ -298,7 +289,7 @@ class _Batch:
             lease.leave()
 
 
-def _key_of(lease: Any) -> KeyNote:
+def _key_of(lease: Any, now: float) -> KeyNote:
     envelope = lease.envelope
-    until = max(time.time(), envelope.not_before) + KEPT
+    until = max(now, envelope.not_before) + KEPT
     return KeyNote(digest_of(envelope.key), lease.entry.id, envelope.message_id, until)

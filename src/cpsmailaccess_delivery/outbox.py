@@ -74,7 +74,7 @@ class Outbox:
         self.keys = parts.keys
         self.vault = parts.vault
         self.journal = parts.journal
-        self._clock = parts.clock
+        self.clock = parts.clock
         self._feed = parts.feed
         self._announcer = Announcer()
         manager = transaction.manager if transaction_manager is None else transaction_manager
@@ -88,12 +88,12 @@ class Outbox:
             announcer=self._announcer,
             size_limit=size_limit,
             witness=witness,
-            clock=self._clock,
+            clock=self.clock,
         )
         self.queue = Queue(
             self.spool,
             self.journal,
-            self._clock,
+            self.clock,
             notices=self._notices,
             announcer=self._announcer,
         )
@@ -135,7 +135,7 @@ class Outbox:
             max_sessions=self._max_sessions,
             connections_per_relay=self._connections_per_relay,
             share=share,
-            clock=self._clock,
+            clock=self.clock,
             announcer=self._announcer,
             witness=self.witness,
             feed=self._feed,
@@ -208,7 +208,7 @@ class Outbox:
             NoticeWriter(self.spool, self.vault, self.journal),
             schedule=self._schedule,
             reporting_mta=self.helo_name,
-            clock=self._clock,
+            clock=self.clock,
         )
 
     def _status(self, message_id: str, records: list[Record]) -> Status | None:
