@@ -12,18 +12,12 @@ from cpsmailaccess_delivery import Account, State
 from cpsmailaccess_delivery.errors import NoSuchAccount
 from cpsmailaccess_delivery.testing import SMTPServer
 
-ALICE = "alice@example.org"
 HOSTILE = "<script>alert(1)</script>"
 
 pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
 
 from cpsmailaccess_delivery.zope.security import typed_owner  # noqa: E402
-from zope_helpers import alert, errors_seen, fill, put, token_of  # noqa: E402
-
-
-def relay_account(server: SMTPServer, **changes) -> Account:
-    settings = {"mailbox": ALICE, "host": "127.0.0.1", "port": server.port, "security": "plain"}
-    return Account(**{**settings, **changes})
+from zope_helpers import ALICE, alert, errors_seen, fill, put, relay_account, token_of  # noqa: E402
 
 
 def edit(zmi, mailbox=ALICE):

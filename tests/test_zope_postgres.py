@@ -10,10 +10,21 @@ pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 from conftest import KEY
 from cpsmailaccess_delivery.testing import SMTPServer
 from postgres_helpers import wait_for
-from test_zope_accounts import relay_account
-from test_zope_processor import configure
-from test_zope_queue import ALICE, BOB, CAROL, choose, opened, send, states, words
-from zope_helpers import alert, put
+from zope_helpers import (
+    ALICE,
+    BOB,
+    alert,
+    choose,
+    put,
+    queue_tab,
+    relay_account,
+    run_by_zcml,
+    send,
+    states,
+    words,
+)
+
+CAROL = "carol@example.net"
 
 
 @pytest.fixture
@@ -42,7 +53,7 @@ def test_queue(zmi):
     with SMTPServer() as server:
         put(zmi, relay_account(server))
         ids = [send(zmi, BOB), send(zmi, CAROL)]
-        browser = opened(zmi)
+        browser = queue_tab(zmi)
         first, second = zmi.outbox.queue.entries()
         choose(browser, first, second)
         browser.getControl("Hold").click()
@@ -57,13 +68,13 @@ def test_queue(zmi):
         assert alert(browser) == "1 mail cancelled."
         assert zmi.outbox.processor().run(forever=False).accepted == 1
         assert [mail.recipients for mail in server.mails] == [(BOB,)]
-        browser = opened(zmi, f"?search={ids[0]}")
+        browser = queue_tab(zmi, f"?search={ids[0]}")
         assert "accepted" in words(browser), words(browser)[-1500:]
 
 
 def test_processor(zmi):
     with SMTPServer() as server:
-        configure(zmi)
+        run_by_zcml(zmi)
         put(zmi, relay_account(server))
         send(zmi)
         page = f"{zmi.url}/mail/manage_processor"

@@ -11,20 +11,12 @@ import pytest
 
 pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
 
-import Zope2.App.zcml
 from zope.component import queryUtility
 
 from cpsmailaccess_delivery.interfaces import IQueueProcessor
 from cpsmailaccess_delivery.journal import Event
 from cpsmailaccess_delivery.testing import SMTPServer
-from test_zope_accounts import alert, errors_seen, put, relay_account
-from test_zope_queue import send, words
-
-CONFIGURED = """\
-<configure xmlns:mail="http://namespaces.zope.org/mail">
-  <mail:queueProcessor queuePath="{path}" name="Mail" unclear="hold" />
-</configure>
-"""
+from zope_helpers import alert, errors_seen, put, relay_account, run_by_zcml, send, words
 
 OTHER = """
 import sys, time
@@ -38,10 +30,6 @@ with Outbox(sys.argv[1]) as outbox:
     sys.stdin.read()
     processor.stop()
 """
-
-
-def configure(zmi):
-    Zope2.App.zcml.load_string(CONFIGURED.format(path=zmi.outbox.location))
 
 
 def processor():
@@ -79,7 +67,7 @@ def test_none_is_configured(zmi):
 
 
 def test_start_stop_restart(zmi):
-    configure(zmi)
+    run_by_zcml(zmi)
     with SMTPServer() as server:
         put(zmi, relay_account(server))
         send(zmi)
@@ -116,7 +104,7 @@ def test_start_stop_restart(zmi):
 
 
 def test_started_twice(zmi):
-    configure(zmi)
+    run_by_zcml(zmi)
     first, second = opened(zmi), opened(zmi)
     first.getControl("Start").click()
     second.getControl("Start").click()
@@ -146,7 +134,7 @@ def test_one_that_rests_is_no_deliverer(zmi):
 
 
 def test_one_that_hangs_is_said(zmi, monkeypatch):
-    configure(zmi)
+    run_by_zcml(zmi)
     opened(zmi).getControl("Start").click()
     until(lambda: running(zmi))
     processor().scheduler.heartbeat = time.time() - 600

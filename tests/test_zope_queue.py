@@ -19,17 +19,23 @@ from cpsmailaccess_delivery.interfaces import LaneNote
 from cpsmailaccess_delivery.journal import Event
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.zope import choosing, queue_view
-from test_zope_accounts import relay_account
-from zope_helpers import alert, errors_seen, put
+from zope_helpers import (
+    ALICE,
+    BOB,
+    MESSAGE,
+    alert,
+    choose,
+    errors_seen,
+    put,
+    queue_tab,
+    relay_account,
+    send,
+    states,
+    words,
+)
 
-ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.net"
+CAROL = "carol@example.net"
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
-MESSAGE = b"From: alice@example.org\r\nSubject: secret plan\r\n\r\nThe body.\r\n"
-
-
-def send(zmi, *recipients, sender=ALICE, message=MESSAGE, **options) -> str:
-    with transaction.manager:
-        return zmi.outbox.delivery.send(sender, list(recipients or (BOB,)), message, **options)
 
 
 def drain(zmi, **settings):
@@ -38,25 +44,6 @@ def drain(zmi, **settings):
 
 def entries(zmi):
     return list(zmi.outbox.queue.entries())
-
-
-def states(zmi):
-    return [str(entry.state) for entry in entries(zmi)]
-
-
-def opened(zmi, query: str = ""):
-    browser = zmi.browser()
-    browser.open(f"{zmi.url}/mail/manage_queue{query}")
-    return browser
-
-
-def words(browser) -> str:
-    """Return what a page says, without markup."""
-    return " ".join(re.sub(r"<[^>]+>", " ", browser.contents).split())
-
-
-def choose(browser, *entries):
-    browser.getControl(name="ids:list").value = [entry.id for entry in entries]
 
 
 @pytest.fixture
@@ -85,11 +72,11 @@ def unclear(site, server):
 
 
 def test_an_empty_queue(zmi):
-    browser = opened(zmi)
+    browser = queue_tab(zmi)
     assert "The queue is empty" in browser.contents
     assert "Try now" not in browser.contents
-    assert "No mail fits" in opened(zmi, "?state=held").contents
-    assert "No mail fits" in opened(zmi, "?by=lane").contents
+    assert "No mail fits" in queue_tab(zmi, "?state=held").contents
+    assert "No mail fits" in queue_tab(zmi, "?by=lane").contents
 
 
 def test_what_waits_and_why(site, server):
@@ -97,7 +84,7 @@ def test_what_waits_and_why(site, server):
     send(site, BOB)
     drain(site)
     send(site, CAROL, not_before=time.time() + 7200)
-    browser = opened(site)
+    browser = queue_tab(site)
     text = words(browser)
     assert "450 come back later" in text
     assert re.search(r"all 2 .*queued 1 .*deferred 1 .*held 0", text)
@@ -113,7 +100,7 @@ def test_by_lane_age_and_reason(site, server):
     for _ in range(2):
         send(site, sender="dora@example.org")
     send(site)
-    browser = opened(site)
+    browser = queue_tab(site)
     browser.getControl(name="by").value = ["lane"]
     browser.getControl("Show", index=1).click()
     assert re.search(r"TOTAL 3 3 .*dora@example.org 2 2 .*alice@example.org 1 1", words(browser))
@@ -122,14 +109,14 @@ def test_by_lane_age_and_reason(site, server):
     browser.getControl(name="by").value = ["age"]
     browser.getControl("Show", index=1).click()
     assert re.search(r"Mailbox Total 5m 10m .*1280m\+ TOTAL 2 2", words(browser))
-    assert "waits for its turn" in opened(site, "?by=reason").contents
+    assert "waits for its turn" in queue_tab(site, "?by=reason").contents
 
 
 def test_by_age(site):
     send(site)
-    assert BOB in opened(site, "?older=").contents
-    assert "No mail fits" in opened(site, "?older=5").contents
-    assert BOB in opened(site, "?older=nonsense&state=nonsense&by=nonsense&start=-3").contents
+    assert BOB in queue_tab(site, "?older=").contents
+    assert "No mail fits" in queue_tab(site, "?older=5").contents
+    assert BOB in queue_tab(site, "?older=nonsense&state=nonsense&by=nonsense&start=-3").contents
 
 
 def test_a_large_queue_is_shown_a_page_at_a_time_and_not_opened(site, monkeypatch):
@@ -140,14 +127,14 @@ def test_a_large_queue_is_shown_a_page_at_a_time_and_not_opened(site, monkeypatc
     mails = site.outbox.spool._mails
     original = mails.read
     monkeypatch.setattr(mails, "read", lambda entry: read.append(entry) or original(entry))
-    browser = opened(site)
+    browser = queue_tab(site)
     assert "1 to 50 of 130" in browser.contents
     assert len(read) == 50
     browser.getLink("Later").click()
     browser.getLink("Later").click()
     assert "101 to 130 of 130" in browser.contents
     assert len(browser.getControl(name="ids:list").options) == 30
-    assert "101 to 130 of 130" in opened(site, "?start=9000").contents, "past the end"
+    assert "101 to 130 of 130" in queue_tab(site, "?start=9000").contents, "past the end"
 
 
 def test_search_by_address_and_message_id(site, server, monkeypatch):
@@ -155,7 +142,7 @@ def test_search_by_address_and_message_id(site, server, monkeypatch):
     drain(site)
     waiting = send(site, CAROL)
     send(site, "dave@example.net")
-    browser = opened(site)
+    browser = queue_tab(site)
     browser.getControl(name="search").value = f"<{gone}>"
     browser.getControl("Search").click()
     assert "has left" in browser.contents
@@ -167,16 +154,16 @@ def test_search_by_address_and_message_id(site, server, monkeypatch):
     )
 
     for name in (CAROL.upper(), waiting):
-        browser = opened(site, f"?search={name}")
+        browser = queue_tab(site, f"?search={name}")
         assert len(browser.getControl(name="ids:list").options) == 1
         assert "dave@" not in browser.contents
-    browser = opened(site, f"?search={ALICE}")
+    browser = queue_tab(site, f"?search={ALICE}")
     assert re.search("dave@.*carol@.*bob@", words(browser)), "the newest first"
-    assert "No mail fits" in opened(site, "?search=nobody@example.net").contents
+    assert "No mail fits" in queue_tab(site, "?search=nobody@example.net").contents
 
     monkeypatch.setattr(queue_view, "MOST_OPENED", 1)
-    assert "dave@" in opened(site, "?search=dave@example.net").contents
-    text = words(opened(site, f"?search={CAROL}"))
+    assert "dave@" in queue_tab(site, "?search=dave@example.net").contents
+    text = words(queue_tab(site, f"?search={CAROL}"))
     assert "and not 1 older ones" in text, "it says what it has not looked at"
 
 
@@ -196,7 +183,7 @@ def test_search_finds_what_was_sent_at_once(site):
             )
         )
     for name in (ALICE, "1@example.org"):
-        browser = opened(site, f"?search={name}")
+        browser = queue_tab(site, f"?search={name}")
         assert re.search(r"refused has left .* \d+s ago 1 550 nor here", words(browser))
     browser.getLink(BOB).click()
     assert re.search("refused bob@example.net 1 550 nobody here", words(browser))
@@ -210,7 +197,7 @@ def test_one_mail(site, server):
         b"From: alice@example.org\r\nSubject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n continued\r\n\r\n"
         b"The body.\r\n"))  # fmt: skip
     drain(site)
-    browser = opened(site)
+    browser = queue_tab(site)
     browser.getLink(BOB).click()
     text = words(browser)
     assert 'id="state">deferred' in browser.contents
@@ -243,7 +230,7 @@ def test_a_mail_that_cannot_be_read_can_be_cancelled(site):
     (entry,) = entries(site)
     (path,) = (Path(site.outbox.location) / "new").iterdir()
     path.write_bytes(b"no block\r\n")
-    browser = opened(site)
+    browser = queue_tab(site)
     assert "its private block cannot be read" in browser.contents
     browser.getLink(entry.id).click()
     assert "X-Zope-Envelope" in browser.contents or "block" in words(browser)
@@ -261,7 +248,7 @@ def test_hold_release_and_try_now(site, server):
     send(site, BOB)
     send(site, CAROL)
     first, second = entries(site)
-    browser = opened(site)
+    browser = queue_tab(site)
     choose(browser, first, second)
     browser.getControl("Hold").click()
     assert alert(browser) == "2 mails held."
@@ -274,7 +261,7 @@ def test_hold_release_and_try_now(site, server):
     assert states(site) == ["queued", "held"]
     drain(site)
     (first,) = [entry for entry in entries(site) if entry.state is State.DEFERRED]
-    browser = opened(site, "?state=deferred")
+    browser = queue_tab(site, "?state=deferred")
     choose(browser, first)
     browser.getControl("Try now").click()
     assert alert(browser) == "1 mail tried again now."
@@ -287,7 +274,7 @@ def test_what_could_not_be_done_is_said(site):
     for recipient in (BOB, CAROL, "dave@example.net"):
         send(site, recipient)
     busy, gone, fine = entries(site)
-    browser = opened(site)
+    browser = queue_tab(site)
     choose(browser, busy, gone, fine)
     site.outbox.queue.cancel(gone)
     lease = site.outbox.spool.claim(busy)
@@ -313,7 +300,7 @@ def test_all_that_are_listed(site, monkeypatch):
         for number in range(65):
             site.outbox.delivery.send(ALICE, [f"user{number}@example.net"], MESSAGE)
     site.outbox.queue.hold(entries(site)[-1], "not this one")
-    browser = opened(site, "?state=queued")
+    browser = queue_tab(site, "?state=queued")
     browser.getControl(name="which").value = ["all"]
     browser.getControl("Cancel").click()
     assert "user0@example.net" in browser.contents
@@ -321,7 +308,7 @@ def test_all_that_are_listed(site, monkeypatch):
     assert len(entries(site)) == 65
     browser.getControl("Cancel").click()
     assert alert(browser) == "60 mails cancelled. 4 more fit: do it again for them."
-    browser = opened(site)
+    browser = queue_tab(site)
     browser.getControl(name="which").value = ["all"]
     browser.getControl("Hold").click()
     assert alert(browser) == "4 mails held."
@@ -336,7 +323,7 @@ def test_all_that_are_listed(site, monkeypatch):
 def test_of_a_search_only_what_is_ticked(site):
     send(site, BOB)
     send(site, CAROL)
-    browser = opened(site, f"?search={BOB}")
+    browser = queue_tab(site, f"?search={BOB}")
     assert "which" not in re.findall(r'name="(\w+)"', browser.contents)
     token = re.search(r'name="form_token" value="(\w+)"', browser.contents)[1]
     browser.post(
@@ -349,7 +336,7 @@ def test_cancel_asks_first(site):
     send(site, BOB)
     send(site, CAROL)
     first, _ = entries(site)
-    browser = opened(site)
+    browser = queue_tab(site)
     choose(browser, first)
     browser.getControl("Cancel").click()
     assert f"{ALICE} to {BOB}" in browser.contents
@@ -364,7 +351,7 @@ def test_cancel_asks_first(site):
 
 
 def test_unclear_settled_one_by_one(site, unclear, server):
-    browser = opened(site, "?state=unclear")
+    browser = queue_tab(site, "?state=unclear")
     browser.getLink(CAROL).click()
     assert "nobody knows" in words(browser)
     browser.getControl(name="recipients:list").value = []
@@ -390,7 +377,7 @@ def test_unclear_settled_one_by_one(site, unclear, server):
 def test_many_unclear_at_once(site, unclear, server):
     send(site, BOB)
     chosen = entries(site)
-    browser = opened(site)
+    browser = queue_tab(site)
     choose(browser, *chosen)
     browser.getControl("They arrived").click()
     browser.getControl("They arrived").click()
@@ -411,7 +398,7 @@ def test_all_that_are_listed_and_unclear_in_part(site, server):
     drain(site)
     assert states(site) == ["deferred", "deferred"]
     for query in ("", "?state=deferred"):
-        browser = opened(site, query)
+        browser = queue_tab(site, query)
         browser.getControl(name="which").value = ["all"]
         browser.getControl("They arrived").click()
         assert f"{ALICE} to {BOB}, {CAROL}" in words(browser)
@@ -429,7 +416,7 @@ def test_not_all_are_opened_to_find_the_unclear_ones(site, server, monkeypatch):
         send(site, recipient)
     drain(site)
     monkeypatch.setattr(choosing, "MOST_OPENED", 2)
-    browser = opened(site)
+    browser = queue_tab(site)
     browser.getControl(name="which").value = ["all"]
     browser.getControl("They arrived").click()
     assert alert(browser) == (
@@ -444,7 +431,7 @@ def test_a_paused_account_is_resumed(site, server):
     send(site)
     drain(site)
     lane = lane_key(Route(ALICE))
-    browser = opened(site)
+    browser = queue_tab(site)
     text = words(browser)
     assert re.search(r"alice@example.org is paused: the relay refuses the login.*535", text), text
     assert re.search(r"Since \d+s , next try in \d+[smh] . 1 mail waits", text)
@@ -462,7 +449,7 @@ def test_many_lanes_in_trouble(site):
         site.outbox.spool.note_lane(lane_key(Route(route)), note)
     send(site)
     site.outbox.spool.note_lane(lane_key(Route(ALICE)), LaneNote(ALICE, "relay", "x", 2e9, 2e9))
-    text = words(opened(site))
+    text = words(queue_tab(site))
     assert re.search(r"that wait alice@example.org waits.* user0@example.org waits", text)
     assert "And 3 more, for which fewer mails wait" in text
 
@@ -477,7 +464,7 @@ def test_resumed_while_the_processor_runs(site, server):
     while not site.outbox.spool.lane_notes() and time.monotonic() < deadline:
         time.sleep(0.02)
     server.start_accepting()
-    browser = opened(site)
+    browser = queue_tab(site)
     browser.getControl("Resume").click()
     server.wait_for(1, timeout=15)
     assert processor.stop(timeout=10)
@@ -485,7 +472,7 @@ def test_resumed_while_the_processor_runs(site, server):
 
 @pytest.mark.parametrize("key", ["", "nonsense", "../../x", "0" * 16, "\N{SNOWMAN}"])
 def test_what_does_not_wait_is_not_resumed(site, key):
-    browser = opened(site)
+    browser = queue_tab(site)
     token = re.search(r'name="form_token" value="(\w+)"', _form(site))[1]
     with errors_seen(browser):
         browser.open(f"{site.url}/mail/manage_queue")

@@ -29,7 +29,7 @@ from zope.component import getGlobalSiteManager, getUtilitiesFor
 from zope.testbrowser.wsgi import Browser
 
 from cpsmailaccess_delivery import Account, Outbox
-from cpsmailaccess_delivery.interfaces import IMailboxDelivery, IMailDelivery, IOutbox
+from cpsmailaccess_delivery.interfaces import Entry, IMailboxDelivery, IMailDelivery, IOutbox
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.zope import claims, my_outbox, trial
 from cpsmailaccess_delivery.zope.mail_accounts import MailAccounts
@@ -68,6 +68,15 @@ DELIVERY = """\
   <mail:mailboxDelivery name="{name}" queuePath="{path}" />
 </configure>
 """
+
+PROCESSOR = """\
+<configure xmlns:mail="http://namespaces.zope.org/mail">
+  <mail:queueProcessor queuePath="{path}" name="Mail" unclear="hold" />
+</configure>
+"""
+
+ALICE, BOB = "alice@example.org", "bob@example.net"
+MESSAGE = b"From: alice@example.org\r\nSubject: secret plan\r\n\r\nThe body.\r\n"
 
 ADMIN = ("admin", "the administrator's password")
 
@@ -232,6 +241,11 @@ def errors_seen(browser: Browser) -> Iterator[None]:
     browser.raiseHttpErrors = True
 
 
+def words(browser: Browser) -> str:
+    """Return what a page says, without markup."""
+    return " ".join(re.sub(r"<[^>]+>", " ", browser.contents).split())
+
+
 def fill(browser: Browser, **texts: str) -> None:
     """Type into fields of a form."""
     for name, value in texts.items():
@@ -244,6 +258,42 @@ def token_of(browser: Browser, url: str) -> str:
     return re.search(
         r'name="form_token" value="(\w+)"|value="(\w+)" name="form_token"', browser.contents
     )[1]
+
+
+def queue_tab(zmi: Zmi, query: str = "") -> Browser:
+    """Return a browser with the tab *Queue*."""
+    browser = zmi.browser()
+    browser.open(f"{zmi.url}/mail/manage_queue{query}")
+    return browser
+
+
+def choose(browser: Browser, *entries: Entry) -> None:
+    """Tick mails in the tab *Queue*."""
+    browser.getControl(name="ids:list").value = [entry.id for entry in entries]
+
+
+def run_by_zcml(zmi: Zmi) -> None:
+    """Configure a processor, not started yet."""
+    Zope2.App.zcml.load_string(PROCESSOR.format(path=zmi.outbox.location))
+
+
+def send(
+    zmi: Zmi, *recipients: str, sender: str = ALICE, message: bytes = MESSAGE, **options: Any
+) -> str:
+    """Send in a transaction, to bob unless somebody is named; return the Message-Id."""
+    with transaction.manager:
+        return zmi.outbox.delivery.send(sender, recipients or [BOB], message, **options)
+
+
+def states(zmi: Zmi) -> list[str]:
+    """Return the states of the mails in the queue, the oldest first."""
+    return [str(entry.state) for entry in zmi.outbox.queue.entries()]
+
+
+def relay_account(server: SMTPServer, **changes: Any) -> Account:
+    """Return the account of alice at a test server."""
+    settings = {"mailbox": ALICE, "host": "127.0.0.1", "port": server.port, "security": "plain"}
+    return Account(**{**settings, **changes})
 
 
 def own_account(zmi: Zmi, mailbox: str, user: str, server: SMTPServer | None = None) -> Account:
