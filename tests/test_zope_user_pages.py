@@ -22,7 +22,7 @@ pytest.importorskip("Zope2", reason="Zope is in the extra [test]")
 from ZODB.POSException import ConflictError
 
 from cpsmailaccess_delivery.zope import own_mails, trial
-from cpsmailaccess_delivery.zope.claims import claims_to_change
+from cpsmailaccess_delivery.zope.claims import claims_of, claims_to_change
 from cpsmailaccess_delivery.zope.mail_accounts import MailAccounts
 from cpsmailaccess_delivery.zope.subjects import Subjects
 from cpsmailaccess_delivery.zope.throttle import Turnstile
@@ -320,6 +320,15 @@ def test_two_who_want_the_same_mailbox_at_once(users):
         managers.abort()
         connection.close()
         assert other
+
+
+def test_since_when_a_mailbox_is_his_says_the_clock_of_the_outbox(users, monkeypatch):
+    """It says, too, when a mail was staged, by which it is known whether that is his."""
+    monkeypatch.setattr(users.outbox, "clock", lambda: 1000.0)
+    new(users, "alice")
+    with users.app() as app:
+        claims = claims_of(app, "Mail")
+    assert claims.since(OTHER, "/acl_users:alice") == 1000.0
 
 
 def test_mails_that_wait_do_not_change_hands(users):

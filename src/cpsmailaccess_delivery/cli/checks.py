@@ -200,7 +200,7 @@ def _check_oldest(outbox: Outbox) -> _Findings:
     if not counts.oldest:
         yield Level.OK, "no mail is due", ""
     else:
-        waits = time.time() - counts.oldest
+        waits = outbox.clock() - counts.oldest
         level = Level.FAIL if waits > _STALLED else Level.WARN if waits > _LATE else Level.OK
         advice = "" if level is Level.OK else "does `cpsmail run` run? `cpsmail queue` says more"
         yield level, f"the oldest mail that is due was queued {age(waits)} ago", advice
@@ -212,8 +212,7 @@ def _check_oldest(outbox: Outbox) -> _Findings:
 
 
 def _check_lanes(outbox: Outbox) -> _Findings:
-    notes = outbox.spool.lane_notes()
-    now = time.time()
+    notes, now = outbox.spool.lane_notes(), outbox.clock()
     for note in notes.values():
         advice = (
             "is its relay up? it is tried again by itself"

@@ -100,7 +100,7 @@ def _progress(outbox: Outbox, *, shown: bool) -> Iterator[Callable[[Summary], No
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    now = time.time()
+    now = outbox.clock()
     total = sum(is_due(entry, now) for entry in outbox.queue.entries())
     columns = (TextColumn("delivering"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -102,18 +101,17 @@ def queue(
         wanted = _selector(outbox, states, mailbox)
         pairs = ((e, entry_as_seen(e, notes.get(e.lane))) for e in outbox.queue.entries())
         selected = (pair for pair in pairs if wanted(*pair))
-        show_shape(outbox, by, selected, limit=limit, as_json=as_json, now=time.time())
+        show_shape(outbox, by, selected, limit=limit, as_json=as_json, now=outbox.clock())
 
 
 def _list(
     app: App, states: tuple[str, ...], mailbox: str | None, limit: int, as_json: bool
 ) -> None:
-    now = time.time()
     counts: Counter[str] = Counter()
     mails: list[tuple[Entry, Record | None]] = []
     oldest = 0.0
     with app.outbox() as outbox:
-        notes = outbox.spool.lane_notes()
+        now, notes = outbox.clock(), outbox.spool.lane_notes()
         lane = lane_of(mailbox) if mailbox is not None else None
         lanes = {key: note for key, note in sorted(notes.items()) if lane in (None, key)}
         wanted = selector(outbox.queue, states, lane)
@@ -248,7 +246,7 @@ def _row(entry: Entry, record: Record | None, now: float) -> tuple[object, ...]:
 def _print_record(outbox: Outbox, record: Record) -> None:
     entry, envelope = record.entry, record.envelope
     note = outbox.spool.lane_note(entry.lane)
-    lane = f"waits, next try {upcoming(note.until, time.time())}" if note else ""
+    lane = f"waits, next try {upcoming(note.until, outbox.clock())}" if note else ""
     if note and note.reason != record.reason:
         lane += f": {note.reason}"
     lines = {

@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import FrameType
@@ -129,7 +128,7 @@ def _deliver(
     log.info("delivering %s, process %d%s", outbox.location, os.getpid(), which)
     for key, note in outbox.spool.lane_notes().items():
         if share.owns(key):
-            when = upcoming(note.until, time.time())
+            when = upcoming(note.until, outbox.clock())
             log.info("%s waits already, next try %s: %s", note.route, when, note.reason)
     heart = Heart(lambda: scheduler.heartbeat if (scheduler := processor.scheduler) else None)
     processor.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final
@@ -65,8 +64,8 @@ def stats(app: App, last: float, by: str, as_json: bool) -> None:
 
     Each attempt counts once for each recipient.
     """
-    now = time.time()
     with app.outbox() as outbox:
+        now = outbox.clock()
         totals = outbox.journal.totals(now - last, by=by)
         counts = outbox.queue.counts()
         notes = outbox.spool.lane_notes()

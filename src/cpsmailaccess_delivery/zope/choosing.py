@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -55,7 +54,7 @@ def choose(outbox: Any, request: Any, what: str) -> Chosen:
     """Return the mails that are meant by a button: `what` is to be done with them."""
     if text(request, "which") != "all" or text(request, "search"):
         return Chosen(entries_of(outbox.queue, texts(request, "ids")))
-    fitting = select(outbox, selection_of(request), _USUAL[what], time.time())
+    fitting = select(outbox, selection_of(request), _USUAL[what], outbox.clock())
     unclear = _Unclear(outbox.queue, fitting) if what in _SETTLES else None
     found = iter(unclear if unclear else fitting)
     mails: list[str | Entry] = list(itertools.islice(found, MOST_AT_ONCE))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from datetime import datetime
 from hashlib import sha256
 from typing import Any, Final
@@ -55,7 +54,8 @@ class Compose(UserPage):
                 not_before=_later(typed["later"]),
                 idempotency_key=self._key(typed, attachments),
             )
-            Subjects(self.context).note(self.owner, message_id, typed["subject"], time.time())
+            now = self._outbox.clock()
+            Subjects(self.context).note(self.owner, message_id, typed["subject"], now)
         except NoSuchAccount:
             return self._form(REQUEST, typed, "Choose one of your mailboxes.")
         except OutboxError as error:

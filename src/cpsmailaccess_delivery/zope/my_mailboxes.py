@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
@@ -92,10 +91,6 @@ class MyMailboxes(UserPage):
         return redirect(REQUEST, self.url, done="deleted")
 
     @property
-    def _outbox(self) -> Any:
-        return self.mail_accounts()._outbox()
-
-    @property
     def _policy(self) -> Policy:
         return self.mail_accounts()._get_policy()
 
@@ -176,7 +171,7 @@ class MyMailboxes(UserPage):
         """Note that he has it, or had it, from now on."""
         near = self.mail_accounts()
         claims = claims_to_change(near.getPhysicalRoot(), near.delivery_name)
-        claims.take(mailbox, self.owner, time.time())
+        claims.take(mailbox, self.owner, self._outbox.clock())
 
     def _waiting(self, mailbox: str) -> str:
         """Return how many mails would leave through the account of a mailbox; "" for none."""

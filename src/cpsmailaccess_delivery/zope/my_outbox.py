@@ -46,7 +46,7 @@ class MyOutbox(UserPage):
 
     def __call__(self) -> str:
         """List them, all or those of one kind, a page at a time."""
-        request, own = self.request, self.own_mails()
+        request, own, now = self.request, self.own_mails(), self._outbox.clock()
         mails, older = own.list()
         kind = text(request, "kind")
         listed = Page.of(
@@ -61,10 +61,7 @@ class MyOutbox(UserPage):
             total=len(mails),
             older=older,
             page=listed,
-            rows=[
-                (mail, self._subject(own, mail), in_words(mail, time.time()))
-                for mail in listed.items
-            ],
+            rows=[(mail, self._subject(own, mail), in_words(mail, now)) for mail in listed.items],
             clock=clock,
         )
 
@@ -75,7 +72,7 @@ class MyOutbox(UserPage):
         if message_id := text(REQUEST, "message_id"):  # where a page goes that has sent it
             sent = own.sent_as(text(REQUEST, "mailbox"), message_id)
             return redirect(REQUEST, f"{self.url}/mail", id=sent.id)
-        mail, now = own.get(text(REQUEST, "id")), time.time()
+        mail, now = own.get(text(REQUEST, "id")), self._outbox.clock()
         if not mail.is_over and mail.next_try < now + _SOON:
             again = link(f"{self.url}/mail", id=mail.id)
             REQUEST.response.setHeader("Refresh", f"2; url={again}")

@@ -147,7 +147,7 @@ class OwnMails:
 
     def _opened(self, entries: Iterable[Entry]) -> Iterator[Mail]:
         """Yield the mails of these entries that are his, as their envelopes say."""
-        spool, now = self._outbox.spool, time.time()
+        spool, now = self._outbox.spool, self._outbox.clock()
         notes = spool.lane_notes()
         for entry in entries:
             try:

@@ -48,7 +48,8 @@ class ProcessorTab:
     @page
     def manage_processor(self: Any, REQUEST: Any) -> str:
         """Show who delivers, how much, and what is in the way."""
-        outbox, now = self._outbox(), time.time()
+        outbox = self._outbox()
+        now = outbox.clock()
         span = text(REQUEST, "span") if text(REQUEST, "span") in _SPANS else "hour"
         hour = outbox.journal.series(now - 3600, 60)
         counts = outbox.queue.counts()

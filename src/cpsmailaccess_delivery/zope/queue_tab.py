@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, ClassVar, Final
 
 from AccessControl import getSecurityManager
@@ -45,7 +44,8 @@ class QueueTab:
     @page
     def manage_queue(self: Any, REQUEST: Any) -> str:
         """Show what waits, a page at a time, and which accounts are paused."""
-        look = Look(self._outbox(), selection_of(REQUEST), text(REQUEST, "start"), time.time())
+        outbox = self._outbox()
+        look = Look(outbox, selection_of(REQUEST), text(REQUEST, "start"), outbox.clock())
         return render(
             _QUEUE,
             self,
@@ -67,7 +67,8 @@ class QueueTab:
 
         Its header is shown, its body never is: whoever sees to the queue need not read it.
         """
-        outbox, now = self._outbox(), time.time()
+        outbox = self._outbox()
+        now = outbox.clock()
         name, message_id = text(REQUEST, "id"), text(REQUEST, "message_id")
         try:
             records, events, problem = _look_up(outbox, name, message_id)

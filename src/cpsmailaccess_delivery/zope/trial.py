@@ -70,7 +70,8 @@ class Trial:
     def manage_testMail(self: Any, REQUEST: Any) -> str:
         """Show what has become of a test mail; the page comes again until that is final."""
         message_id, mailbox = text(REQUEST, "message_id"), text(REQUEST, "mailbox")
-        status = self._outbox().status(message_id)
+        outbox = self._outbox()
+        status = outbox.status(message_id)
         is_final = status.state in _FINAL
         if not is_final:
             again = link(REQUEST["URL"], mailbox=mailbox, message_id=message_id)
@@ -83,7 +84,7 @@ class Trial:
             is_final=is_final,
             mailbox=mailbox,
             tab="Accounts",
-            next_try=_clock(status.next_try) if status.next_try > time.time() else "",
+            next_try=_clock(status.next_try) if status.next_try > outbox.clock() else "",
         )
 
 

@@ -82,10 +82,14 @@ class UserPage(BrowserView):
             raise Unauthorized(f"You need the permission {self.permission!r} here.")
         return found
 
+    @property
+    def _outbox(self) -> Any:
+        return self.mail_accounts()._outbox()
+
     def own_accounts(self) -> list[Account]:
         """Return the user's accounts."""
         owner = self.owner
-        accounts = self.mail_accounts()._outbox().accounts.list()
+        accounts = self._outbox.accounts.list()
         return [account for account in accounts if account.owner == owner]
 
     def own_account(self, mailbox: str) -> Account:
@@ -102,7 +106,7 @@ class UserPage(BrowserView):
         since = {
             account.mailbox: claims.since(account.mailbox, owner) for account in self.own_accounts()
         }
-        return OwnMails(mail_accounts._outbox(), since)
+        return OwnMails(self._outbox, since)
 
     def show(self, page: Template, request: Any, /, *, problem: str = "", **options: Any) -> str:
         """Return a page; with a problem it says so, and that nothing was done."""
