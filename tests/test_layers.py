@@ -16,7 +16,7 @@ import cpsmailaccess_delivery
 PACKAGE = "cpsmailaccess_delivery"
 ROOT = Path(cpsmailaccess_delivery.__file__).parent
 
-#: Row by row, see DESIGN.md "Layers"; the first pattern that fits counts.
+#: Row by row, see docs/architecture.rst; the first pattern that fits counts.
 ROWS: dict[int, tuple[str, ...]] = {
     0: (
         "interfaces.py",
@@ -241,7 +241,7 @@ def problems(sources: dict[str, str]) -> list[str]:
     for name, source in sources.items():
         row = row_of(name)
         if row is None:
-            found.append(f"{name}: belongs to no row: see DESIGN.md, Layers")
+            found.append(f"{name}: belongs to no row: see docs/architecture.rst")
             continue
         for line, module in imports(name, source):
             where = f"{name}:{line}: imports {module}"
@@ -368,7 +368,7 @@ def test_imports_without_what_is_optional():
         [sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    print(done.stdout)  # for the reader of -rP: the issue asks for less than 0.3 s
+    print(done.stdout)  # for the reader of -rP
 
 
 def test_import_starts_no_thread_and_makes_no_file(tmp_path):

@@ -445,6 +445,20 @@ def test_what_a_lane_has_sent_lately_goes_with_it(make, ending):
         each.close()
 
 
+def test_a_worker_that_was_silent_says_so_once(make, caplog):
+    """Not in a line for each of a hundred lanes, by a name that nobody knows."""
+    spool = make()
+    for mailbox in ("alice@example.org", "carol@example.org"):
+        queue_many(spool, 1, Route(mailbox))
+    _, watch = watch_of(spool)
+    told(watch, 2)
+    expire(spool)
+    watch._renew_at = 0.0
+    wait_for(lambda: "2 lanes are ours no more" in caplog.text)
+    assert caplog.text.count("ours no more") == 1
+    watch.close()
+
+
 # Fair, and not in each other's way
 
 

@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ..spool.postgres import PostgresSpool
+from ..wording import counted
 from .connections import Connection
 from .engine import JOBS
 from .lanes import LANES
@@ -126,10 +127,10 @@ class LaneSharing:
         self._spool.workers.sign(connection, self._feed.worker, seconds)
         values = {"worker": self._feed.worker, "lease": seconds}
         kept = {row[0] for row in connection.execute(_RENEW, values)}
-        lost = set(self._lanes) - kept
-        for lane in lost:
-            log.warning("the lane %s is another worker's now: we were silent for too long", lane)
-        self._forget(lost)
+        if lost := set(self._lanes) - kept:
+            lanes = counted(len(lost), "lane is", "lanes are")
+            log.warning("%s ours no more: we were silent for more than %.0f s", lanes, seconds)
+            self._forget(lost)
         for lane in kept - set(self._lanes):  # taken when the answer was lost
             self._lanes[lane] = self._begun[lane] = time.monotonic()
         self._know_lanes()

@@ -20,7 +20,7 @@ _KEY = re.compile(r"[0-9a-f]{16}\Z")
 
 
 class LaneNotes:
-    """The notes of lanes in trouble; the same row says whose the lane is, see `feed`."""
+    """The notes of lanes in trouble; the same row says whose the lane is, see `lane_sharing`."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
