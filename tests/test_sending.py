@@ -662,7 +662,7 @@ die = lambda *args, **kwargs: os._exit(9)
 if sys.argv[2] == "prepared":
     staging.Staging.publish = die
 elif sys.argv[2] == "confirmed":
-    staging.Staging._move_to_new = die
+    staging.Staging.move_to_new = die
 else:
     take = Keys.take
     Keys.take = lambda *args, **kwargs: (take(*args, **kwargs), die())

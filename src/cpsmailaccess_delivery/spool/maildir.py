@@ -10,8 +10,8 @@ What is safe when: what `ILease.settle` did survives the death of the process at
 against a power loss, outcomes of a mail that stays are safe at once too, and removals
 with the next `sync`.
 
-This file is the contract; `staging` has tmp/, `listing` and `mails` have new/ and cur/,
-`doubts` what is between them after a crash, `names` what the names say.
+This file is the contract; `staging` has tmp/, `listing` and `mails` have new/ and cur/, `names`
+what the names say.  After a crash `sweep` sees to tmp/, and `doubts` has what is in between.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from .notes import LaneNotes
 from .outcomes import SideFiles
 from .presence import Presence
 from .staging import Staging
+from .sweep import Sweep, left_overs
 from .transit import Transit
 
 #: What an outbox has in the same directory.
@@ -67,6 +68,7 @@ class Maildir:
         self.location = os.fspath(path)
         self.paces: dict[str, float] = {}  # a lane stays with its process
         self._notify = notify
+        self._presence = presence
         self._layout = Layout(self.location, beside=_BESIDE)
         self._keys = Keys(self._layout, presence, self.sweep)
         self._staging = Staging(self._layout, presence, self._keys, clock)
@@ -237,14 +239,15 @@ class Maildir:
 
     def sweep(self) -> SweepReport:
         """See `ISpool`."""
-        report = self._staging.sweep(self._doubts.hold)
+        doubts, staging = self._doubts, self._staging
+        report = Sweep(self._layout, self._presence, self._keys, staging, doubts.hold).run()
         self._mails.remove_orphans()
         self._keys.prune()
         return report
 
     def left_overs(self) -> Sequence[str]:
         """See `ISpool`."""
-        return self._staging.left_overs()
+        return left_overs(self._layout, self._presence)
 
     def doubts(self) -> Sequence[Doubt]:
         """See `ISpool`."""

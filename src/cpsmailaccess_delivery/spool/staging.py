@@ -1,4 +1,4 @@
-"""From `stage` to `publish`, and what a crash in between leaves: the directory tmp/.
+"""From `stage` to `publish`: the directory tmp/.  What a crash leaves there, `sweep` sees to.
 
 ::
 
@@ -20,8 +20,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import stat
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,8 +28,8 @@ from typing import Final
 
 from ..envelope import Envelope, format_block
 from ..errors import SpoolError
-from ..files import read_all, write_all
-from ..interfaces import Entry, SweepReport
+from ..files import write_all
+from ..interfaces import Entry
 from . import forks, names
 from .durable import GroupSync, settle_files, spool_error
 from .keys import Keys
@@ -41,13 +39,12 @@ from .presence import Presence
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 _STAGED: Final = 0o400
-_PREPARED: Final = 0o600
-_WITNESSED: Final = 0o1600  # prepared, and a witness will know; means nothing outside of tmp/
-_COMMITTED: Final = 0o700
+PREPARED: Final = 0o600
+WITNESSED: Final = 0o1600  # prepared, and a witness will know; means nothing outside of tmp/
+COMMITTED: Final = 0o700
 _MAX_OPEN: Final = 256  # staged files kept open until prepared; the rest are opened again
-_ABANDONED: Final = 36 * 3600.0  # seconds: the rule of Maildir for files in tmp/
 _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 @dataclass(slots=True)
@@ -64,7 +61,7 @@ class _Staged:
 
 
 class Staging:
-    """The mails that this process has staged, and the left-overs of dead ones.
+    """The mails that this process has staged.
 
     `clock`: seconds since the epoch.
     """
@@ -108,7 +105,7 @@ class Staging:
                 write_all(fd, block, message)
             except BaseException:
                 os.close(fd)
-                _unlink(name, tmp)
+                unlink(name, tmp)
                 raise
         except OSError as error:
             raise spool_error("stage a mail", self._layout.path, error) from error
@@ -128,7 +125,7 @@ class Staging:
         self, entries: Sequence[Entry], *, witnessed: bool = False, alone: bool = False
     ) -> None:
         """See `ISpool`."""
-        mode = _STAGED if alone else _WITNESSED if witnessed else _PREPARED
+        mode = _STAGED if alone else WITNESSED if witnessed else PREPARED
         staged = [self._mine(entry) for entry in entries]
         if not staged:
             return
@@ -162,7 +159,7 @@ class Staging:
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
-        self._retry()
+        self.retry()
         published = []
         for entry in entries:
             staged = self._staged.pop(entry.id, None)
@@ -179,7 +176,7 @@ class Staging:
 
     def discard(self, entries: Sequence[Entry]) -> None:
         """See `ISpool`."""
-        self._retry()
+        self.retry()
         sync = False
         for entry in entries:
             staged = self._staged.get(entry.id)
@@ -194,92 +191,6 @@ class Staging:
                 os.fsync(self._layout["tmp"])
             except OSError as error:
                 log.error("tmp/ cannot be synced: discarded mails may come back held: %s", error)
-
-    def sweep(self, hold: Callable[[str, Entry, bool], bool]) -> SweepReport:
-        """See `ISpool`.  `hold`: moves a file of tmp/ to the held ones; whether it did.
-
-        It is told whether a witness knows what became of the mail's transaction.
-        """
-        removed: list[str] = []
-        held: list[str] = []
-        alive: dict[str, bool] = {}
-        visible: set[str] | None = None  # a listing of all ids, when it is needed
-        scraps: dict[str, str] = {}  # of keys, by id; they stand before their mail
-        tmp = self._layout["tmp"]
-        self._retry()
-        for name in sorted(self._layout.listing("tmp")):
-            token = names.presence_of(name)
-            if token is None:
-                self._remove_abandoned(name)
-                continue
-            try:
-                mode = stat.S_IMODE(os.stat(name, dir_fd=tmp, follow_symlinks=False).st_mode)
-            except OSError:
-                continue  # published, discarded or swept meanwhile
-            found = names.parse_staged(name)
-            if found and mode == _COMMITTED:
-                self._publish_late(name, found[0])
-                continue
-            if token not in alive:
-                alive[token] = token == self._presence.token or self._may_live(token)
-            if alive[token]:
-                continue
-            entry_id, _ = names.key_of(name)
-            if entry_id:
-                scraps[entry_id] = name
-                continue
-            cancelled, _ = names.freed_of(name)
-            if cancelled:
-                if cancelled in self._ids():
-                    _unlink(name, tmp)  # a power loss has brought it back
-                else:
-                    self._keys.free(name)
-                continue
-            if found and mode in (_PREPARED, _WITNESSED):
-                if visible is None:
-                    visible = self._ids()
-                if found[0].id in visible:
-                    _unlink(name, tmp)  # published: only this name came back
-                elif self._whole(name, size=found[1], check=found[2]):
-                    if found[0].id in scraps:  # first: it may soon be delivered
-                        self._keys.confirm([scraps.pop(found[0].id)])
-                    if hold(name, found[0], mode == _WITNESSED):
-                        held.append(found[0].id)
-                else:
-                    _unlink(name, tmp)
-                    removed.append(found[0].id)
-                continue
-            _unlink(name, tmp)
-            if found:
-                removed.append(found[0].id)
-        self._recover_keys(scraps)
-        self._presence.tidy()
-        return SweepReport(tuple(removed), tuple(held))
-
-    def left_overs(self) -> list[str]:
-        """See `ISpool`: files of tmp/ that belong to dead processes."""
-        owners = {name: names.presence_of(name) for name in self._layout.listing("tmp")}
-        dead = {token for token in owners.values() if token and not self._may_live(token)}
-        return [name for name, token in owners.items() if token in dead]
-
-    def _may_live(self, token: str) -> bool:
-        try:
-            return self._presence.is_alive(token)
-        except SpoolError as error:
-            log.error("%s; what this process has staged is left alone", error)
-            return True
-
-    def _recover_keys(self, scraps: dict[str, str]) -> None:
-        """Free the keys of mails that were not prepared."""
-        visible = self._ids() if scraps else set()
-        for entry_id, name in scraps.items():
-            scrap = self._keys.recover(name)
-            if scrap is None:
-                continue
-            if entry_id in visible:
-                self._keys.confirm([scrap])
-            else:
-                self._keys.give_back(scrap)
 
     def close(self) -> None:
         """Remove what is staged and not prepared: its transaction cannot commit any more."""
@@ -297,7 +208,7 @@ class Staging:
             settle_files(fds, tmp)
         for each in staged:
             if each.fd < 0:
-                fd = os.open(each.name, _READ, dir_fd=tmp)
+                fd = os.open(each.name, READ, dir_fd=tmp)
                 try:
                     os.fchmod(fd, each.mode)
                     os.fsync(fd)
@@ -328,10 +239,10 @@ class Staging:
         scraps = [staged.scrap for _, staged in mails if staged.scrap]
         confirmed = self._keys.confirm(scraps)  # first: a processor may soon deliver them
         for entry, staged in mails:
-            safe = self._move_to_new(staged.name, entry)
+            safe = self.move_to_new(staged.name, entry)
             if not safe:
                 try:
-                    os.chmod(staged.name, _COMMITTED, dir_fd=self._layout["tmp"])
+                    os.chmod(staged.name, COMMITTED, dir_fd=self._layout["tmp"])
                     safe = True  # the next sweep, of anybody, publishes it
                 except FileNotFoundError:
                     safe = True  # another sweep was faster
@@ -341,11 +252,11 @@ class Staging:
                 self._late.append((entry, staged))
 
     def _remove(self, staged: _Staged) -> None:
-        removed = _unlink(staged.name, self._layout["tmp"])
+        removed = unlink(staged.name, self._layout["tmp"])
         if not removed or (staged.scrap and not self._keys.give_back(staged.scrap)):
             self._rubbish.append(staged)
 
-    def _retry(self) -> None:
+    def retry(self) -> None:
         """Do what a fault of the disk has prevented: it may be over."""
         late = [self._late.popleft() for _ in range(len(self._late))]
         rubbish = [self._rubbish.popleft() for _ in range(len(self._rubbish))]
@@ -354,7 +265,8 @@ class Staging:
             if staged.generation == forks.generation():
                 self._remove(staged)
 
-    def _move_to_new(self, name: str, entry: Entry) -> bool:
+    def move_to_new(self, name: str, entry: Entry) -> bool:
+        """Let a mail of tmp/ be seen; return whether this call did.  Never raises."""
         target = names.file_name(entry)
         tmp, new = self._layout["tmp"], self._layout["new"]
         try:
@@ -373,42 +285,6 @@ class Staging:
             return False
         return True
 
-    def _publish_late(self, name: str, entry: Entry) -> None:
-        if self._move_to_new(name, entry):
-            try:
-                os.chmod(names.file_name(entry), _PREPARED, dir_fd=self._layout["new"])
-            except OSError:
-                pass  # delivered already
-
-    def _ids(self) -> set[str]:
-        """Return the ids of all visible mails; cur/ between two looks at new/: mails move."""
-        return {
-            name.partition(":")[0].partition(",L=")[0]
-            for where in ("new", "cur", "new")
-            for name in self._layout.listing(where)
-        }
-
-    def _whole(self, name: str, *, size: int, check: int) -> bool:
-        try:
-            fd = os.open(name, _READ, dir_fd=self._layout["tmp"])
-            try:
-                data = read_all(fd, os.fstat(fd).st_size)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            log.error("tmp/%s cannot be read: %s", name, error)
-            return True  # unknown: held, never removed
-        return len(data) == size and zlib.crc32(data) == check
-
-    def _remove_abandoned(self, name: str) -> None:
-        tmp = self._layout["tmp"]
-        try:
-            status = os.stat(name, dir_fd=tmp, follow_symlinks=False)
-        except OSError:
-            return
-        if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > _ABANDONED:
-            _unlink(name, tmp)
-
 
 def _status(name: str, directory: int) -> os.stat_result | None:
     try:
@@ -417,7 +293,8 @@ def _status(name: str, directory: int) -> os.stat_result | None:
         return None
 
 
-def _unlink(name: str, directory: int) -> bool:
+def unlink(name: str, directory: int) -> bool:
+    """Remove a file of tmp/; return whether it is gone.  Never raises."""
     try:
         os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
