@@ -38,6 +38,7 @@ class Accounts:
         self._witness = witness
 
     def put(self, account: Account) -> None:
+        """See `IAccounts`."""
         if not isinstance(account, Account):
             raise TypeError(f"put takes an Account, not {type(account).__name__}")
         if account.secret is not None and account.secret.hidden:
@@ -46,9 +47,11 @@ class Accounts:
         self._change(account.mailbox, account)
 
     def delete(self, mailbox: str) -> None:
+        """See `IAccounts`."""
         self._change(self.get(mailbox).mailbox, None)
 
     def get(self, mailbox: str) -> Account:
+        """See `IAccounts`."""
         account = self._look(normalise_mailbox(mailbox))
         if account is None:
             raise NoSuchAccount(
@@ -58,6 +61,7 @@ class Accounts:
         return account
 
     def list(self) -> list[Account]:
+        """See `IAccounts`."""
         found = {account.mailbox: account for account in self._store.accounts()}
         for mailbox, account in self._doings().changes:
             if account is None:
@@ -67,6 +71,7 @@ class Accounts:
         return [found[mailbox] for mailbox in sorted(found)]
 
     def find(self, sender: str) -> Account:
+        """See `IAccounts`."""
         if isinstance(sender, str) and (sender == "*" or sender.startswith("@")):
             tried = tuple(dict.fromkeys((normalise_mailbox(sender), "*")))
         else:
@@ -82,6 +87,7 @@ class Accounts:
         )
 
     def find_once(self, sender: str) -> Account:
+        """See `IAccounts`."""
         if not isinstance(sender, str):
             return self.find(sender)  # which says what is wrong with it
         found = self._doings(create=True).found

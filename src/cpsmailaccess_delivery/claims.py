@@ -24,21 +24,21 @@ _BUSY: Final = 1.0
 
 
 class Claims:
-    """Claims entries; `lane_of`: returns the lane of a route."""
+    """Claims entries; `lane`: returns that of a route."""
 
     def __init__(
         self,
         shared: Shared,
         agenda: Agenda,
         recorder: Recorder,
-        lane_of: Callable[[Route], Lane],
+        lane: Callable[[Route], Lane],
     ) -> None:
         self._spool = shared.spool
         self._share = shared.share
         self._now = shared.now
         self._agenda = agenda
         self._recorder = recorder
-        self._lane_of = lane_of
+        self._lane = lane
 
     def claim(self, entry: Entry, lane: Lane) -> Attempt | None:
         """Lease an entry for a lane, or None: it is gone, leased, or belongs elsewhere."""
@@ -70,7 +70,7 @@ class Claims:
         route = envelope.route
         if route is not lane.route and str(route) != lane.name:
             lease.release()
-            other = self._lane_of(route)
+            other = self._lane(route)
             other.push(entry)
             other.work()
             return None
@@ -83,7 +83,7 @@ class Claims:
         """
         try:
             route = self._spool.load(entry).envelope.route
-            return self._lane_of(route) if entry.lane or self._share.owns(lane_key(route)) else None
+            return self._lane(route) if entry.lane or self._share.owns(lane_key(route)) else None
         except InvalidEnvelope as error:
             self._set_aside_unreadable(entry, error)
         except NoSuchEntry:

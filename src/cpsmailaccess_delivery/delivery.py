@@ -67,6 +67,7 @@ class MailboxDelivery:
 
     @property
     def queuePath(self) -> str:
+        """See `IMailboxDelivery`."""
         return str(self._spool.location)
 
     def send(
@@ -86,6 +87,7 @@ class MailboxDelivery:
         notify: str | Iterable[str] | None = None,
         ret: str | None = None,
     ) -> str:
+        """See `IMailboxDelivery`."""
         now = self._clock()
         sender = _check_sender(fromaddr, null_allowed=mailbox is not None or hostname is not None)
         recipients = check_recipients(toaddrs)
@@ -137,6 +139,7 @@ class MailboxDelivery:
         return message_id
 
     def cancel(self, message_id: str) -> None:
+        """See `IMailboxDelivery`."""
         message_id = message_id.strip().removeprefix("<").removesuffix(">")
         doings = self._doings()
         removals = [Removal(mail.entry, own=mail) for mail in doings.find_sent(message_id)]
@@ -156,6 +159,7 @@ class MailboxDelivery:
             self._join(self._removals, removal.begin, doings.removals, rank=_CANCELS)
 
     def bind(self, mailbox: str) -> BoundDelivery:
+        """See `IMailboxDelivery`."""
         try:
             return BoundDelivery(self, normalise_mailbox(mailbox))
         except InvalidAccount as error:
@@ -255,6 +259,7 @@ class _Within(MailboxDelivery):
         self._spool = inside
 
     def cancel(self, message_id: str) -> None:
+        """Raise `InvalidSettings`."""
         raise InvalidSettings("within: takes no mail back: call `cancel` of outbox.delivery")
 
     def _doings(self) -> Doings:
@@ -279,6 +284,7 @@ class BoundDelivery:
         self.mailbox = mailbox
 
     def send(self, fromaddr: Any, toaddrs: Iterable[Any], message: bytes | str | Message) -> str:
+        """See `IMailDelivery`."""
         return self._delivery.send(fromaddr, toaddrs, message, mailbox=self.mailbox)
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from zope.interface import implementer
 
@@ -28,6 +28,8 @@ from .journal_file import Event, JournalFile
 from .journal_tail import JournalTail, left_behind, taken_over
 
 __all__ = ["MAX_LAG", "Event", "Journal"]
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +126,10 @@ class Journal:
         ``address``: of sender or recipient, in any case.  A file that cannot be read is
         logged, and as good as empty.
         """
-        self.flush()
         self.recover()
-        try:
-            return self._file.find(message_id=message_id, address=address, limit=limit)
-        except self._file.errors as error:
-            log.error("the journal %s cannot be read: %s", self.path, error)
-            return []
+        return self._read(
+            lambda: self._file.find(message_id=message_id, address=address, limit=limit), []
+        )
 
     def last_outcomes(self, message_id: str) -> dict[str, Outcome]:
         """Return what the journal knows last of each recipient of a mail."""
@@ -145,30 +144,15 @@ class Journal:
 
     def totals(self, since: float, *, by: str) -> list[tuple[str, str, int]]:
         """See `IJournal`.  A file that cannot be read is logged, and as good as empty."""
-        self.flush()
-        try:
-            return self._file.totals(since, by=by)
-        except self._file.errors as error:
-            log.error("the journal %s cannot be read: %s", self.path, error)
-            return []
+        return self._read(lambda: self._file.totals(since, by=by), [])
 
     def counts(self, since: float) -> dict[str, int]:
         """Return how many events of each kind there were since a time."""
-        self.flush()
-        try:
-            return self._file.count(since)
-        except self._file.errors as error:
-            log.error("the journal %s cannot be read: %s", self.path, error)
-            return {}
+        return self._read(lambda: self._file.count(since), {})
 
     def series(self, since: float, step: float) -> list[tuple[int, str, int]]:
         """See `IJournal`.  A file that cannot be read is logged, and as good as empty."""
-        self.flush()
-        try:
-            return self._file.series(since, step)
-        except self._file.errors as error:
-            log.error("the journal %s cannot be read: %s", self.path, error)
-            return []
+        return self._read(lambda: self._file.series(since, step), [])
 
     def flush(self) -> None:
         """See `IJournal`.  Returns, too, when that cannot be done now: see `trouble`."""
@@ -177,6 +161,15 @@ class Journal:
     def close(self) -> None:
         """See `IJournal`."""
         self._events.close()
+
+    def _read(self, read: Callable[[], T], nothing: T) -> T:
+        """Return what is read, or nothing, of a file that cannot be read; the log says why."""
+        self.flush()
+        try:
+            return read()
+        except self._file.errors as error:
+            log.error("the journal %s cannot be read: %s", self.path, error)
+            return nothing
 
     def _begin(self) -> None:
         self.trouble = ""

@@ -141,6 +141,7 @@ class Scheduler:
     # Life
 
     def start(self) -> None:
+        """Begin to work; `close` gives back what is taken here."""
         self._beat()
         self._watch = watch = self._accounts.watch()
         self.loop.add_reader(watch.fileno(), self._accounts_changed)

@@ -40,6 +40,7 @@ class Summary:
     reasons: dict[str, str] = field(default_factory=dict)  # why lanes wait, by route
 
     def count(self, state: State) -> None:
+        """Count a mail that was left in this state."""
         setattr(self, state.value, getattr(self, state.value) + 1)
 
 
@@ -53,5 +54,6 @@ class Times:
         self.total = 0.0
 
     def add(self, seconds: float) -> None:
+        """Count an attempt that took so long."""
         self.counts[bisect_left(TIME_BOUNDS, seconds)] += 1
         self.total += seconds

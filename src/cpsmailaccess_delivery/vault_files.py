@@ -190,6 +190,7 @@ class VaultFiles(SealedAccounts):
 
 
 def read_file(path: str) -> bytes:
+    """Return what a file holds; one that is too large for an account, cut.  Raises OSError."""
     handle = open_inside(*os.path.split(path))
     try:
         return os.read(handle, MAX_SIZE + 1)
