@@ -11,6 +11,7 @@ from typing import Final
 from .errors import InvalidEnvelope, NoSuchEntry
 from .interfaces import Entry, LaneNote, State
 from .queue import Queue, is_due, record_as_seen, why
+from .status import SCHEDULED
 
 #: What rows may stand for.
 BY: Final = ("lane", "age", "reason")
@@ -22,7 +23,6 @@ MINUTES: Final = (5, 10, 20, 40, 80, 160, 320, 640, 1280)
 UNREADABLE: Final = "its private block cannot be read"
 
 _NO_REASON: Final = "waits for its turn"
-_SCHEDULED: Final = "scheduled"
 
 
 @dataclass(slots=True)
@@ -110,6 +110,6 @@ def _reasons(
         except InvalidEnvelope:
             return UNREADABLE
         reason = why(record_as_seen(record, notes.get(entry.lane)))
-        return reason or (_SCHEDULED if seen.due > now else _NO_REASON)
+        return reason or (SCHEDULED if seen.due > now else _NO_REASON)
 
     return name_of
