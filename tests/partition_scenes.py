@@ -17,7 +17,7 @@ import transaction
 from conftest import KEY
 from cpsmailaccess_delivery import Outbox
 from cpsmailaccess_delivery.testing import SMTPServer
-from test_postgres import ALICE, BOB, MESSAGE
+from postgres_helpers import ALICE, BOB, MESSAGE
 
 
 def relay(host: str) -> None:

@@ -52,10 +52,17 @@ from cpsmailaccess_delivery.retry import Schedule
 from cpsmailaccess_delivery.smtp.machine import WINDOW
 from cpsmailaccess_delivery.testing import SMTPServer
 from cpsmailaccess_delivery.testing.received import ReceivedMail
-from postgres_helpers import databases, wait_for
-
-ALICE, BOB, CAROL = "alice@example.org", "bob@example.net", "carol@example.org"
-MESSAGE = b"From: alice@example.org\r\nSubject: hello\r\n\r\nhello\r\n"
+from postgres_helpers import (
+    ALICE,
+    BOB,
+    CAROL,
+    MESSAGE,
+    databases,
+    open_outbox,
+    put,
+    send,
+    wait_for,
+)
 
 
 @pytest.fixture
@@ -64,37 +71,11 @@ def relay() -> Iterator[SMTPServer]:
         yield server
 
 
-def open_outbox(database: str, **settings: Any) -> Outbox:
-    schedule = Schedule(first=0.2, jitter=0.0)
-    return Outbox(
-        database, key=KEY, helo_name="client.example.org", **({"schedule": schedule} | settings)
-    )
-
-
 @pytest.fixture
 def outbox(database: str, relay: SMTPServer) -> Iterator[Outbox]:
     with open_outbox(database) as made:
         put(made, relay, ALICE)
         yield made
-
-
-def put(outbox: Outbox, relay: SMTPServer, *mailboxes: str, **settings: Any) -> None:
-    with transaction.manager:
-        for mailbox in mailboxes:
-            outbox.accounts.put(
-                Account(
-                    mailbox=mailbox,
-                    host=relay.host,
-                    port=relay.port,
-                    security="plain",
-                    **settings,
-                )
-            )
-
-
-def send(outbox: Outbox, number: int = 1, sender: str = ALICE) -> list[str]:
-    with transaction.manager:
-        return [outbox.delivery.send(sender, [BOB], MESSAGE) for _ in range(number)]
 
 
 @pytest.mark.parametrize("way", ["drain", "run"])

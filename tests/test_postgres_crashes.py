@@ -31,9 +31,19 @@ from cpsmailaccess_delivery.pg import staging
 from cpsmailaccess_delivery.smtp.machine import WINDOW
 from cpsmailaccess_delivery.terms import Terms
 from cpsmailaccess_delivery.testing import SMTPServer
-from postgres_helpers import DEADLINE, Server, start_server, wait_for
+from postgres_helpers import (
+    ALICE,
+    BOB,
+    DEADLINE,
+    MESSAGE,
+    Server,
+    open_outbox,
+    put,
+    send,
+    start_server,
+    wait_for,
+)
 from postgres_server import Standby
-from test_postgres import ALICE, BOB, MESSAGE, open_outbox, put, send
 
 LEASE = 2.0  # seconds
 HERE = Path(__file__).parent

@@ -18,9 +18,8 @@ import psycopg
 
 from cpsmailaccess_delivery.errors import OutboxError
 from cpsmailaccess_delivery.testing import SMTPServer
-from postgres_helpers import wait_for
+from postgres_helpers import ALICE, BOB, MESSAGE, open_outbox, put, send, wait_for
 from postgres_server import FOR_TESTS, Server, why_none
-from test_postgres import ALICE, BOB, MESSAGE, open_outbox, put, send
 
 HOUR = 3600.0  # seconds
 

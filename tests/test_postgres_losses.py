@@ -25,9 +25,8 @@ from cpsmailaccess_delivery.interfaces import Outcome, Settlement, Verdict
 from cpsmailaccess_delivery.pg import feed_watch, staging
 from cpsmailaccess_delivery.pg.mails import MAILS, VISIBLE
 from cpsmailaccess_delivery.testing import SMTPServer
-from postgres_helpers import wait_for
+from postgres_helpers import ALICE, BOB, CAROL, MESSAGE, open_outbox, put, send, wait_for
 from postgres_proxy import ANSWER, CODES, REQUEST, Proxy
-from test_postgres import ALICE, BOB, CAROL, MESSAGE, open_outbox, put, send
 
 HOWS = ["request", "answer", "refused", "away"]
 MANY = 200  # requests that no story needs

@@ -21,9 +21,8 @@ from conftest import KEY
 from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.recorder import _MANY_UNSETTLED
 from cpsmailaccess_delivery.smtp.machine import WINDOW
-from postgres_helpers import wait_for
+from postgres_helpers import ALICE, BOB, MESSAGE, wait_for
 from postgres_server import Server, why_none
-from test_postgres import ALICE, BOB, MESSAGE
 
 HERE = Path(__file__).parent
 LEASE = 2  # seconds

@@ -136,10 +136,7 @@ class KeySource:
                 f"cannot change the key file {self._file}: {error.strerror}: let this user write"
                 f" to {self._file.parent}"
             ) from error
-        new = self.reload()
-        if new is None:
-            raise WrongKey(f"the key file {self._file} vanished as soon as it was made")
-        return new
+        return self._made()
 
     def forget_former(self) -> None:
         """Remove the file of the former key, durably.  Raises `VaultError`."""
@@ -184,6 +181,9 @@ class KeySource:
                 f"cannot make the key file {self._file}: {error.strerror}: let this user write"
                 f" to {directory}, or set {VARIABLE}"
             ) from error
+        return self._made()
+
+    def _made(self) -> Key:
         key = self.reload()
         if key is None:
             raise WrongKey(f"the key file {self._file} vanished as soon as it was made")
