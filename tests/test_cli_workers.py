@@ -22,7 +22,7 @@ from cli_helpers import DEADLINE, MAIL, Site
 from cpsmailaccess_delivery import Account
 from cpsmailaccess_delivery.cli.run import arguments_of
 from cpsmailaccess_delivery.envelope import digest
-from cpsmailaccess_delivery.limits import Share
+from cpsmailaccess_delivery.share import Share
 from cpsmailaccess_delivery.smtp.machine import WINDOW
 from cpsmailaccess_delivery.supervisor import (
     SILENCE,

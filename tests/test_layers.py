@@ -34,6 +34,7 @@ ROWS: dict[int, tuple[str, ...]] = {
         "outcome.py",
         "retry.py",
         "limits.py",
+        "share.py",
         "bounce.py",
         "report.py",
         "smtp/__init__.py",

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from cpsmailaccess_delivery.limits import (
     Pace,
     SessionLimit,
-    Share,
     asks_for_less,
     mails_per_minute,
 )
 from cpsmailaccess_delivery.outcome import Phase
+from cpsmailaccess_delivery.share import Share
 from cpsmailaccess_delivery.smtp.reply import Reply
 
 

@@ -16,7 +16,6 @@ from .delivery import MailboxDelivery
 from .errors import InvalidSettings, NoSuchEntry, OutboxClosed
 from .interfaces import IOutbox, Record
 from .journal import MAX_LAG
-from .limits import ALONE, Share
 from .message import DEFAULT_SIZE_LIMIT, LARGEST
 from .notice_queue import NoticeWriter
 from .notices import Notices
@@ -25,6 +24,7 @@ from .processor import MAX_SESSIONS, QueueProcessorThread, own_host_name
 from .queue import Queue
 from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
+from .share import ALONE, Share
 from .status import Status, status_of
 
 

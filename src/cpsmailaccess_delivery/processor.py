@@ -18,10 +18,10 @@ from .address import ascii_host
 from .announcer import Announcer
 from .errors import InvalidAddress
 from .interfaces import IQueueProcessor
-from .limits import ALONE, Share
 from .relays import CONNECTIONS_PER_RELAY
 from .retry import Schedule
 from .scheduler import Scheduler
+from .share import ALONE, Share
 from .spool import forks
 from .summary import Summary
 

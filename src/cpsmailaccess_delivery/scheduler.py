@@ -24,11 +24,11 @@ from .connections import Connections
 from .envelope import Route
 from .interfaces import Entry, State
 from .lanes import Lane
-from .limits import ALONE, Share
 from .outcome import Trouble
 from .recorder import Recorder, fault
 from .retry import Schedule
 from .room import Room
+from .share import ALONE, Share
 from .shared import Shared
 from .summary import Times
 from .upkeep import Upkeep

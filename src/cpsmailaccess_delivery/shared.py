@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .limits import Share
 from .retry import Schedule
+from .share import Share
 
 
 @dataclass(frozen=True, slots=True)

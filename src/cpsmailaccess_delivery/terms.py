@@ -61,7 +61,9 @@ class Terms:
         try:
             found = str(self._accounts.version(self.route.mailbox))
         except VaultError as error:
-            found = str(error)  # to load it will fail, and says why; mended, it differs
+            # To load it will fail, and says why; mended, it differs.  It counts as changed, so that
+            # sessions end: it may be gone.
+            found = str(error)
         if self._version is None:
             self._version = found
         return found

@@ -15,10 +15,10 @@ from typing import Any, Self
 import click
 
 from ..address import relay_name
-from ..limits import ALONE, Share
 from ..metrics import require_client, serve
 from ..outbox import Outbox
 from ..processor import STOP_TIMEOUT, QueueProcessorThread
+from ..share import ALONE, Share
 from ..supervisor import Heart, Supervisor, own_command, stop_with_parent
 from ..wording import upcoming
 from .app import EX_SOFTWARE, App, pass_app

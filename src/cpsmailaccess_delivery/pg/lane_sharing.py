@@ -6,7 +6,7 @@
                                                           |--- others wait for their turn --^
 
 So the limits of an account hold over all workers without a word between them, as they do over the
-workers of one host (`limits.Share`); and no two of them try for the same mail.  A worker that is
+workers of one host (`share.Share`); and no two of them try for the same mail.  A worker that is
 silent for a lease loses its lanes to others.
 """
 

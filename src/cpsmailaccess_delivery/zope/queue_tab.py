@@ -104,7 +104,6 @@ InitializeClass(QueueTab)
 
 def _look_up(outbox: Any, name: str, message_id: str) -> tuple[list[Record], list[Event], str]:
     """Return a mail, its story, and why it cannot be read.  Raises `NoSuchEntry`."""
-    problem = ""
     for wanted in filter(None, (name, message_id)):
         try:
             found = search(outbox.queue, outbox.journal, wanted, limit=_MOST_EVENTS, most=0)
@@ -114,7 +113,7 @@ def _look_up(outbox: Any, name: str, message_id: str) -> tuple[list[Record], lis
             events = found.events
             if name and not found.records:
                 events = [event for event in events if event.entry == name] or events
-            return found.records, events, problem
+            return found.records, events, ""
     raise NoSuchEntry(
         f"{name or message_id or 'no id'}: neither the queue nor the journal {outbox.journal.path}"
         " knows such a mail: it has left the queue, and the journal goes back no further"
