@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from typing import Final
+
+#: To read what may be anything: no link is followed, and nothing is waited for.
+READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def make_private(path: str) -> None:

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from .files import read_all, write_new
+from .files import READ, read_all, write_new
 from .key import Key
 
 VERSION: Final = 1
@@ -74,9 +74,8 @@ class Register:
 
         Raises `Unusable`, OSError.
         """
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            handle = os.open(self._path(key), flags)
+            handle = os.open(self._path(key), READ)
         except FileNotFoundError:
             return None
         try:

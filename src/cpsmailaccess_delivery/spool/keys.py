@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from ..errors import KeyTaken, SpoolError
-from ..files import read_all, write_new
+from ..files import READ, read_all, write_new
 from ..interfaces import KeyNote
 from . import names
 from .durable import settle_files, spool_error
@@ -42,7 +42,6 @@ KEPT: Final = 30 * 86400.0  # seconds: as long as the journal's events
 _PRUNE_EVERY: Final = 86400.0
 _PRUNED: Final = ".pruned"
 _DIGEST: Final = re.compile(r"[0-9a-f]{32}")
-_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _WRITE: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -228,7 +227,7 @@ class Keys:
     def _settle(self, scrap: str) -> None:
         """Make a scrap durable, with its name."""
         tmp = self._layout["tmp"]
-        fd = os.open(scrap, _READ, dir_fd=tmp)
+        fd = os.open(scrap, READ, dir_fd=tmp)
         try:
             settle_files([fd], tmp)
         finally:
@@ -242,7 +241,7 @@ class Keys:
 
     def _look(self, digest: str) -> _Taken | None:
         try:
-            fd = os.open(digest, _READ, dir_fd=self._layout["keys"])
+            fd = os.open(digest, READ, dir_fd=self._layout["keys"])
         except FileNotFoundError:
             return None
         try:

@@ -21,6 +21,7 @@ from zope.interface import implementer
 
 from ..envelope import Envelope
 from ..errors import NoSuchEntry, SpoolError
+from ..files import READ
 from ..interfaces import Entry, ILease, Outcome, Settlement, State
 from . import forks, names
 from .outcomes import NOTHING, Side, side_aside
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
-_OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _GONE: Final = (State.ACCEPTED, State.CANCELLED)
 _SETTLED: Final = (State.DEFERRED, State.HELD, State.UNCLEAR, State.REFUSED)
 
@@ -38,7 +38,7 @@ _SETTLED: Final = (State.DEFERRED, State.HELD, State.UNCLEAR, State.REFUSED)
 def lock_file(name: str, directory: int) -> tuple[int, os.stat_result] | None:
     """Open and lock a file by its name; None: gone, changed or locked.  Raises OSError."""
     try:
-        fd = os.open(name, _OPEN, dir_fd=directory)
+        fd = os.open(name, READ, dir_fd=directory)
     except FileNotFoundError:
         return None
     forks.keep(fd)
@@ -68,7 +68,7 @@ def unlock(fd: int) -> None:
 def is_locked(name: str, directory: int) -> bool:
     """Tell whether somebody holds the lock of a file.  Raises OSError."""
     try:
-        fd = os.open(name, _OPEN, dir_fd=directory)
+        fd = os.open(name, READ, dir_fd=directory)
     except FileNotFoundError:
         return False
     try:

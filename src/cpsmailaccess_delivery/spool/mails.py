@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 from ..envelope import Envelope, parse_block
 from ..errors import InvalidEnvelope, NoSuchEntry, SpoolError
-from ..files import read_all
+from ..files import READ, read_all
 from ..interfaces import Entry, Record, State
 from ..message import LARGEST
 from . import forks, names
@@ -35,7 +35,6 @@ log = logging.getLogger("cpsmailaccess_delivery.spool")
 
 T = TypeVar("T")
 
-_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _MAX_BLOCK: Final = 8 * 1024 * 1024  # bytes of a private block, and some
 _ORPHANED: Final = 3600.0  # seconds since a side file was written
 _MAX_BURIED: Final = 256
@@ -73,7 +72,7 @@ class Mails:
         """Return a mail.  Raises FileNotFoundError, `InvalidEnvelope`, `SpoolError`."""
         name = names.file_name(entry)
         try:
-            fd = os.open(name, _READ, dir_fd=self._layout[names.folder(entry.state)])
+            fd = os.open(name, READ, dir_fd=self._layout[names.folder(entry.state)])
             try:
                 status = os.fstat(fd)
                 data = self._content(fd, status)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ..errors import SpoolError
-from ..files import read_all, write_new
+from ..files import READ, read_all, write_new
 from ..interfaces import Cancel, Entry, Outcome, State
 from .durable import spool_error
 from .layout import Layout
@@ -92,9 +92,8 @@ class SideFiles:
 
         Raises `DamagedSide` when it cannot be understood and was binding.
         """
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            fd = os.open(entry_id, flags, dir_fd=self._layout["outcomes"])
+            fd = os.open(entry_id, READ, dir_fd=self._layout["outcomes"])
             try:
                 status = os.fstat(fd)
                 data = read_all(fd, status.st_size)

@@ -28,7 +28,7 @@ from typing import Final
 
 from ..envelope import Envelope, format_block
 from ..errors import SpoolError
-from ..files import write_all
+from ..files import READ, write_all
 from ..interfaces import Entry
 from . import forks, names
 from .durable import GroupSync, settle_files, spool_error
@@ -44,7 +44,6 @@ WITNESSED: Final = 0o1600  # prepared, and a witness will know; means nothing ou
 COMMITTED: Final = 0o700
 _MAX_OPEN: Final = 256  # staged files kept open until prepared; the rest are opened again
 _WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 @dataclass(slots=True)

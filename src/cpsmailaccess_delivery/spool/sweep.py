@@ -15,13 +15,13 @@ from collections.abc import Callable
 from typing import Final
 
 from ..errors import SpoolError
-from ..files import read_all
+from ..files import READ, read_all
 from ..interfaces import Entry, SweepReport
 from . import names
 from .keys import Keys
 from .layout import Layout
 from .presence import Presence
-from .staging import COMMITTED, PREPARED, READ, WITNESSED, Staging, unlink
+from .staging import COMMITTED, PREPARED, WITNESSED, Staging, unlink
 
 log = logging.getLogger("cpsmailaccess_delivery.spool")
 
