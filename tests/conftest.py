@@ -126,11 +126,8 @@ def outbox_path(tmp_path: Path) -> str:
 @pytest.fixture
 def zmi(zope_in_process: Any, outbox_path: str) -> Iterator[Any]:
     """What a test sees of it, with an outbox of its own: see `zope_helpers.Zmi`."""
-    from zope.component.hooks import setHooks
-
     from zope_helpers import Zmi
 
-    setHooks()  # as Zope does when it starts; `cleanUp` of other tests takes them away
     with zope_in_process.registry():
         made = Zmi(zope_in_process, outbox_path)
         try:
@@ -188,6 +185,20 @@ def chromium(_chromium: Any) -> Iterator[Callable[..., Any]]:
     yield page
     for session in sessions:
         session.close()
+
+
+def clean_components() -> None:
+    """Begin with no components, as `zope.testing.cleanup.cleanUp` does.
+
+    That also takes its products away from a Zope that other tests have started in this process.
+    """
+    from zope.component.globalregistry import base
+    from zope.configuration import xmlconfig
+    from zope.security import checker
+
+    base.__init__(base.__name__)
+    xmlconfig._clearContext()
+    checker._clear()
 
 
 def open_files() -> set[tuple[str, str]]:

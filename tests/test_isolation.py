@@ -20,9 +20,9 @@ import pytest
 import transaction
 from zope.component import getGlobalSiteManager
 from zope.configuration.xmlconfig import string
-from zope.testing.cleanup import cleanUp
 
 from cli_helpers import DEADLINE, MAIL, Site
+from conftest import clean_components
 from cpsmailaccess_delivery import Account
 from cpsmailaccess_delivery.errors import OutboxError
 from cpsmailaccess_delivery.testing import SMTPServer
@@ -100,9 +100,9 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.fixture
 def no_registry():
-    cleanUp()
+    clean_components()
     yield
-    cleanUp()
+    clean_components()
 
 
 def free_port() -> int:

@@ -22,9 +22,9 @@ from zope.event import notify
 from zope.schema import getFieldNamesInOrder, getFields
 from zope.sendmail.interfaces import ISMTPMailer
 from zope.sendmail.zcml import IQueuedDeliveryDirective, ISMTPMailerDirective
-from zope.testing.cleanup import cleanUp
 
 import cpsmailaccess_delivery
+from conftest import clean_components
 from cpsmailaccess_delivery import Account, Outbox, Schedule, SendError, State, errors, zcml
 from cpsmailaccess_delivery.interfaces import IOutbox, IQueueProcessor
 from cpsmailaccess_delivery.testing import Authority, SMTPServer
@@ -110,7 +110,7 @@ def load(tmp_path, monkeypatch) -> Iterator[Callable[[str, str], None]]:
     monkeypatch.setenv("SITE_SMTP_PASSWORD", "s3cret of the site")
     (tmp_path / "password").write_text("s3cret of the site\n")
     (tmp_path / "password").chmod(0o640)
-    cleanUp()
+    clean_components()
 
     def load(path: str, text: str) -> None:
         file = tmp_path / path
@@ -121,7 +121,7 @@ def load(tmp_path, monkeypatch) -> Iterator[Callable[[str, str], None]]:
     yield load
     for _, outbox in list(getUtilitiesFor(IOutbox)):
         outbox.close()
-    cleanUp()
+    clean_components()
 
 
 def send_by_look_up(relay: SMTPServer) -> None:

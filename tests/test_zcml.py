@@ -21,9 +21,8 @@ from zope.security.proxy import ProxyFactory
 from zope.security.simplepolicies import ParanoidSecurityPolicy
 from zope.sendmail.delivery import QueuedMailDelivery
 from zope.sendmail.interfaces import IMailDelivery, IQueuedMailDelivery
-from zope.testing.cleanup import cleanUp
 
-from conftest import PASSWORD, mails_on_disk
+from conftest import PASSWORD, clean_components, mails_on_disk
 from cpsmailaccess_delivery import QueueProcessorThread, zcml
 from cpsmailaccess_delivery.errors import MessageTooLarge
 from cpsmailaccess_delivery.interfaces import IMailboxDelivery, IOutbox, IQueueProcessor
@@ -45,7 +44,7 @@ HEAD = """\
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch) -> Iterator[None]:
     monkeypatch.setenv("CPSMAIL_KEY", "00" * 32)
-    cleanUp()
+    clean_components()
     threads = threading.enumerate()
     yield
     for _, processor in getUtilitiesFor(IQueueProcessor):
@@ -53,7 +52,7 @@ def _registry(monkeypatch) -> Iterator[None]:
     for _, outbox in list(getUtilitiesFor(IOutbox)):
         outbox.close()
     endInteraction()
-    cleanUp()
+    clean_components()
     assert set(threading.enumerate()) <= set(threads), "a thread is left"
 
 
