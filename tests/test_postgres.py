@@ -29,6 +29,7 @@ pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 from cli_helpers import Site
 from conftest import KEY
 from cpsmailaccess_delivery import Account, Outbox, State
+from cpsmailaccess_delivery import claims as claims_module
 from cpsmailaccess_delivery import recorder as recorder_module
 from cpsmailaccess_delivery.errors import InvalidSettings, OutboxError, SpoolError, WrongKey
 from cpsmailaccess_delivery.interfaces import (
@@ -924,6 +925,37 @@ def test_what_is_gathered_when_it_ends_is_recorded(outbox, relay, monkeypatch):
     outbox.processor().run(forever=False)
     assert len(relay.mails) == len(late) == 1
     assert left == [[]]  # and what comes last, the sync, is for it, too
+
+
+@pytest.mark.parametrize("way", ["drain", "run"])
+def test_a_large_mail_that_cannot_be_read_now_is_sent_later(database, relay, monkeypatch, way):
+    """It does not come with its lease, and the connection is lost in between."""
+    monkeypatch.setattr(claims_module, "LONGEST_SLEEP", 0.2)
+    failed = threading.Event()
+    real = Mails.message
+
+    def message(self: Mails, entry_id: str) -> bytes:
+        if not failed.is_set():
+            failed.set()
+            raise SpoolError("the connection is lost")
+        return real(self, entry_id)
+
+    monkeypatch.setattr(Mails, "message", message)
+    with open_outbox(f"{database}?lease=1") as outbox:
+        put(outbox, relay, ALICE)
+        with transaction.manager:
+            outbox.delivery.send(ALICE, [BOB], MESSAGE + b"line\r\n" * 300_000)
+        if way == "drain":
+            outbox.processor().run(forever=False)
+            assert failed.is_set()
+            wait_for(lambda: outbox.processor().run(forever=False).accepted)
+        else:
+            processor = outbox.processor()
+            processor.start()
+            relay.wait_for(1)
+            wait_for(lambda: not list(outbox.spool.scan()))
+            assert processor.stop()
+    assert len(relay.mails) == 1
 
 
 def test_an_account_is_not_read_while_there_is_no_connection(database, relay, monkeypatch):
