@@ -7,11 +7,13 @@ import logging
 import math
 import os
 import resource
+import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import psycopg
 import pytest
@@ -322,6 +324,37 @@ def test_a_feed_takes_what_a_dead_worker_had(make):
     assert lost is None or lost.settle(Settlement(State.ACCEPTED)) is None
     assert list(spool.scan()) == [entry]
     living.close()
+    watch.close()
+
+
+@pytest.mark.parametrize("fault", ["no room for a thread", "the second of some mails"])
+def test_what_was_leased_in_vain_is_told_later(make, monkeypatch, fault):
+    """And not renewed as long as the worker lives, without anybody who would send it."""
+    spool = make(lease=3)
+    entries = [queue(spool, f"{number}@x") for number in range(3)]
+    faults = []
+
+    def failing(real: Callable[..., Any], at: int) -> Callable[..., Any]:
+        calls = iter(range(1, 100))
+
+        def call(self: Any, *arguments: Any) -> Any:
+            if getattr(self, "name", "cpsmail-leases") == "cpsmail-leases" and next(calls) == at:
+                faults.append(fault)
+                raise RuntimeError(fault)
+            return real(self, *arguments)
+
+        return call
+
+    if fault == "no room for a thread":
+        monkeypatch.setattr(threading.Thread, "start", failing(threading.Thread.start, 1))
+    else:
+        monkeypatch.setattr(PostgresSpool, "lease_of", failing(PostgresSpool.lease_of, 2))
+    feed, watch = watch_of(spool)
+    wait_for(lambda: faults)
+    entries.append(queue(spool, "later@x"))
+    seen: set[Entry] = set()
+    wait_for(lambda: seen.update(watch.read() or ()) or seen == set(entries))
+    assert all(feed.claim(entry) for entry in entries)
     watch.close()
 
 

@@ -227,16 +227,16 @@ class Leases:
         self._closed = threading.Event()
 
     def add(self, lease: Lease) -> None:
-        """Renew a lease from now on."""
+        """Renew a lease from now on.  Raises RuntimeError: there is no room for a thread."""
         if self._generation != forks.generation():
             self._begin()  # the parent's are the parent's
-        self._held[lease] = None
         if self._thread is None:
             with self._lock:
                 if self._thread is None and not self._closed.is_set():
                     thread = threading.Thread(target=self._run, name="cpsmail-leases", daemon=True)
                     thread.start()
                     self._thread = thread
+        self._held[lease] = None  # last: else it would be renewed later, and be nobody's
 
     def held(self) -> list[Lease]:
         """Return those that have not ended; from any thread."""
