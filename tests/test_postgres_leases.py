@@ -21,6 +21,7 @@ from zope.interface.verify import verifyObject
 
 pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
+from conftest import open_files
 from cpsmailaccess_delivery.envelope import Route
 from cpsmailaccess_delivery.errors import SpoolError
 from cpsmailaccess_delivery.interfaces import Entry, ISettlesTogether, LaneNote, Settlement, State
@@ -650,6 +651,38 @@ def test_leases_that_could_not_be_renewed_are_soon(make, monkeypatch):
     wait_for(lambda: lease.taken_at > first)
     assert lease.taken_at - failed[0] < 1.9  # else the next of three beats
     lease.release()
+
+
+@pytest.mark.parametrize("fault", ["the server is away", "no room for a thread"])
+def test_a_watch_that_cannot_begin_leaves_nothing_open(make, monkeypatch, fault):
+    """A processor tries again and again, for as long as that lasts."""
+    spool = make()
+    list(spool.scan())
+
+    def fail(*arguments: Any) -> None:
+        raise SpoolError(fault) if fault == "the server is away" else RuntimeError(fault)
+
+    where = Connections if fault == "the server is away" else threading.Thread
+    name = "connect" if fault == "the server is away" else "start"
+    before = open_files()
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, fail)
+        with pytest.raises((SpoolError, RuntimeError), match=fault):
+            spool.watch()
+    assert open_files() - before == set()
+
+
+def test_a_child_that_closes_leaves_its_parent_s_watch_alone(make):
+    spool = make()
+    watch = spool.watch()
+    child = os.fork()
+    if child == 0:
+        spool.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert wait_for_any(watch._ended, seconds=0) == []  # else its thread would spin
+    entry = queue(spool)
+    assert told(watch) == [entry]
 
 
 def test_a_notification_that_comes_with_an_answer_is_told(database):
