@@ -35,6 +35,7 @@ from zope.sqlalchemy import register
 from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.cli.checks import examine
 from cpsmailaccess_delivery.datamanager import TOKEN_NAME
+from cpsmailaccess_delivery.errors import KeyTaken
 from cpsmailaccess_delivery.interfaces import Entry, ITransactionWitness, State, Verdict
 from cpsmailaccess_delivery.spool import Maildir, doubts
 from cpsmailaccess_delivery.spool.lease import Lease
@@ -562,6 +563,37 @@ def test_a_scheduled_mail_is_not_sent_early(tmp_path: Path, zodb: Any) -> None:
         swept(outbox)
         (entry,) = outbox.spool.scan()
         assert (entry.state, entry.due, entry.priority) == ("queued", later, 8)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_begun_again_with_its_key(tmp_path: Path, zodb: Any, committed: bool) -> None:
+    """As one does after a crash: there is one mail in the end, whatever became of the first."""
+    path = tmp_path / "box"
+    make(path).close()
+
+    def again(outbox: Outbox) -> str:
+        return outbox.delivery.send(ALICE, ["b@example.net"], b"\nx", idempotency_key="k")
+
+    def child(steps: Any) -> None:
+        db = zodb()
+        outbox = Outbox(path, key=KEY, witness=ZODBWitness(db))
+        steps.wrap(type(db.storage), "tpc_finish")
+        connection = db.open()
+        steps.on = True
+        with transaction.manager:
+            again(outbox)
+            write(connection)
+
+    assert in_child(child, int(committed))[0] == -signal.SIGKILL
+    with closing(make(path, ZODBWitness(zodb()))) as outbox:
+        with pytest.raises(KeyTaken, match="witness"), transaction.manager:
+            again(outbox)
+        swept(outbox)
+        with transaction.manager:
+            message_id = again(outbox)
+        swept(outbox)
+        assert outbox.status(message_id).state is State.QUEUED
+        assert states(outbox) == ["queued"]
 
 
 @pytest.mark.parametrize("verdict", Verdict)
