@@ -812,6 +812,34 @@ def test_the_relay_of_a_lane_is_tried_by_the_worker_that_has_it(database, relay)
         assert processor.stop()
 
 
+def test_the_note_of_a_lane_is_ended_by_the_worker_that_has_it(database, relay):
+    """A changed account is news for all workers; one of them has tried it already, in vain."""
+    with open_outbox(f"{database}?lease=2") as outbox:
+        put(outbox, relay, ALICE)
+        relay.on("GREETING", reply="421 not now")
+        processor = outbox.processor()
+        processor.start()
+        send(outbox)
+        wait_for(lambda: outbox.spool.lane_notes())
+        (lane,) = processor.scheduler.lanes
+        with outbox.spool.connections.use("test") as connection:
+            query = "UPDATE cpsmail.lanes SET worker = gen_random_uuid(), until = now() + '1h'"
+            connection.execute(query)
+        wait_for(lambda: not lane.is_ours and not lane.sessions)
+        before = lane.terms.version()
+        now = outbox.spool.connections.now()
+        note = LaneNote(lane.name, "login", "535 no", now, now + 3600.0, 1, "another", told=True)
+        outbox.spool.note_lane(lane.key, note)
+        put(outbox, relay, ALICE, mails_per_minute=1000)
+        wait_for(lambda: lane.terms.account and lane.terms.account.mails_per_minute)
+        assert lane.terms.version() != before
+        done = threading.Event()
+        processor.scheduler.loop.call_soon_threadsafe(done.set)
+        assert done.wait(60)
+        assert outbox.spool.lane_note(lane.key) == note
+        assert processor.stop()
+
+
 # What relays have taken is recorded together
 
 

@@ -116,8 +116,12 @@ class Circuit:
             # Without a note, another processor of this lane was faster, and has told.
             self._go_on(why, tell=self._paused and self._read() is not None)
 
-    def _go_on(self, why: str, *, tell: bool) -> None:
+    def forget(self) -> None:
+        """Know nothing: the lane is another processor's, and so is the note."""
         self.failures, self.until, self._paused = 0, 0.0, False
+
+    def _go_on(self, why: str, *, tell: bool) -> None:
+        self.forget()
         self._note(None)
         if tell:
             self._changed(False, why)
