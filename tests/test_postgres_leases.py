@@ -359,6 +359,22 @@ def test_what_was_leased_in_vain_is_told_later(make, monkeypatch, fault):
     watch.close()
 
 
+def test_who_has_lost_a_lane_gives_back_its_mails(make):
+    """Paused for longer than the lane was his, but not than his mails were: he goes on to renew
+    these, and whoever has the lane would wait for them for ever."""
+    spool = make(lease=3)
+    entries = [queue(spool, f"{number}@x") for number in range(3)]
+    feed, watch = watch_of(spool)
+    assert told(watch) == entries
+    with spool.connections.use("take") as connection:
+        query = "UPDATE cpsmail.lanes SET worker = gen_random_uuid(), until = now() + '1h'"
+        connection.execute(query)
+    wait_for(lambda: not feed.lanes)
+    wait_for(lambda: not any(map(spool.leased, entries)))
+    assert jobs(spool) == [(entry.id, "queued") for entry in entries]
+    watch.close()
+
+
 def test_what_is_leased_ahead_for_too_long_is_not_sent(make, monkeypatch):
     """Paused between lease and claim, for longer than the lease: another one may have it."""
     spool = make()

@@ -130,6 +130,7 @@ class LaneSharing:
         for lane in lost:
             log.warning("the lane %s is another worker's now: we were silent for too long", lane)
         self._forget(lost)
+        self._feed.give_back(connection, lost)  # else they were renewed here, and sent nowhere
         for lane in kept - set(self._lanes):  # taken when the answer was lost
             self._lanes[lane] = self._begun[lane] = time.monotonic()
         self._know_lanes()
