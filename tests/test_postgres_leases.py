@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import math
@@ -130,6 +131,19 @@ def test_a_lease_is_renewed_while_its_holder_lives(make):
     assert make().claim(entry) is None
     lease.settle(Settlement(State.ACCEPTED))
     assert list(spool.scan()) == []
+
+
+def test_a_lease_that_nobody_has_any_more_ends(make):
+    """A fault between the claim and what was meant to be done: as in a directory."""
+    spool = make(lease=1)
+    entry = queue(spool)
+    assert spool.claim(entry) is not None  # and lost
+    gc.collect()
+    assert spool.leases.held() == []
+    wait_for(lambda: not spool.leased(entry))
+    lease = spool.claim(entry)
+    assert spool.leases.held() == [lease]
+    lease.release()
 
 
 def test_a_lease_ends_when_its_holder_is_silent(make):
