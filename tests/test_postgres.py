@@ -738,6 +738,39 @@ def test_whatever_the_database_is_set_to(database, relay, setting):
             connection.execute(f"ALTER DATABASE {name} RESET {variable}")
 
 
+@pytest.mark.parametrize("path", ["", "public, pg_catalog"])
+def test_a_function_of_another_user_is_not_called(postgres, relay, path):
+    """Whoever may make one in `public` would have it run by us, and read all mails."""
+    for database in databases(postgres, empty=True):
+        name = database.rpartition("/")[2]
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute("CREATE TABLE loot (what text)")
+            for head, real in [
+                ("array_to_string(text[], text)", "pg_catalog.array_to_string($1, $2)"),
+                ("unnest(text[])", "(SELECT pg_catalog.array_to_string($1, ','))"),
+                ("current_setting(text)", "pg_catalog.current_setting($1)"),
+            ]:
+                connection.execute(
+                    f"CREATE FUNCTION {head} RETURNS text LANGUAGE plpgsql AS $$ BEGIN"
+                    f" INSERT INTO public.loot VALUES ('{head}'); RETURN {real}; END $$"
+                )
+            if path:
+                connection.execute(f"ALTER DATABASE {name} SET search_path = {path}")
+            connections = Connections(database)
+            upgrade(connections)
+            connections.close()
+            with open_outbox(database) as outbox:
+                put(outbox, relay, ALICE)
+                send(outbox)
+                send(outbox, 3)
+                with transaction.manager:
+                    outbox.delivery.send(ALICE, [BOB], MESSAGE, idempotency_key="k")
+                outbox.processor().start()
+                relay.wait_for(5)
+                list(outbox.queue.entries())
+            assert connection.execute("SELECT * FROM loot").fetchall() == []
+
+
 def test_an_upgrade_with_nothing_to_do_waits_for_nobody(outbox, database):
     """Somebody's transaction with a mail is open; all others would wait behind the upgrade."""
     connections = Connections(database)
