@@ -730,6 +730,16 @@ class DoubtContract:
         free = verdict is Verdict.COMMITTED and state is State.QUEUED  # never tried
         assert spool.key_holder("k") == (None if free else "1.2@example.org")
 
+    @pytest.mark.parametrize("verdict", Verdict)
+    def test_nobody_relies_on_a_key_before_the_witness_has_told(self, spool, verdict):
+        """Who did would commit without a mail, and then the one with the key is gone."""
+        doubt = self.leave(spool, bring(spool, State.QUEUED, key="k"))
+        with pytest.raises(KeyTaken, match="in doubt, and the witness"):
+            spool.key_holder("k")
+        spool.resolve(doubt, verdict)
+        gone = verdict is Verdict.COMMITTED
+        assert spool.key_holder("k") == (None if gone else "1.2@example.org")
+
     @pytest.mark.parametrize("decision", ["release", "hold", "cancel"])
     def test_a_person_decides_on_a_cancel_in_doubt(self, spool, decision):
         doubt = self.leave(spool, bring(spool, State.DEFERRED))

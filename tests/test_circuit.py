@@ -53,6 +53,10 @@ class Scene:
         )
 
 
+def away() -> None:
+    raise SpoolError("no space left on device")
+
+
 @pytest.fixture
 def scene() -> Scene:
     return Scene()
@@ -65,6 +69,26 @@ def test_who_waits_goes_on_waiting(scene: Scene) -> None:
         scene.circuit.look(begins=begins)
         assert scene.circuit.is_open
     scene.spool.is_away, scene.spool.note = False, None  # a person asks for a try
+    scene.circuit.look()
+    assert not scene.circuit.is_open
+
+
+def test_what_could_not_be_noted_was_removed_by_nobody(scene: Scene) -> None:
+    """A disk that is full is no reason to try a refused login again and again."""
+    written = scene.spool.note_lane
+    scene.spool.note_lane = lambda key, note: written(key, note) if note is None else away()
+    scene.spool.lane_note = lambda key: scene.spool.note
+    scene.circuit.open(Trouble.LOGIN, "535 no")
+    for begins in (False, True):
+        scene.circuit.look(begins=begins)
+        assert scene.circuit.is_open
+    scene.spool.note_lane = written
+    scene.now += 61
+    scene.circuit.open(Trouble.LOGIN, "535 no")
+    assert scene.circuit.failures == 2
+    scene.circuit.look()
+    assert scene.circuit.is_open
+    scene.spool.note = None  # a person asks for a try
     scene.circuit.look()
     assert not scene.circuit.is_open
 

@@ -20,7 +20,8 @@ from click.testing import CliRunner
 
 from cli_helpers import Site
 from conftest import open_files
-from cpsmailaccess_delivery import Account, Outbox
+from cpsmailaccess_delivery import Account, Outbox, recorder
+from cpsmailaccess_delivery import processor as processor_module
 from cpsmailaccess_delivery.cli import cli
 from cpsmailaccess_delivery.errors import (
     InvalidEnvelope,
@@ -72,6 +73,39 @@ def send(outbox: Outbox, name: str = "1", **options: Any) -> str:
 
 def names_of(server: SMTPServer) -> list[str]:
     return sorted(mail.message_id.partition("@")[0] for mail in server.mails)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("name", ["cpsmail sync", "cpsmail sweep", "cpsmail-journal"])
+def test_no_room_for_a_thread_at_first(
+    box: Outbox, server: SMTPServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What is sent is recorded, and once there is room all goes on."""
+    monkeypatch.setattr(processor_module, "_RESTART", 0.05)
+    monkeypatch.setattr(recorder, "_SYNC_MANY", 1)
+    start, failed = threading.Thread.start, []
+
+    def start_later(self: threading.Thread) -> None:
+        if self.name.startswith(name) and len(failed) < 10:
+            failed.append(self.name)
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    for number in range(12):
+        send(box, str(number))
+    running = box.processor()
+    running.start()
+    server.wait_for(12)
+    deadline = time.monotonic() + DEADLINE
+    while list(box.spool.scan()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert running.stop()
+    assert len(failed) == 10
+    assert len(server.mails) == 12
 
 
 # Clocks

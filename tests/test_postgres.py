@@ -29,6 +29,7 @@ pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 from cli_helpers import Site
 from conftest import KEY
 from cpsmailaccess_delivery import Account, Outbox, State
+from cpsmailaccess_delivery import claims as claims_module
 from cpsmailaccess_delivery import recorder as recorder_module
 from cpsmailaccess_delivery.errors import InvalidSettings, OutboxError, SpoolError, WrongKey
 from cpsmailaccess_delivery.interfaces import (
@@ -718,6 +719,39 @@ def test_whatever_the_database_is_set_to(database, relay, setting):
             connection.execute(f"ALTER DATABASE {name} RESET {variable}")
 
 
+@pytest.mark.parametrize("path", ["", "public, pg_catalog"])
+def test_a_function_of_another_user_is_not_called(postgres, relay, path):
+    """Whoever may make one in `public` would have it run by us, and read all mails."""
+    for database in databases(postgres, empty=True):
+        name = database.rpartition("/")[2]
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute("CREATE TABLE loot (what text)")
+            for head, real in [
+                ("array_to_string(text[], text)", "pg_catalog.array_to_string($1, $2)"),
+                ("unnest(text[])", "(SELECT pg_catalog.array_to_string($1, ','))"),
+                ("current_setting(text)", "pg_catalog.current_setting($1)"),
+            ]:
+                connection.execute(
+                    f"CREATE FUNCTION {head} RETURNS text LANGUAGE plpgsql AS $$ BEGIN"
+                    f" INSERT INTO public.loot VALUES ('{head}'); RETURN {real}; END $$"
+                )
+            if path:
+                connection.execute(f"ALTER DATABASE {name} SET search_path = {path}")
+            connections = Connections(database)
+            upgrade(connections)
+            connections.close()
+            with open_outbox(database) as outbox:
+                put(outbox, relay, ALICE)
+                send(outbox)
+                send(outbox, 3)
+                with transaction.manager:
+                    outbox.delivery.send(ALICE, [BOB], MESSAGE, idempotency_key="k")
+                outbox.processor().start()
+                relay.wait_for(5)
+                list(outbox.queue.entries())
+            assert connection.execute("SELECT * FROM loot").fetchall() == []
+
+
 def test_an_upgrade_with_nothing_to_do_waits_for_nobody(outbox, database):
     """Somebody's transaction with a mail is open; all others would wait behind the upgrade."""
     connections = Connections(database)
@@ -789,6 +823,34 @@ def test_the_relay_of_a_lane_is_tried_by_the_worker_that_has_it(database, relay)
         assert not lane.entries()
         assert not lane.sessions
         assert len(relay.commands) == tried
+        assert processor.stop()
+
+
+def test_the_note_of_a_lane_is_ended_by_the_worker_that_has_it(database, relay):
+    """A changed account is news for all workers; one of them has tried it already, in vain."""
+    with open_outbox(f"{database}?lease=2") as outbox:
+        put(outbox, relay, ALICE)
+        relay.on("GREETING", reply="421 not now")
+        processor = outbox.processor()
+        processor.start()
+        send(outbox)
+        wait_for(lambda: outbox.spool.lane_notes())
+        (lane,) = processor.scheduler.lanes
+        with outbox.spool.connections.use("test") as connection:
+            query = "UPDATE cpsmail.lanes SET worker = gen_random_uuid(), until = now() + '1h'"
+            connection.execute(query)
+        wait_for(lambda: not lane.is_ours and not lane.sessions)
+        before = lane.terms.version()
+        now = outbox.spool.connections.now()
+        note = LaneNote(lane.name, "login", "535 no", now, now + 3600.0, 1, "another", told=True)
+        outbox.spool.note_lane(lane.key, note)
+        put(outbox, relay, ALICE, mails_per_minute=1000)
+        wait_for(lambda: lane.terms.account and lane.terms.account.mails_per_minute)
+        assert lane.terms.version() != before
+        done = threading.Event()
+        processor.scheduler.loop.call_soon_threadsafe(done.set)
+        assert done.wait(60)
+        assert outbox.spool.lane_note(lane.key) == note
         assert processor.stop()
 
 
@@ -905,6 +967,37 @@ def test_what_is_gathered_when_it_ends_is_recorded(outbox, relay, monkeypatch):
     outbox.processor().run(forever=False)
     assert len(relay.mails) == len(late) == 1
     assert left == [[]]  # and what comes last, the sync, is for it, too
+
+
+@pytest.mark.parametrize("way", ["drain", "run"])
+def test_a_large_mail_that_cannot_be_read_now_is_sent_later(database, relay, monkeypatch, way):
+    """It does not come with its lease, and the connection is lost in between."""
+    monkeypatch.setattr(claims_module, "LONGEST_SLEEP", 0.2)
+    failed = threading.Event()
+    real = Mails.message
+
+    def message(self: Mails, entry_id: str) -> bytes:
+        if not failed.is_set():
+            failed.set()
+            raise SpoolError("the connection is lost")
+        return real(self, entry_id)
+
+    monkeypatch.setattr(Mails, "message", message)
+    with open_outbox(f"{database}?lease=1") as outbox:
+        put(outbox, relay, ALICE)
+        with transaction.manager:
+            outbox.delivery.send(ALICE, [BOB], MESSAGE + b"line\r\n" * 300_000)
+        if way == "drain":
+            outbox.processor().run(forever=False)
+            assert failed.is_set()
+            wait_for(lambda: outbox.processor().run(forever=False).accepted)
+        else:
+            processor = outbox.processor()
+            processor.start()
+            relay.wait_for(1)
+            wait_for(lambda: not list(outbox.spool.scan()))
+            assert processor.stop()
+    assert len(relay.mails) == 1
 
 
 def test_an_account_is_not_read_while_there_is_no_connection(database, relay, monkeypatch):

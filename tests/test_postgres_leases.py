@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import math
 import os
 import resource
+import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import psycopg
 import pytest
@@ -19,6 +22,7 @@ from zope.interface.verify import verifyObject
 
 pytest.importorskip("psycopg", reason="needs the extra [postgres]")
 
+from conftest import open_files
 from cpsmailaccess_delivery.envelope import Route
 from cpsmailaccess_delivery.errors import SpoolError
 from cpsmailaccess_delivery.interfaces import Entry, ISettlesTogether, LaneNote, Settlement, State
@@ -127,6 +131,19 @@ def test_a_lease_is_renewed_while_its_holder_lives(make):
     assert make().claim(entry) is None
     lease.settle(Settlement(State.ACCEPTED))
     assert list(spool.scan()) == []
+
+
+def test_a_lease_that_nobody_has_any_more_ends(make):
+    """A fault between the claim and what was meant to be done: as in a directory."""
+    spool = make(lease=1)
+    entry = queue(spool)
+    assert spool.claim(entry) is not None  # and lost
+    gc.collect()
+    assert spool.leases.held() == []
+    wait_for(lambda: not spool.leased(entry))
+    lease = spool.claim(entry)
+    assert spool.leases.held() == [lease]
+    lease.release()
 
 
 def test_a_lease_ends_when_its_holder_is_silent(make):
@@ -322,6 +339,53 @@ def test_a_feed_takes_what_a_dead_worker_had(make):
     assert lost is None or lost.settle(Settlement(State.ACCEPTED)) is None
     assert list(spool.scan()) == [entry]
     living.close()
+    watch.close()
+
+
+@pytest.mark.parametrize("fault", ["no room for a thread", "the second of some mails"])
+def test_what_was_leased_in_vain_is_told_later(make, monkeypatch, fault):
+    """And not renewed as long as the worker lives, without anybody who would send it."""
+    spool = make(lease=3)
+    entries = [queue(spool, f"{number}@x") for number in range(3)]
+    faults = []
+
+    def failing(real: Callable[..., Any], at: int) -> Callable[..., Any]:
+        calls = iter(range(1, 100))
+
+        def call(self: Any, *arguments: Any) -> Any:
+            if getattr(self, "name", "cpsmail-leases") == "cpsmail-leases" and next(calls) == at:
+                faults.append(fault)
+                raise RuntimeError(fault)
+            return real(self, *arguments)
+
+        return call
+
+    if fault == "no room for a thread":
+        monkeypatch.setattr(threading.Thread, "start", failing(threading.Thread.start, 1))
+    else:
+        monkeypatch.setattr(PostgresSpool, "lease_of", failing(PostgresSpool.lease_of, 2))
+    feed, watch = watch_of(spool)
+    wait_for(lambda: faults)
+    entries.append(queue(spool, "later@x"))
+    seen: set[Entry] = set()
+    wait_for(lambda: seen.update(watch.read() or ()) or seen == set(entries))
+    assert all(feed.claim(entry) for entry in entries)
+    watch.close()
+
+
+def test_who_has_lost_a_lane_gives_back_its_mails(make):
+    """Paused for longer than the lane was his, but not than his mails were: he goes on to renew
+    these, and whoever has the lane would wait for them for ever."""
+    spool = make(lease=3)
+    entries = [queue(spool, f"{number}@x") for number in range(3)]
+    feed, watch = watch_of(spool)
+    assert told(watch) == entries
+    with spool.connections.use("take") as connection:
+        query = "UPDATE cpsmail.lanes SET worker = gen_random_uuid(), until = now() + '1h'"
+        connection.execute(query)
+    wait_for(lambda: not feed.lanes)
+    wait_for(lambda: not any(map(spool.leased, entries)))
+    assert jobs(spool) == [(entry.id, "queued") for entry in entries]
     watch.close()
 
 
@@ -631,6 +695,38 @@ def test_leases_that_could_not_be_renewed_are_soon(make, monkeypatch):
     wait_for(lambda: lease.taken_at > first)
     assert lease.taken_at - failed[0] < 1.9  # else the next of three beats
     lease.release()
+
+
+@pytest.mark.parametrize("fault", ["the server is away", "no room for a thread"])
+def test_a_watch_that_cannot_begin_leaves_nothing_open(make, monkeypatch, fault):
+    """A processor tries again and again, for as long as that lasts."""
+    spool = make()
+    list(spool.scan())
+
+    def fail(*arguments: Any) -> None:
+        raise SpoolError(fault) if fault == "the server is away" else RuntimeError(fault)
+
+    where = Connections if fault == "the server is away" else threading.Thread
+    name = "connect" if fault == "the server is away" else "start"
+    before = open_files()
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, fail)
+        with pytest.raises((SpoolError, RuntimeError), match=fault):
+            spool.watch()
+    assert open_files() - before == set()
+
+
+def test_a_child_that_closes_leaves_its_parent_s_watch_alone(make):
+    spool = make()
+    watch = spool.watch()
+    child = os.fork()
+    if child == 0:
+        spool.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert wait_for_any(watch._ended, seconds=0) == []  # else its thread would spin
+    entry = queue(spool)
+    assert told(watch) == [entry]
 
 
 def test_a_notification_that_comes_with_an_answer_is_told(database):

@@ -1007,6 +1007,20 @@ def test_another_account_does_not_end_the_wait_for_a_refused_login(outbox):
         assert [login.accepted for login in server.logins].count(False) == 1
 
 
+def test_a_signal_that_stops_may_come_while_it_is_stopped(outbox):
+    """Twice SIGTERM, say: the second handler runs in the thread of the first, in its midst."""
+    processor = outbox.processor()
+
+    def stop_in_the_midst() -> None:
+        with processor._lock:
+            processor.stop(0)
+
+    thread = threading.Thread(target=stop_in_the_midst, daemon=True)
+    thread.start()
+    thread.join(DEADLINE)
+    assert not thread.is_alive()
+
+
 def test_a_stop_during_the_look_up_of_our_name_is_heard(outbox, server, monkeypatch):
     put(outbox, server)
     send(outbox)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from zope.interface.verify import verifyObject
 
 from conftest import KEY, PASSWORD, mails_on_disk
 from cpsmailaccess_delivery import Account, Outbox
-from cpsmailaccess_delivery.datamanager import TOKEN_NAME, join
+from cpsmailaccess_delivery.datamanager import TOKEN_NAME, join, kept_for
 from cpsmailaccess_delivery.envelope import parse_block
 from cpsmailaccess_delivery.errors import (
     InvalidAccount,
@@ -30,6 +32,7 @@ from cpsmailaccess_delivery.errors import (
     SpoolError,
     UnknownMailbox,
 )
+from cpsmailaccess_delivery.outgoing import Doings
 from cpsmailaccess_delivery.spool import durable
 
 ALICE, BOB = "alice@example.org", "bob@example.net"
@@ -584,7 +587,7 @@ def test_an_account_is_read_once_in_a_transaction(stocked, account, monkeypatch)
     def host() -> str:
         """Send, and return the relay of the mail."""
         send(stocked)
-        doings = transaction.get().data(stocked.delivery)
+        doings = kept_for(transaction.get(), stocked.delivery, Doings)
         return list(doings.sent.values())[-1].envelope.route.host
 
     assert [host(), host(), host()] == ["smtp.example.org"] * 3
@@ -638,6 +641,26 @@ def test_two_outboxes_in_one_transaction(stocked, tmp_path, account):
         send(second, "4")
         transaction.abort()
         assert (sent(stocked), sent(second)) == (["1"], ["2"])
+
+
+def test_an_outbox_that_nobody_keeps_lasts_as_long_as_its_transaction(tmp_path):
+    """What it has done is known by its `id`: no other outbox may get that, and with it the keys,
+    accounts and mails of this one."""
+    outbox = Outbox(tmp_path / "outbox", key=KEY)
+    outbox.delivery.send(ALICE, [BOB], message(), hostname="smtp.example.org")
+    with pytest.raises(UnknownMailbox):
+        send(outbox)
+    parts = [weakref.ref(part) for part in (outbox.delivery, outbox.accounts)]
+    spool, presence = outbox.spool, outbox.presence
+    del outbox
+    gc.collect()
+    assert all(part() is not None for part in parts)
+    transaction.commit()
+    gc.collect()
+    assert not any(part() is not None for part in parts)
+    assert len(list(spool.scan())) == 1
+    spool.close()
+    presence.close()
 
 
 def test_two_outboxes_of_one_directory(stocked):

@@ -35,6 +35,7 @@ from zope.sqlalchemy import register
 from cpsmailaccess_delivery import Account, Outbox
 from cpsmailaccess_delivery.cli.checks import examine
 from cpsmailaccess_delivery.datamanager import TOKEN_NAME
+from cpsmailaccess_delivery.errors import KeyTaken
 from cpsmailaccess_delivery.interfaces import Entry, ITransactionWitness, State, Verdict
 from cpsmailaccess_delivery.search import search
 from cpsmailaccess_delivery.spool import Maildir, doubts
@@ -581,6 +582,37 @@ class Says:
         return dict.fromkeys(tokens, self._verdict)
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_begun_again_with_its_key(tmp_path: Path, zodb: Any, committed: bool) -> None:
+    """As one does after a crash: there is one mail in the end, whatever became of the first."""
+    path = tmp_path / "box"
+    make(path).close()
+
+    def again(outbox: Outbox) -> str:
+        return outbox.delivery.send(ALICE, ["b@example.net"], b"\nx", idempotency_key="k")
+
+    def child(steps: Any) -> None:
+        db = zodb()
+        outbox = Outbox(path, key=KEY, witness=ZODBWitness(db))
+        steps.wrap(type(db.storage), "tpc_finish")
+        connection = db.open()
+        steps.on = True
+        with transaction.manager:
+            again(outbox)
+            write(connection)
+
+    assert in_child(child, int(committed))[0] == -signal.SIGKILL
+    with closing(make(path, ZODBWitness(zodb()))) as outbox:
+        with pytest.raises(KeyTaken, match="witness"), transaction.manager:
+            again(outbox)
+        swept(outbox)
+        with transaction.manager:
+            message_id = again(outbox)
+        swept(outbox)
+        assert outbox.status(message_id).state is State.QUEUED
+        assert states(outbox) == ["queued"]
+
+
 @pytest.mark.parametrize("verdict", Verdict)
 def test_a_cancel_in_doubt_is_told(
     tmp_path: Path, verdict: Verdict, caplog: pytest.LogCaptureFixture
@@ -706,11 +738,7 @@ def test_a_drain_leaves_none_that_it_came_for_too_soon(
         monkeypatch.setattr(Maildir, "leased", is_leased)
         monkeypatch.setattr(doubts, "unlock", unlocks)
 
-        class Committed:
-            def ask(self, tokens: Any) -> Any:
-                return dict.fromkeys(tokens, Verdict.COMMITTED)
-
-        with closing(make(doubtful.path, Committed())) as outbox:
+        with closing(make(doubtful.path, Says(Verdict.COMMITTED))) as outbox:
             assert outbox.processor().run(forever=False).accepted == MAILS
 
 

@@ -10,7 +10,7 @@ from zope.interface import implementer
 
 from .account import Account, candidates, goes_elsewhere, normalise_mailbox
 from .address import check_address
-from .datamanager import join
+from .datamanager import join, kept_for
 from .errors import InvalidAccount, NoSuchAccount, UnknownMailbox
 from .interfaces import IAccounts
 
@@ -149,10 +149,4 @@ class Accounts:
             if create:
                 raise
             return _Doings()
-        try:
-            doings: _Doings = transaction.data(self)
-        except KeyError:
-            doings = _Doings()
-            if create:
-                transaction.set_data(self, doings)
-        return doings
+        return kept_for(transaction, self, _Doings)

@@ -61,6 +61,7 @@ class Circuit:
         self._changed = changed
         self.failures = 0  # in a row
         self._paused = False
+        self._noted = False  # else nobody has removed the note: it could not be written
 
     def __repr__(self) -> str:
         return f"<Circuit {'open' if self.is_open else 'closed'} failures={self.failures}>"
@@ -116,8 +117,12 @@ class Circuit:
             # Without a note, another processor of this lane was faster, and has told.
             self._go_on(why, tell=self._paused and self._read() is not None)
 
+    def forget(self) -> None:
+        """Know nothing: the lane is another processor's, and so is the note."""
+        self.failures, self.until, self._paused, self._noted = 0, 0.0, False, False
+
     def _go_on(self, why: str, *, tell: bool) -> None:
-        self.failures, self.until, self._paused = 0, 0.0, False
+        self.forget()
         self._note(None)
         if tell:
             self._changed(False, why)
@@ -136,9 +141,11 @@ class Circuit:
             log.debug("%s: cannot look why it waits: %s", self._route, error)
             return
         if note is None:
-            if self.until:
+            if self.until and self._noted:
                 self._go_on("a person asks for a try", tell=self._paused)
-        elif begins and note.until > self.until:
+            return
+        self._noted = True
+        if begins and note.until > self.until:
             self._take_over(note)
 
     def recall(self, *, draining: bool) -> None:
@@ -156,6 +163,7 @@ class Circuit:
 
     def _take_over(self, note: LaneNote) -> None:
         self.failures, self.until, self._paused = note.failures, note.until, note.paused
+        self._noted = True
         if note.version != self._version():
             self.close("the account was changed")
 
@@ -171,5 +179,6 @@ class Circuit:
     def _note(self, note: LaneNote | None) -> None:
         try:
             self._spool.note_lane(self._key, note)
+            self._noted = note is not None
         except SpoolError as error:
             log.warning("%s: cannot keep why it waits: %s", self._route, error)

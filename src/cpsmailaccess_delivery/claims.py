@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .agenda import LONGEST_SLEEP, Agenda
 from .attempt import Attempt, expiry_of, nobody_left
@@ -59,7 +59,9 @@ class Claims:
             if self._spool.leased(entry):
                 self._agenda.add(self._now() + _BUSY, entry)
             return None
-        attempt = Attempt(lease)
+        attempt = self._begin(lease)
+        if attempt is None:
+            return None
         if not attempt.recipients:  # nobody is left who wants it
             self._recorder.settle(attempt, nobody_left(attempt))
             return None
@@ -75,6 +77,16 @@ class Claims:
             other.work()
             return None
         return attempt
+
+    def _begin(self, lease: Any) -> Attempt | None:
+        """Return the attempt, which has the message; None: a large one cannot be read now."""
+        try:
+            return Attempt(lease)
+        except SpoolError:
+            log.exception("cannot read %s; trying again later", lease.entry.id)
+            lease.leave()  # not given back: who would have it next might spin on it
+            self._agenda.add(self._now() + LONGEST_SLEEP, lease.entry)
+            return None
 
     def lane_of(self, entry: Entry) -> Lane | None:
         """Open one entry to learn its route: the first of its lane, or one we did not name.

@@ -22,7 +22,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import implementer
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 TOKEN_NAME = "cpsmailaccess_delivery"  # noqa: S105 (a name, no password)
 
 _sequence = itertools.count()
+
+_T = TypeVar("_T")
 
 
 class TwoPhaseStore(Protocol):
@@ -174,14 +176,23 @@ def join(
     return item
 
 
+def kept_for(transaction: Any, owner: object, make: Callable[[], _T]) -> _T:
+    """Return what a transaction keeps for an object, made at the first time.
+
+    The object lives as long, too: the transaction knows it by its `id`, which is another one's as
+    soon as it is gone.
+    """
+    try:
+        kept: _T = transaction.data(owner)[1]
+    except KeyError:
+        kept = make()
+        transaction.set_data(owner, (owner, kept))
+    return kept
+
+
 def _batch(transaction: Any, store: TwoPhaseStore, witness: Any) -> tuple[Batch, str]:
     token: str = transaction.extension.get(TOKEN_NAME) or _new_token(transaction, witness)
-    try:
-        batch: Batch = transaction.data(store)
-    except KeyError:
-        batch = Batch(store, witness)
-        transaction.set_data(store, batch)
-    return batch, token
+    return kept_for(transaction, store, lambda: Batch(store, witness)), token
 
 
 def _new_token(transaction: Any, witness: Any) -> str:

@@ -14,7 +14,7 @@ from zope.interface import implementer
 from .account import DEFAULT_MAILBOX, Account, normalise_mailbox
 from .address import ascii_host, check_address, check_recipients
 from .announcer import Announcer
-from .datamanager import join
+from .datamanager import join, kept_for
 from .envelope import Envelope, Route
 from .errors import (
     EntryBusy,
@@ -178,13 +178,7 @@ class MailboxDelivery:
         return _Within(self, inside(connection))
 
     def _doings(self) -> Doings:
-        transaction = self._manager.get()
-        try:
-            doings: Doings = transaction.data(self)
-        except KeyError:
-            doings = Doings()
-            transaction.set_data(self, doings)
-        return doings
+        return kept_for(self._manager.get(), self, Doings)
 
     def _join(
         self, store: Any, stage: Callable[[str], Any], members: dict[int, Any], *, rank: int

@@ -277,7 +277,8 @@ class ISpool(Interface):
         """Return the Message-Id of the mail that was published with this key, or None.
 
         For 30 days, also when the mail is gone; but that of a mail which was cancelled before
-        its first attempt is free again.
+        its first attempt is free again.  Raises `KeyTaken`: whether the mail stays, a witness
+        has still to tell.
         """
 
     def scan() -> Iterator[Entry]:
@@ -658,7 +659,8 @@ class IMailboxDelivery(IQueuedMailDelivery):
         through one account, higher ones go first.
         `idempotency_key`: a text; with one that was committed in the last 30 days nothing is
         queued, and that mail's Message-Id is returned.  When two transactions commit one at the
-        same time, the later one fails with `KeyTaken`, a `TransientError`.
+        same time, the later one fails with `KeyTaken`, a `TransientError`; so does this while a
+        witness has still to tell whether that mail stays.
         `notify`: "never", or of what the sender is told: some of "success", "failure" and
         "delay", as a sequence or with commas between them; when nothing is said, of the last
         two.  `ret`: "full" or "headers": what of a mail that failed is returned to him.  Relays

@@ -193,7 +193,10 @@ class Lane:
         """Look whether the account is another now; if so, try at once with the new one."""
         if not self.terms.changed:
             return
-        self.circuit.close("the account was changed")
+        if self.is_ours:
+            self.circuit.close("the account was changed")
+        else:
+            self.circuit.forget()
         self.sessions.leave()  # it may be because of their silence
         try:
             self.terms.load()

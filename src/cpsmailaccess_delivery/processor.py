@@ -97,7 +97,7 @@ class QueueProcessorThread(threading.Thread):
         self._ended.set()
         self._runner = 0  # the thread of the last `run`
         self._generation = forks.generation()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while `stop` has it, and stop again
         self._scheduler: Scheduler | None = None  # guarded by the lock
         self.summary = Summary()
 

@@ -141,7 +141,12 @@ class Scheduler:
     # Life
 
     def start(self) -> None:
-        """Begin to work; `close` gives back what is taken here."""
+        """Begin to work; `close` gives back what is taken here.
+
+        Raises RuntimeError: there is no room for a thread.
+        """
+        # Both threads now: where there is no room for one, nothing is sent that needs it later.
+        self._sync_thread.submit(lambda: None)
         self._beat()
         self._watch = watch = self._accounts.watch()
         self.loop.add_reader(watch.fileno(), self._accounts_changed)

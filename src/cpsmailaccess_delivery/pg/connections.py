@@ -36,9 +36,11 @@ _DEFAULTS: Final = {
     "tcp_user_timeout": "30000",  # milliseconds
 }
 
-#: Whatever the database or the user is set to: times as the driver reads them; and nobody's lock
+#: Whatever the database or the user is set to: no function of others, who may make some in
+#: `public`, is taken for one of the system; times are as the driver reads them; and nobody's lock
 #: is waited for without end, in the loop of a processor least of all.
 _SESSION: Final = """
+SET search_path = pg_catalog;
 SELECT set_config('DateStyle', 'ISO', false), set_config('lock_timeout',
     CASE current_setting('lock_timeout') WHEN '0' THEN '10s'
     ELSE current_setting('lock_timeout') END, false)"""

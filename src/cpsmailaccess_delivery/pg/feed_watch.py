@@ -69,15 +69,16 @@ class FeedWatch(Listener):
                 seconds = self._work(connection)
                 outage.end()
                 self._wait(connection, seconds)
+                continue
             except (SpoolError, psycopg.Error) as error:
                 outage.begin(error)
-                if connection is not None:
-                    connection.close()
-                    connection = None
-                wait_for_any(self._ended, seconds=_LOOK)
             except Exception:  # a fault of ours: nothing spins on it, and it is not the end
                 log.exception("a fault in the feed; going on in a moment")
-                wait_for_any(self._ended, seconds=_LOOK)
+            # What was leased, and perhaps not told, is given back by the next one.
+            if connection is not None:
+                connection.close()
+                connection = None
+            wait_for_any(self._ended, seconds=_LOOK)
         if connection is not None:
             self._go(connection)
 

@@ -131,6 +131,7 @@ class LaneSharing:
             lanes = counted(len(lost), "lane is", "lanes are")
             log.warning("%s ours no more: we were silent for more than %.0f s", lanes, seconds)
             self._forget(lost)
+            self._feed.give_back(connection, lost)  # else renewed here, and sent nowhere
         for lane in kept - set(self._lanes):  # taken when the answer was lost
             self._lanes[lane] = self._begun[lane] = time.monotonic()
         self._know_lanes()

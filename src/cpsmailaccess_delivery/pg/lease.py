@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -51,6 +52,7 @@ class Lease:
     """See `ILease`."""
 
     __slots__ = (
+        "__weakref__",
         "_before",
         "_generation",
         "_held",
@@ -220,31 +222,32 @@ class Leases:
 
     def _begin(self) -> None:
         self._generation = forks.generation()
-        self._held: dict[Lease, None] = {}
+        self._held: dict[int, weakref.ref[Lease]] = {}  # by `id`; what nobody has any more ends
         self._lock = threading.Lock()
         self._jobs = threading.Lock()  # of many at once, in no order: else we wait for ourselves
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
     def add(self, lease: Lease) -> None:
-        """Renew a lease from now on."""
+        """Renew a lease from now on.  Raises RuntimeError: there is no room for a thread."""
         if self._generation != forks.generation():
             self._begin()  # the parent's are the parent's
-        self._held[lease] = None
         if self._thread is None:
             with self._lock:
                 if self._thread is None and not self._closed.is_set():
                     thread = threading.Thread(target=self._run, name="cpsmail-leases", daemon=True)
                     thread.start()
                     self._thread = thread
+        held, key = self._held, id(lease)
+        held[key] = weakref.ref(lease, lambda ref: held.pop(key, None))
 
     def held(self) -> list[Lease]:
         """Return those that have not ended; from any thread."""
-        return list(self._held)
+        return [lease for ref in list(self._held.values()) if (lease := ref()) is not None]
 
     def forget(self, lease: Lease) -> None:
         """Renew it no more."""
-        self._held.pop(lease, None)
+        self._held.pop(id(lease), None)
 
     def settle_accepted(self, leases: Sequence[Lease]) -> list[Lease]:
         """See `ISettlesTogether`."""
@@ -292,9 +295,7 @@ class Leases:
     def renew(self) -> None:
         """Renew those that were not claimed just now.  Raises `SpoolError`."""
         begun = time.monotonic()
-        old = [
-            lease for lease in list(self._held) if begun - lease.taken_at >= self.seconds / _BEATS
-        ]
+        old = [lease for lease in self.held() if begun - lease.taken_at >= self.seconds / _BEATS]
         if not old:
             return
         query = (

@@ -21,7 +21,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -31,7 +31,15 @@ from ..envelope import Envelope, digest, format_block, parse_block
 from ..errors import InvalidEnvelope, KeyTaken, OutboxClosed, SpoolError
 from ..interfaces import Doubt, Entry, Record, State, SweepReport, Verdict
 from ..spool import forks, names
-from ..spool.doubts import ASKED, CANCEL_IN_DOUBT, IN_DOUBT, doubt_of, is_in_doubt
+from ..spool.doubts import (
+    ASKED,
+    CANCEL_IN_DOUBT,
+    IN_DOUBT,
+    doubt_of,
+    is_asked_about,
+    is_in_doubt,
+    key_in_doubt,
+)
 from ..spool.outcomes import DamagedSide, Side, dump_side, load_side
 from .connections import Connection, Connections, Executor
 from .engine import DELETE_JOB
@@ -386,10 +394,23 @@ def _doubt_of(entry: Entry, block: bytes, side: str | None) -> Doubt | None:
 
 
 def holder_of(executor: Executor, key: str) -> str | None:
-    """Return the Message-Id of the mail that has a key, as this transaction sees it."""
-    query = f"SELECT message_id FROM {KEYS} WHERE digest = %s AND until > clock_timestamp()"  # noqa: S608
+    """Return the Message-Id of the mail that has a key, as this transaction sees it.
+
+    Raises `KeyTaken`, see `doubts.key_in_doubt`.
+    """
+    query = (
+        f"SELECT message_id, CASE WHEN doubt THEN side END FROM {KEYS}"  # noqa: S608
+        f" LEFT JOIN {MAILS} ON mails.id = keys.mail"
+        " WHERE keys.digest = %s AND until > clock_timestamp()"
+    )
     row = executor.execute(query, [_digest(key)], binary=True).fetchone()
-    return row[0].decode("utf-8", "surrogatepass") if row else None
+    if row is None:
+        return None
+    message_id, side = row
+    with suppress(DamagedSide):  # nobody asks about that
+        if is_asked_about(load_side(side)):
+            raise key_in_doubt(key)
+    return str(message_id, "utf-8", "surrogatepass")
 
 
 def _take_keys(executor: Executor, staged: Sequence[_Staged]) -> None:

@@ -16,6 +16,7 @@ from zope.interface import implementer
 
 from ..errors import SpoolError
 from ..interfaces import Entry, IWatch
+from ..spool import forks
 from ..watch import Told
 from .connections import Connection, Connections, Outage, notes_of, wait_for_any
 
@@ -29,18 +30,25 @@ _RETRY: Final = 1.0
 class Listener:
     """See `IWatch`.  A thread with a connection of its own, which `_run` gets.
 
-    Raises `SpoolError` when the server cannot be reached now.
+    Raises `SpoolError` when the server cannot be reached now, RuntimeError when there is no room
+    for a thread; nothing is left open then.
     """
 
     def __init__(self, connections: Connections, channel: str, name: str) -> None:
         self._connections = connections
         self._channel = channel
-        self._told = Told()
         self._closed = False
         connection = self._listen()
+        self._told = Told()
         self._ended, self._end = os.pipe()
+        self._generation = forks.generation()
         self._thread = threading.Thread(target=self._run, args=[connection], name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            connection.close()
+            self._close_files()
+            raise
 
     def fileno(self) -> int:
         """See `IWatch`."""
@@ -55,8 +63,12 @@ class Listener:
         if self._closed:
             return
         self._closed = True
-        os.write(self._end, b"!")
-        self._thread.join()
+        if self._generation == forks.generation():  # else it is the thread of our parent
+            os.write(self._end, b"!")
+            self._thread.join()
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._told.close()
         os.close(self._ended)
         os.close(self._end)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from ..errors import InvalidEnvelope, NoSuchEntry, SpoolError
+from ..errors import InvalidEnvelope, KeyTaken, NoSuchEntry, SpoolError
 from ..interfaces import Doubt, Entry, Record, State, Verdict
 from . import names
 from .layout import Layout
@@ -64,6 +64,22 @@ def doubt_of(entry: Entry, side: Side, token: str) -> Doubt | None:
     return Doubt(entry, token) if side.reason == ASKED else None
 
 
+def is_asked_about(side: Side) -> bool:
+    """Tell whether a witness says what becomes of the mail, as long as it is held for that."""
+    return side.cancel is not None or side.reason == ASKED
+
+
+def key_in_doubt(key: str) -> KeyTaken:
+    """Return what is raised while a witness has still to tell whether the mail with a key stays.
+
+    Who relied on that mail would have committed without one.
+    """
+    return KeyTaken(
+        f"idempotency_key={key!r}: the mail that has it is in doubt, and the witness (the database)"
+        " is asked: begin again later"
+    )
+
+
 class Doubts:
     """The mails in doubt of a spool."""
 
@@ -94,6 +110,15 @@ class Doubts:
             log.error("%s: stays in tmp/, in doubt: %s", entry.id, error)
             return False
         return True
+
+    def has(self, entry_id: str) -> bool:
+        """Tell whether a mail is one of `all`; it may be gone."""
+        try:
+            side = self._sides.read(entry_id) or NOTHING
+        except DamagedSide:
+            return False
+        # What a side file says of a mail that is held no more is not looked for often.
+        return is_asked_about(side) and any(doubt.entry.id == entry_id for doubt in self.all())
 
     def all(self) -> list[Doubt]:
         """See `ISpool.doubts`."""

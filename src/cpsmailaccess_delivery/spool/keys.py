@@ -53,8 +53,8 @@ class Keys:
         self._presence = presence
         self._sweep = sweep
 
-    def holder(self, key: str) -> str | None:
-        """Return the Message-Id of the mail that was committed, or is in doubt, with a key.
+    def holder(self, key: str) -> KeyNote | None:
+        """Return what is known of the mail that was committed, or is in doubt, with a key.
 
         None: nobody has it, or a transaction that has not ended.  Raises `SpoolError`.
         """
@@ -68,7 +68,7 @@ class Keys:
                 found = self._look(digest)
         except OSError as error:
             raise spool_error("look up an idempotency key", self._layout.path, error) from error
-        return None if found is None or found.pending else found.message_id
+        return None if found is None or found.pending else found.note(digest)
 
     def scrap(self, key: str, entry_id: str) -> str:
         """Return the name in tmp/ of a key that a mail of this process takes."""
@@ -195,7 +195,7 @@ class Keys:
             except OSError as error:
                 raise spool_error(f"read keys/{name}", self._layout.path, error) from error
             if found is not None and not found.pending:
-                yield KeyNote(name, found.entry_id, found.message_id, found.since + KEPT)
+                yield found.note(name)
 
     def keep(self, notes: Iterable[KeyNote]) -> None:
         """See `ITransit`."""
@@ -265,6 +265,9 @@ class _Taken:
         self.message_id = message_id
         self.since = since
         self.pending = pending
+
+    def note(self, digest: str) -> KeyNote:
+        return KeyNote(digest, self.entry_id, self.message_id, self.since + KEPT)
 
 
 def digest_of(key: str) -> str:

@@ -29,7 +29,7 @@ from ..errors import EntryBusy, InvalidEnvelope, NoSuchEntry
 from ..interfaces import Doubt, Entry, ISpool, LaneNote, Record, SweepReport, Verdict
 from ..watch import NotifyWatch, PollingWatch, watch_folders
 from . import names
-from .doubts import Doubts
+from .doubts import Doubts, key_in_doubt
 from .keys import Keys
 from .layout import Layout
 from .lease import Lease, unlock
@@ -106,7 +106,12 @@ class Maildir:
 
     def key_holder(self, key: str) -> str | None:
         """See `ISpool`."""
-        return self._keys.holder(key)
+        holder = self._keys.holder(key)
+        if holder is None:
+            return None
+        if self._doubts.has(holder.entry):
+            raise key_in_doubt(key)
+        return holder.message_id
 
     # What processors do
 
