@@ -169,6 +169,7 @@ HOSTILE = ["a@x.org\nX-Zope-Hostname: evil", "a@x.org\r", "a\0@x.org", "a@x.org\
         ((ALICE, [BOB], MESSAGE), {"mailbox": "@"}, UnknownMailbox),
         ((ALICE, [BOB], MESSAGE), {"mailbox": ""}, SendError),
         ((ALICE, [BOB], MESSAGE), {"mailbox": 7}, SendError),
+        ((ALICE, [BOB], MESSAGE), {"mailbox": [ALICE]}, SendError),
         ((ALICE, [BOB], MESSAGE), {"mailbox": b"\xff"}, SendError),
         ((ALICE, [BOB], MESSAGE), {"hostname": ""}, InvalidAddress),
         ((ALICE, [BOB], MESSAGE), {"hostname": 7}, InvalidAddress),

@@ -134,12 +134,12 @@ def test_who_stages_keeps_the_key_from_being_changed(home, monkeypatch):
     real, locked = vault_module.write_new, []
 
     def write_new(*args, **kw):
-        locked.append(is_locked(home, alone=False))
+        locked.append((is_locked(home, alone=False), is_locked(home, alone=True)))
         return real(*args, **kw)
 
     monkeypatch.setattr(vault_module, "write_new", write_new)
     home.put(account(MAILBOXES[0]))
-    assert locked == [True]
+    assert locked == [(True, False)], "and no other who stages"
 
 
 def test_who_stages_uses_the_key_of_now(home, tmp_path):

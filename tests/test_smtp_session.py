@@ -289,6 +289,20 @@ def test_every_silence_has_a_deadline(silent, phase):
     run(work)
 
 
+def test_a_relay_that_never_shakes_hands_has_a_deadline():
+    async def work():
+        async with serving(lambda: Relay(greeting="", deaf=True)) as (port, _):
+            lane = Lane([letter(1)])
+            open_session(lane, port, security="tls", verify=False, connect_timeout=0.3)
+            await lane.until(lambda: lane.closed)
+        (failure,) = lane.closed
+        assert failure.phase is Phase.TLS
+        assert "no connection within 0.3 seconds" in failure.text
+        assert not lane.given
+
+    run(work)
+
+
 def test_slow_drip_extends_nothing():
     async def work():
         async with serving(lambda: Relay(greeting="")) as (port, connections):

@@ -9,6 +9,7 @@ import ssl
 import pytest
 import trustme
 
+from cpsmailaccess_delivery.smtp import tls as tls_module
 from cpsmailaccess_delivery.smtp.tls import Tls, client_context
 from smtp_helpers import PIPELINING, Relay, letter
 from test_smtp_session import DEADLINE, Lane, open_session, run, server_context, serving
@@ -62,13 +63,31 @@ class Server:
 @pytest.fixture(params=VERSIONS, ids=lambda version: version.name)
 def pair(ca, request):
     client, server = Tls(client_context(ca.path), "127.0.0.1"), Server(ca, request.param)
-    while not (client.established and server.established):
+    while not (client.cipher and server.established):
         client.shake_hands()
         server.receive(client.output())
         client.feed(server.output())
     assert client.decrypt() == b""
     assert client.over is None
     return client, server
+
+
+def test_with_a_ca_file_the_authorities_of_the_system_do_not_count(ca, tmp_path, monkeypatch):
+    system = trustme.CA()
+    system.cert_pem.write_to_path(str(tmp_path / "system.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "system.pem"))
+    monkeypatch.setattr(tls_module, "_contexts", {})
+
+    def shake_hands(verify):
+        client = Tls(client_context(verify), "127.0.0.1")
+        server = Server(system, ssl.TLSVersion.TLSv1_3)
+        while not client.shake_hands():
+            server.receive(client.output())
+            client.feed(server.output())
+
+    shake_hands(True)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(ca.path)
 
 
 def test_what_follows_the_end_of_the_connection_is_not_waited_for(pair):
@@ -121,6 +140,18 @@ def test_what_is_written_while_the_relay_renegotiates_goes_out_after_it(pair):
     assert client.over is None
     heard = server.receive(client.output())
     assert heard + server.receive(b"") == b"RSET\r\nNOOP\r\n"
+
+
+def test_what_cannot_be_encrypted_is_the_end(pair):
+    client, _ = pair
+
+    class Broken:
+        def write(self, data):
+            raise ssl.SSLError("broken")
+
+    client._object = Broken()
+    client.encrypt(b"RSET\r\n")
+    assert isinstance(client.over, ssl.SSLError)
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)

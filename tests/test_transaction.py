@@ -683,6 +683,7 @@ def test_explicit_mode(tmp_path, account):
             lambda: send(outbox),
             lambda: outbox.accounts.put(account),
             lambda: outbox.accounts.delete(ALICE),
+            lambda: outbox.accounts.find_once(ALICE),
         ):
             with pytest.raises(NoTransaction):
                 change()
@@ -859,6 +860,16 @@ def test_put_back_keeps_the_password(stocked):
     kept = stocked.vault.get(ALICE)
     assert kept.secret.reveal() == PASSWORD
     assert kept.connections == 2
+
+
+def test_put_back_keeps_the_password_of_the_last_change(stocked, account):
+    with transaction.manager:
+        for password in ("first", "second"):
+            stocked.accounts.put(account.replace(password=password))
+        stocked.accounts.put(stocked.accounts.get(ALICE).replace(connections=3))
+    kept = stocked.vault.get(ALICE)
+    assert kept.secret.reveal() == "second"
+    assert kept.connections == 3
 
 
 def test_put_back_after_delete_has_no_password_to_keep(stocked):

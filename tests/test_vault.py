@@ -638,6 +638,27 @@ def test_whole_directory_put_back_is_told_to_processes_that_run(tmp_path, vault)
     assert make(tmp_path).get("alice@example.org").username == "one"
 
 
+def test_a_register_of_the_same_size_and_time_is_read_all_the_same(tmp_path, vault):
+    """A clock may tick once while others write twice."""
+    put(vault, account(username="one"))
+    other, path = make(tmp_path), register_of(vault)
+    assert other.get("alice@example.org").username == "one"
+    before = path.stat()
+    os.link(path, tmp_path / "kept")  # so that nobody gets its inode again
+    put(vault, account(username="two"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert other.get("alice@example.org").username == "two"
+
+
+def test_a_key_that_comes_back_begins_anew(tmp_path, vault):
+    for _ in range(3):
+        put(vault, account())
+    vault.forget(KeySource(file=tmp_path / "outbox.key").load())
+    put(make(tmp_path), account(username="again"))
+    assert vault.get("alice@example.org").username == "again"
+
+
 def test_crash_between_announcement_and_publication(tmp_path, vault):
     """Both versions count until somebody sweeps; then the one in force does, alone."""
     put(vault, account(username="one"))

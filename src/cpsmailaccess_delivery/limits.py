@@ -55,7 +55,7 @@ class Pace:
 
     def wait(self, spent: float, now: float) -> float:
         """Return the seconds until one may pass: 0.0 now."""
-        wait = max(0.0, spent - now) + self._step - self._most
+        wait = spent - now + self._step - self._most
         return wait if wait > _ROUNDING else 0.0
 
     def spend(self, spent: float, now: float) -> float:

@@ -297,7 +297,7 @@ def tls(data: bytes) -> None:
             if record and source.byte() % 8 == 7:
                 record[source.byte() * len(record) // 256] ^= 1 + source.byte() % 255
             client.feed(bytes(record))
-        if client.established:
+        if client.cipher:
             server.write(b"220 hello\r\n")
             client.feed(outgoing.read())
             assert client.decrypt() == b"220 hello\r\n" or client.over is not None

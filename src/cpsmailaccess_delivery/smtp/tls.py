@@ -63,7 +63,6 @@ class Tls:
     def __init__(self, context: ssl.SSLContext, host: str) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-        self.established = False
         self.over: OSError | None = None
         self._held: deque[bytes] = deque()  # to be encrypted
 
@@ -71,7 +70,7 @@ class Tls:
     def cipher(self) -> tuple[str, str] | None:
         """Version and cipher; None before the handshake has ended."""
         version, cipher = self._object.version(), self._object.cipher()
-        return (version, cipher[0]) if version and cipher and self.established else None
+        return (version, cipher[0]) if version and cipher else None
 
     def feed(self, data: bytes) -> None:
         """Take bytes of the wire."""
@@ -83,7 +82,6 @@ class Tls:
             self._object.do_handshake()
         except ssl.SSLWantReadError:
             return False
-        self.established = True
         return True
 
     def decrypt(self) -> bytes:
@@ -94,7 +92,7 @@ class Tls:
         incoming, source = self._incoming, self._object
         parts = []
         try:
-            while self.over is None and (incoming.pending or source.pending()):
+            while self.over is None and incoming.pending:
                 part = source.read(_READ)
                 if not part:  # close_notify: b"" for ever, whatever is still to be read
                     self.over = ConnectionResetError("the relay closed the connection")
