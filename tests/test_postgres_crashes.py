@@ -255,13 +255,17 @@ def test_what_belongs_to_no_transaction_is_never_in_doubt(outbox, monkeypatch):
     assert list(outbox.spool.scan()) == [entry]
 
 
-def test_what_a_person_has_decided_stays(outbox, monkeypatch, caplog):
+@pytest.mark.parametrize("left", [[], [State.HELD]], ids=["cancelled", "held"])
+def test_what_a_person_has_decided_stays(outbox, monkeypatch, caplog, left):
     entry = staged(outbox)
     monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
     outbox.spool.sweep()
-    outbox.queue.cancel(entry.id)
+    if left:
+        outbox.queue.hold(entry.id, "not before Monday")
+    else:
+        outbox.queue.cancel(entry.id)
     outbox.spool.publish([entry])
-    assert list(outbox.spool.scan()) == []
+    assert [each.state for each in outbox.spool.scan()] == left
     assert "cancelled by somebody while in doubt" in caplog.text
 
 

@@ -504,6 +504,8 @@ def test_stopped_in_the_middle_of_a_handshake():
                 while session._phase is not Phase.TLS:
                     await asyncio.sleep(0)
             session.stop()
+            session.get_buffer(0)[:8] = b"no TLS.."  # it was on its way
+            session.buffer_updated(8)
             await lane.until(lambda: lane.closed)
             assert lane.closed == [None]
             lane = Lane([letter(1)])

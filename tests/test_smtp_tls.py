@@ -9,6 +9,7 @@ import ssl
 import pytest
 import trustme
 
+from cpsmailaccess_delivery.outcome import Phase
 from cpsmailaccess_delivery.smtp import tls as tls_module
 from cpsmailaccess_delivery.smtp.tls import Tls, client_context
 from smtp_helpers import PIPELINING, Relay, letter
@@ -196,7 +197,72 @@ def test_a_relay_that_ends_tls_with_its_reply_and_keeps_the_connection(ca, versi
     run(work)
 
 
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
+@pytest.mark.parametrize(("fault", "alert"), [("ca", "UNKNOWN_CA"), ("record", "BAD_RECORD_MAC")])
+def test_a_relay_is_told_what_was_wrong(ca, version, fault, alert):
+    async def work():
+        told = asyncio.get_running_loop().create_future()
+
+        async def serve(reader, writer):
+            server, greeted = Server(trustme.CA() if fault == "ca" else ca, version), False
+            try:
+                while data := await reader.read(65536):
+                    server.receive(data)
+                    writer.write(server.output())
+                    if server.established and not greeted:
+                        greeted = True
+                        broken = bytearray(server.say(b"220 relay\r\n"))
+                        broken[-1] ^= 1
+                        writer.write(broken)
+                told.set_result("nothing")
+            except ssl.SSLError as error:
+                told.set_result(error.reason)
+            writer.close()
+
+        listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with listening:
+            lane = Lane([letter(1)])
+            port = listening.sockets[0].getsockname()[1]
+            open_session(lane, port, security="tls", verify=ca.path)
+            await lane.until(lambda: lane.closed)
+            async with asyncio.timeout(DEADLINE):
+                assert (await told).endswith(f"_ALERT_{alert}")
+
+    run(work)
+
+
+@pytest.mark.parametrize("security", ["starttls", "tls"])
+def test_a_relay_that_closes_instead_of_shaking_hands(security):
+    def hang_up(line, relay):
+        relay.closing = line == "STARTTLS"
+        return "220 go" if relay.closing else None
+
+    async def work():
+        async def serve(reader, writer):
+            relay = Relay(("STARTTLS",), hang_up)
+            if security == "starttls":
+                writer.write(b"220 relay\r\n")
+                while not relay.closing:
+                    writer.write(relay.receive(await reader.read(65536)))
+            await reader.read(1)
+            writer.close()
+
+        listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with listening:
+            lane = Lane([letter(1)])
+            port = listening.sockets[0].getsockname()[1]
+            open_session(lane, port, security=security, verify=False)
+            await lane.until(lambda: lane.closed)
+        (failure,) = lane.closed
+        assert failure.phase is Phase.TLS
+        assert isinstance(failure.error, ConnectionError)
+
+    run(work)
+
+
 def test_a_session_that_cannot_encrypt_ends_and_its_mail_waits(ca, monkeypatch):
+    """At once, though the relay has nothing to say any more."""
+
     def encrypt(self, data):
         self.over = ssl.SSLError("broken")
 
@@ -204,10 +270,10 @@ def test_a_session_that_cannot_encrypt_ends_and_its_mail_waits(ca, monkeypatch):
         relay = Relay(PIPELINING)
         async with serving(lambda: relay, tls=server_context(ca)) as (port, _):
             lane = Lane([letter(1)])
-            open_session(lane, port, security="tls", verify=ca.path)
-            await lane.until(lambda: lane.ready)
             monkeypatch.setattr(Tls, "encrypt", encrypt)
+            open_session(lane, port, security="tls", verify=ca.path)
             await lane.until(lambda: lane.closed)
         assert isinstance(lane.closed[0].error, ssl.SSLError)
+        assert not lane.given
 
     run(work)

@@ -903,6 +903,15 @@ def test_where_no_certificate_is_asked_for_another_port_is_somebody_else(stocked
     stocked.accounts.put(read.replace(connections=1))
 
 
+def test_a_kept_password_is_not_said_in_clear(stocked):
+    encrypted = stocked.vault.get(ALICE).replace(host="localhost", port=2525)
+    with transaction.manager:
+        stocked.accounts.put(encrypted.replace(password="new"))
+    read = stocked.accounts.get(ALICE)
+    with pytest.raises(InvalidAccount, match="for less security"):
+        stocked.accounts.put(read.replace(security="plain"))
+
+
 def test_another_mailbox_does_not_get_the_password(stocked):
     """What is hidden belongs to a mailbox: a copy for another one has none to keep."""
     copy = stocked.accounts.get(ALICE).replace(mailbox="eve@example.org")

@@ -307,9 +307,6 @@ class Session(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         error = exc or ConnectionResetError("the relay closed the connection")
-        if self._shaken is not None and not self._shaken.done():
-            self._shaken.set_exception(error)  # the task says it, and ends the session
-            return
         self._turn(self._machine.fail(error, self._phase))
         self._end()
 
