@@ -269,6 +269,26 @@ def test_what_a_person_has_decided_stays(outbox, monkeypatch, caplog, left):
     assert "cancelled by somebody while in doubt" in caplog.text
 
 
+def test_what_a_person_decides_while_it_is_published_stays(outbox, database, monkeypatch):
+    entry = staged(outbox)
+    monkeypatch.setattr(staging, "DOUBT_AFTER", 0.0)
+    outbox.spool.sweep()
+    late = threading.Thread(target=outbox.spool.publish, args=[[entry]], daemon=True)
+    waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
+    with psycopg.connect(database) as person, psycopg.connect(database, autocommit=True) as other:
+        person.execute("UPDATE cpsmail.mails SET doubt = false")
+        late.start()
+        wait_for(lambda: other.execute(waits, ["%cpsmail.publish%"]).fetchone())
+    late.join(DEADLINE)
+    assert [each.state for each in outbox.spool.scan()] == [State.HELD]
+
+
+def test_what_is_published_is_in_doubt_no_more(outbox, database):
+    outbox.spool.publish([staged(outbox)])
+    with psycopg.connect(database) as connection:
+        assert connection.execute("SELECT doubt FROM cpsmail.mails").fetchall() == [(False,)]
+
+
 def staged(outbox: Outbox, **how: bool) -> Any:
     from cpsmailaccess_delivery.envelope import Envelope, Route
 

@@ -230,6 +230,28 @@ def test_what_was_leased_ahead_when_the_server_died_is_leased_anew(make):
     watch.close()
 
 
+def test_a_claim_does_not_wait_for_the_disk(make):
+    spool = make()
+    entry = queue(spool)
+    values = [50, [entry.lane], uuid.uuid4(), 30.0, uuid.uuid4(), 0]
+    with spool.connections.use("claim") as connection, connection.transaction():
+        assert len(connection.execute(feed_module._CLAIM, values).fetchall()) == 1
+        assert connection.execute("SHOW synchronous_commit").fetchone() == ("off",)
+    with spool.connections.use("look") as connection:
+        assert connection.execute("SHOW synchronous_commit").fetchone() == ("on",)
+
+
+def test_a_mail_and_its_job_are_claimed_for_as_long(make):
+    spool = make(lease=17.0)
+    queue(spool)
+    _, watch = watch_of(spool)
+    assert len(told(watch)) == 1
+    with spool.connections.use("look") as connection:
+        query = f"SELECT extract(epoch FROM leased_until - heartbeat) FROM {MAILS}, {JOBS}"
+        assert connection.execute(query).fetchall() == [(17,)]
+    watch.close()
+
+
 def test_the_feed_gives_back_what_is_not_sent(make):
     spool = make()
     entry = queue(spool)
@@ -631,6 +653,39 @@ def test_a_mail_that_somebody_has_locked_stops_no_other(make, database):
         connection.execute(f"SELECT 1 FROM {MAILS} WHERE id = %s FOR UPDATE", [locked.id])
         _, watch = watch_of(make())
         assert told(watch) == [other]
+        assert [entry_id for entry_id, _ in jobs(spool)] == [locked.id, other.id]
+    watch.close()
+
+
+def test_the_feed_leaves_a_mail_that_somebody_has(make):
+    """Who drains by hand asks no engine: its job is still to be had."""
+    spool = make()
+    entry, other = queue(spool, "1@x"), queue(spool, "2@x")
+    lease = spool.claim(entry)
+    _, watch = watch_of(make())
+    assert told(watch) == [other]
+    assert lease.settle(Settlement(State.ACCEPTED)) is None
+    watch.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        f"UPDATE {MAILS} SET state = 'held'",
+        f"UPDATE {MAILS} SET state = 'refused'",
+        f"UPDATE {MAILS} SET state = 'unclear', due = 0",
+        f"DELETE FROM {MAILS}",
+    ],
+    ids=["held", "refused", "a person's", "gone"],
+)
+def test_the_job_of_a_mail_that_nobody_may_send_goes(make, change):
+    spool = make()
+    stale, other = queue(spool, "1@x"), queue(spool, "2@x")
+    with spool.connections.use("change") as connection:
+        connection.execute(f"{change} WHERE id = %s", [stale.id])
+    _, watch = watch_of(make())
+    assert told(watch) == [other]
+    assert jobs(spool) == [(other.id, "picked")]
     watch.close()
 
 

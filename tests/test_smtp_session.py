@@ -501,7 +501,7 @@ def test_stopped_in_the_middle_of_a_handshake():
             async with asyncio.timeout(DEADLINE):
                 while not connections or connections[0].relay.commands[-1:] != ["STARTTLS"]:
                     await asyncio.sleep(0)
-                while session._phase is not Phase.TLS:
+                while session._shaken is None:
                     await asyncio.sleep(0)
             session.stop()
             session.get_buffer(0)[:8] = b"no TLS.."  # it was on its way

@@ -261,7 +261,7 @@ def test_a_relay_that_closes_instead_of_shaking_hands(security):
 
 
 def test_a_session_that_cannot_encrypt_ends_and_its_mail_waits(ca, monkeypatch):
-    """At once, though the relay has nothing to say any more."""
+    """At once, though the relay has nothing to say."""
 
     def encrypt(self, data):
         self.over = ssl.SSLError("broken")
@@ -269,11 +269,14 @@ def test_a_session_that_cannot_encrypt_ends_and_its_mail_waits(ca, monkeypatch):
     async def work():
         relay = Relay(PIPELINING)
         async with serving(lambda: relay, tls=server_context(ca)) as (port, _):
-            lane = Lane([letter(1)])
+            lane = Lane()
+            session = open_session(lane, port, security="tls", verify=ca.path)
+            await lane.until(lambda: lane.ready)
             monkeypatch.setattr(Tls, "encrypt", encrypt)
-            open_session(lane, port, security="tls", verify=ca.path)
+            lane.queue.append(letter(1))
+            session.wake()
             await lane.until(lambda: lane.closed)
         assert isinstance(lane.closed[0].error, ssl.SSLError)
-        assert not lane.given
+        assert lane.states() == ["deferred"]
 
     run(work)

@@ -22,7 +22,7 @@ from cpsmailaccess_delivery import vault as vault_module
 from cpsmailaccess_delivery.account import HIDDEN, Account
 from cpsmailaccess_delivery.envelope import digest
 from cpsmailaccess_delivery.errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
-from cpsmailaccess_delivery.interfaces import IAccountStore, IWatch
+from cpsmailaccess_delivery.interfaces import IAccountStore, IWatch, Verdict
 from cpsmailaccess_delivery.key import Key, KeySource
 from cpsmailaccess_delivery.seal import MAX_SIZE, parse, seal
 from cpsmailaccess_delivery.vault import Vault
@@ -202,6 +202,17 @@ def test_prepare_syncs_files_then_directory(vault, monkeypatch):
     synced.clear()
     vault.publish([token])
     assert synced == [directory], "before the register forgets the former file"
+
+
+def test_that_a_witness_will_know_is_durable_with_the_change(vault, monkeypatch):
+    modes = []
+    monkeypatch.setattr(
+        vault_module, "sync_path", lambda path: modes.append(stat.S_IMODE(os.stat(path).st_mode))
+    )
+    token = vault.stage("alice@example.org", account(), "T0k3n")
+    modes.clear()
+    vault.prepare([token], witnessed=True)
+    assert modes[0] == 0o1600
 
 
 def test_prepare_fails_and_can_be_discarded(vault):
@@ -432,6 +443,40 @@ def test_sweep_takes_what_dead_processes_left(tmp_path, vault):
     ]
     assert sweeper.sweep() == ()
     assert names(vault) == sorted([file_of(vault).name, living])
+
+
+def test_what_a_witness_will_know_is_not_swept(tmp_path, vault):
+    presence = Presence("gone-with.1-2")
+    dead = make(tmp_path, presence)
+    known = dead.stage("alice@example.org", account(), "T0k3n")
+    unknown = dead.stage("bob@example.org", account("bob@example.org"), "T0k3n")
+    dead.prepare([known], witnessed=True)
+    dead.prepare([unknown])
+    sweeper = make(tmp_path, after := Presence("later"))
+    after.dead.add(presence.token)
+    assert sweeper.doubts() == [(known, "T0k3n")]
+    assert sweeper.sweep() == ("bob@example.org",)
+    assert sweeper.doubts() == [(known, "T0k3n")]
+    assert sweeper.resolve(known, Verdict.COMMITTED) == "alice@example.org"
+    assert make(tmp_path).get("alice@example.org").secret.reveal() == PASSWORD
+
+
+def test_a_forked_child_neither_publishes_nor_discards(vault):
+    tokens = [vault.stage("alice@example.org", account()), vault.stage("*", account("*"))]
+    vault.prepare(tokens)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            vault.publish(tokens[:1])
+            vault.discard(tokens[1:])
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert names(vault) == sorted(tokens)
+    vault.publish(tokens)
+    assert sorted(each.mailbox for each in vault.accounts()) == ["*", "alice@example.org"]
 
 
 def test_concurrent_changes(tmp_path):
