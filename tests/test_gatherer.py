@@ -57,7 +57,7 @@ def test_flush_does_not_wait_for_the_next_try(make):
     assert len(tries) > number
 
 
-def test_a_handler_does_not_wait_for_itself(make):
+def test_a_handler_does_not_wait_for_itself(make, caplog):
     said = []
     over = threading.Event()
 
@@ -71,6 +71,7 @@ def test_a_handler_does_not_wait_for_itself(make):
     gatherer.put(1)
     assert over.wait(DEADLINE)
     assert said[0] is False
+    assert "a fault" not in caplog.text
 
 
 def test_what_is_put_while_others_are_handled_is_handled_next(make):
@@ -143,13 +144,14 @@ def test_a_fault_costs_its_batch_and_no_more(make, caplog):
 
 def test_who_is_closed_takes_nothing_and_is_kept_by_nobody(make):
     handled = []
-    gatherer = make(lambda things, last: handled.extend(things))
+    gatherer = make(lambda things, last: handled.append((*things, last)))
     gatherer.put(1)
+    assert gatherer.flush()
     gatherer.close()
     gatherer.put(2)
     assert len(gatherer) == 0
     assert gatherer.flush()
-    assert handled == [1]
+    assert handled == [(1, False), (True,)]
     kept = weakref.ref(gatherer)
     del gatherer
     gc.collect()

@@ -428,6 +428,17 @@ def test_what_is_leased_ahead_for_too_long_is_not_sent(make, monkeypatch):
     watch.close()
 
 
+def test_a_mail_for_later_is_not_fed_now(make):
+    spool = make()
+    times = (int(time.time()) + 3600.0, 99_999_999_999.0)
+    late = [queue(spool, f"{n}@x", not_before=when) for n, when in enumerate(times)]
+    other = queue(spool, "other@x")
+    _, watch = watch_of(make())
+    assert told(watch) == [other]
+    assert jobs(spool) == [*((each.id, "queued") for each in late), (other.id, "picked")]
+    watch.close()
+
+
 def test_a_deferred_mail_comes_again_when_it_is_due(make):
     spool = make()
     entry = queue(spool)

@@ -445,7 +445,8 @@ def test_sweep_takes_what_dead_processes_left(tmp_path, vault):
     assert names(vault) == sorted([file_of(vault).name, living])
 
 
-def test_what_a_witness_will_know_is_not_swept(tmp_path, vault):
+@pytest.mark.parametrize("verdict", [Verdict.COMMITTED, Verdict.ABORTED])
+def test_what_a_witness_will_know_is_not_swept(tmp_path, vault, verdict):
     presence = Presence("gone-with.1-2")
     dead = make(tmp_path, presence)
     known = dead.stage("alice@example.org", account(), "T0k3n")
@@ -457,8 +458,11 @@ def test_what_a_witness_will_know_is_not_swept(tmp_path, vault):
     assert sweeper.doubts() == [(known, "T0k3n")]
     assert sweeper.sweep() == ("bob@example.org",)
     assert sweeper.doubts() == [(known, "T0k3n")]
-    assert sweeper.resolve(known, Verdict.COMMITTED) == "alice@example.org"
-    assert make(tmp_path).get("alice@example.org").secret.reveal() == PASSWORD
+    assert sweeper.resolve(known, verdict) == "alice@example.org"
+    assert sweeper.doubts() == []
+    found = [each.mailbox for each in make(tmp_path).accounts()]
+    assert found == (["alice@example.org"] if verdict is Verdict.COMMITTED else [])
+    assert list(sweeper.problems()) == []
 
 
 def test_a_forked_child_neither_publishes_nor_discards(vault):
