@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import os
 import secrets
 import select
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 
 pytest.importorskip("psycopg", reason="needs the extra [postgres]")
@@ -180,6 +182,64 @@ def test_a_change_that_is_rolled_back_changes_no_register(make, vault, monkeypat
     assert make().get(ALICE).secret.reveal() == PASSWORD
 
 
+def test_what_is_rolled_back_was_never_seen(vault):
+    """In its transaction each write is read; after it, what was there before is there."""
+    put(vault, account())
+    register, key = vault._register, vault._keys.load()
+    with vault._connections.use("meddle") as connection:
+        before = register.page(connection, key)
+        with connection.transaction():
+            for version in ("first", "second"):
+                register.write(connection, key, {"name": [version]})
+                assert register.page(connection, key).accounts["name"] == [version]
+            raise psycopg.Rollback
+        assert register.page(connection, key) == before
+
+
+def test_a_register_in_the_place_of_another_is_another(make, vault):
+    """So it is after a vacuum, and here at once."""
+    place = "SELECT ctid::text FROM cpsmail.registers"
+    query(vault, "TRUNCATE cpsmail.registers")
+    put(vault, account(password="former"))
+    reader, former = make(), query(vault, place)
+    assert reader.get(ALICE).secret.reveal() == "former"
+    vault.forget(vault._keys.load())
+    query(vault, "TRUNCATE cpsmail.registers")
+    put(vault, account())
+    assert query(vault, place) == former
+    assert reader.get(ALICE).secret.reveal() == PASSWORD
+
+
+def test_a_key_that_comes_back_begins_anew(make, vault):
+    for _ in range(3):
+        put(vault, account(password="former"))
+    vault.forget(vault._keys.load())
+    put(make(), account())
+    assert vault.get(ALICE).secret.reveal() == PASSWORD
+
+
+def test_a_forked_child_changes_no_account(vault):
+    tokens = [vault.stage(ALICE, account()), vault.stage("*", account("*"))]
+    vault.prepare(tokens)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            with pytest.raises(VaultError, match="not staged by this process"):
+                vault.prepare(tokens)
+            vault.publish(tokens[:1])
+            vault.discard(tokens[1:])
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    left = query(vault, "SELECT token FROM cpsmail.account_changes")
+    assert {token for (token,) in left} == set(tokens)
+    assert list(vault.accounts()) == []
+    vault.publish(tokens)
+    assert sorted(each.mailbox for each in vault.accounts()) == ["*", ALICE]
+
+
 # Another key
 
 
@@ -255,6 +315,13 @@ def test_without_the_key_nothing_can_be_put(make, vault):
     keyless = make(None)
     with pytest.raises(VaultError, match="CPSMAIL_KEY"):
         keyless.stage(ALICE, account())
+
+
+def test_a_key_that_is_gone_is_told_before_the_vote(vault):
+    token = vault.stage(ALICE, account())
+    vault._keys = KeySource(OTHER)
+    with pytest.raises(WrongKey, match="was changed meanwhile: put the account again"):
+        vault.prepare([token])
 
 
 def test_rekey_by_the_command(database, tmp_path, vault):

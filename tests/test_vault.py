@@ -419,6 +419,13 @@ def test_key_changed_while_running(tmp_path, vault):
     assert vault.get("alice@example.org").username == "new"
 
 
+def test_a_key_that_is_gone_is_told_before_the_vote(tmp_path, vault):
+    token = vault.stage("alice@example.org", account())
+    (tmp_path / "outbox.key").write_bytes(b"\x07" * 32)
+    with pytest.raises(WrongKey, match="was changed meanwhile: put the account again"):
+        vault.prepare([token])
+
+
 # Processes
 
 

@@ -75,5 +75,4 @@ class RegisterTable:
     def forget(self, connection: Connection, key: Key) -> None:
         """Remove the register of a key that seals nothing any more."""
         self._seen.pop(key.id, None)
-        self._read.pop(key.id, None)
         connection.execute(f"DELETE FROM {REGISTERS} WHERE key = %s", [key.id])  # noqa: S608
