@@ -21,12 +21,19 @@ from cli_helpers import Site
 from conftest import PASSWORD
 from cpsmailaccess_delivery import Account
 from cpsmailaccess_delivery.envelope import digest
-from cpsmailaccess_delivery.errors import BrokenSeal, NoSuchAccount, VaultError, WrongKey
+from cpsmailaccess_delivery.errors import (
+    BrokenSeal,
+    NoSuchAccount,
+    VaultError,
+    VaultUnreachable,
+    WrongKey,
+)
 from cpsmailaccess_delivery.interfaces import IAccountStore, Verdict
 from cpsmailaccess_delivery.key import KeySource
 from cpsmailaccess_delivery.pg import register as register_module
 from cpsmailaccess_delivery.pg import vault as vault_module
 from cpsmailaccess_delivery.pg.connections import Connections
+from cpsmailaccess_delivery.pg.register import RegisterTable
 from cpsmailaccess_delivery.pg.vault import PostgresVault
 from cpsmailaccess_delivery.rekey import rekey
 from postgres_helpers import DEADLINE
@@ -169,6 +176,43 @@ def test_what_a_witness_resolves_is_listed(make, vault):
     assert problems(vault) == []
 
 
+@pytest.mark.parametrize("verdict", [Verdict.COMMITTED, Verdict.ABORTED])
+def test_what_a_witness_will_know_is_not_swept(make, vault, verdict):
+    known = vault.stage(ALICE, account(), "T0k3n")
+    unknown = vault.stage("bob@example.org", account("bob@example.org"), "T0k3n")
+    vault.prepare([known], witnessed=True)
+    vault.prepare([unknown])
+    query(vault, "UPDATE cpsmail.account_changes SET staged_at = now() - interval '1 hour'")
+    other = make()
+    assert other.doubts() == [(known, "T0k3n")]
+    assert other.sweep() == ("bob@example.org",)
+    assert other.resolve(known, verdict) == ALICE
+    found = [each.mailbox for each in other.accounts()]
+    assert found == ([ALICE] if verdict is Verdict.COMMITTED else [])
+
+
+def test_an_account_that_was_put_since_stays(make, vault):
+    put(vault, account(password="first"))
+    change = vault.stage(ALICE, account(password="second"), "T0k3n")
+    vault.prepare([change], witnessed=True)
+    put(make(), account())
+    assert vault.resolve(change, Verdict.COMMITTED) == ALICE
+    assert vault.get(ALICE).secret.reveal() == PASSWORD
+
+
+def test_who_loses_his_connection_publishes_all_the_same(vault, monkeypatch):
+    real, lost = vault._publish, [VaultUnreachable("the connection is lost")]
+
+    def publish(changes):
+        if lost:
+            raise lost.pop()
+        real(changes)
+
+    monkeypatch.setattr(vault, "_publish", publish)
+    put(vault, account())
+    assert vault.get(ALICE).secret.reveal() == PASSWORD
+
+
 def test_a_change_that_is_rolled_back_changes_no_register(make, vault, monkeypatch):
     put(vault, account(password="former"))
     token = vault.stage(ALICE, account())
@@ -263,6 +307,41 @@ def test_rekey_seals_all_anew(make, vault, monkeypatch):
     assert len(query(vault, "SELECT key FROM cpsmail.registers")) == 1
     with pytest.raises(WrongKey):
         make(KEY).get(ALICE)
+
+
+def test_who_changes_the_register_is_alone(database, make, vault, monkeypatch):
+    real, locked = RegisterTable.write, []
+
+    def write(*arguments):
+        query = "SELECT pg_try_advisory_xact_lock(%s)"
+        with psycopg.connect(database, autocommit=True) as other:
+            locked.append(other.execute(query, [register_module._LOCK]).fetchone() == (False,))
+        real(*arguments)
+
+    monkeypatch.setattr(RegisterTable, "write", write)
+    put(vault, account())
+    assert locked == [True]
+    change = vault.stage(ALICE, account(), "T0k3n")
+    vault.prepare([change], witnessed=True)
+    vault.resolve(change, Verdict.COMMITTED)
+    assert locked == [True] * 2
+    monkeypatch.setenv("CPSMAIL_FORMER_KEY", text(KEY))
+    changed = make(OTHER)
+    rekey(changed, changed._keys)
+    assert len(locked) > 2
+    assert all(locked)
+
+
+def test_a_change_in_doubt_is_not_overtaken_by_a_new_key(make, vault, monkeypatch):
+    """To be sealed anew is not to be put again."""
+    put(vault, account(password="former"))
+    change = vault.stage(ALICE, account(), "T0k3n")
+    vault.prepare([change], witnessed=True)
+    monkeypatch.setenv("CPSMAIL_FORMER_KEY", text(KEY))
+    changed = make(OTHER)
+    assert rekey(changed, changed._keys).resealed == 1
+    changed.resolve(change, Verdict.COMMITTED)
+    assert changed.get(ALICE).secret.reveal() == PASSWORD
 
 
 def test_rekey_keeps_the_former_key_for_what_is_in_doubt(make, vault, monkeypatch):

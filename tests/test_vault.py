@@ -469,7 +469,20 @@ def test_what_a_witness_will_know_is_not_swept(tmp_path, vault, verdict):
     assert sweeper.doubts() == []
     found = [each.mailbox for each in make(tmp_path).accounts()]
     assert found == (["alice@example.org"] if verdict is Verdict.COMMITTED else [])
+    for name in names(vault):
+        assert stat.S_IMODE(Path(vault.location, name).stat().st_mode) == 0o600
     assert list(sweeper.problems()) == []
+
+
+def test_a_change_in_doubt_counts_that_is_as_old_as_the_account(vault):
+    """A clock may tick once while both are written; what was committed is not lost."""
+    put(vault, account(username="one"))
+    change = vault.stage("alice@example.org", account(username="two"), "T0k3n")
+    vault.prepare([change], witnessed=True)
+    times = file_of(vault).stat()
+    os.utime(Path(vault.location, change), ns=(times.st_atime_ns, times.st_mtime_ns))
+    vault.resolve(change, Verdict.COMMITTED)
+    assert vault.get("alice@example.org").username == "two"
 
 
 def test_a_forked_child_neither_publishes_nor_discards(vault):
@@ -728,6 +741,16 @@ def test_crash_between_announcement_and_publication(tmp_path, vault):
     after.dead.add(presence.token)
     assert sweeper.sweep() == ("alice@example.org",)
     assert list(sweeper.problems()) == []
+    file_of(vault).write_bytes(copy)
+    with pytest.raises(BrokenSeal, match="older state"):
+        make(tmp_path).get("alice@example.org")
+
+
+def test_what_was_only_staged_counts_for_nothing(tmp_path, vault):
+    put(vault, account(username="one"))
+    token = vault.stage("alice@example.org", account(username="two"))
+    copy = Path(vault.location, token).read_bytes()
+    put(vault, account(username="three"))
     file_of(vault).write_bytes(copy)
     with pytest.raises(BrokenSeal, match="older state"):
         make(tmp_path).get("alice@example.org")
