@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -439,7 +439,9 @@ def test_gives_up_after_a_while(make, path, caplog, impatient, monkeypatch):
     journal.record(event(2))
     found = journal.events(address="alice@example.org")
     assert [each.message_id for each in found] == ["2@example.org"]
-    assert "lacks 1 events" in caplog.text
+    journal.record(event(3))
+    journal.flush()
+    assert caplog.text.count("lacks 1 events") == 1
 
 
 def test_child_starts_afresh(make, path, run):
@@ -496,6 +498,81 @@ def test_prune_by_slices(make, monkeypatch):
         journal.record(event(1, at=100 * DAY, sender="other@example.org"))
         journal.flush()
     assert left == [15, 5, 0]
+
+
+class Store:
+    """Keeps events in memory, or fails."""
+
+    errors = (OSError,)
+
+    def __init__(self) -> None:
+        self.fails = ""  # in which of its methods
+        self.written: list[Event] = []
+        self.pruned: list[float] = []
+
+    def write(self, events: Sequence[Event]) -> None:
+        self._fail("write")
+        self.written += events
+
+    def prune(self, before: float, most: int) -> int:
+        self._fail("prune")
+        self.pruned.append(before)
+        return 0
+
+    def close(self) -> None:
+        pass
+
+    def _fail(self, method: str) -> None:
+        if self.fails == method:
+            raise OSError("No space left on device")
+
+
+@pytest.fixture
+def stored(monkeypatch):
+    """A journal without a file, which tries again when it is flushed; and its clock."""
+    monkeypatch.setattr(journal_module, "_RETRY", 3600.0)
+    store, now = Store(), [100 * DAY]
+    journal = Journal("a test", store=lambda: store, clock=lambda: now[0])
+    yield journal, store, now
+    journal.close()
+
+
+def test_each_trouble_has_all_the_patience(stored, monkeypatch):
+    journal, store, _ = stored
+    store.fails = "write"
+    journal.record(event(1))
+    journal.flush()
+    assert journal.trouble
+    store.fails = ""
+    journal.flush()
+    assert store.written == [event(1)]
+    monkeypatch.setattr(journal_module, "_GIVE_UP", 0.0)
+    store.fails = "write"
+    journal.record(event(2))
+    journal.flush()
+    store.fails = ""
+    journal.flush()
+    assert store.written == [event(1), event(2)]
+
+
+def test_what_was_written_is_not_written_again(stored):
+    journal, store, _ = stored
+    store.fails = "prune"
+    journal.record(event(1))
+    journal.flush()
+    assert journal.trouble
+    journal.record(event(2))
+    journal.flush()
+    assert store.written == [event(1), event(2)]
+
+
+def test_a_clock_that_is_put_back_does_not_end_the_pruning(stored):
+    journal, store, now = stored
+    for days in (0, 0, -1):
+        now[0] += days * DAY
+        journal.record(event(1))
+        journal.flush()
+    assert store.pruned == [70 * DAY, 69 * DAY]
 
 
 def test_closed_twice_and_deaf_then(make):

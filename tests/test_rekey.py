@@ -208,6 +208,14 @@ def test_a_transaction_under_way_keeps_the_former_key(tmp_path, home):
     other.presence.close()
 
 
+def test_what_a_dead_process_has_staged_keeps_no_key(tmp_path, home):
+    dead = Home(tmp_path)
+    dead.vault.stage("new@example.org", account("new@example.org"))
+    dead.presence.close()
+    assert rekey(home.vault, home.keys).needed == 0
+    assert home.keys.former() is None
+
+
 def test_a_change_that_was_staged_before_and_prepared_after(tmp_path, home):
     other = Home(tmp_path)
     token = other.vault.stage("new@example.org", account("new@example.org"))
@@ -276,11 +284,23 @@ def test_killed_at_every_step(tmp_path):
         last.check([*MAILBOXES, "new@example.org"])
         left = [name for name in files(root) if name.endswith((".new", ".former", ".staged"))]
         assert not left
+        assert len(list(Path(after.vault.location).glob("register-*"))) == 1
         for each in (home, after, last):
             each.presence.close()
         step += 1
     home.presence.close()
     assert killed >= 30, "is every step counted?"
+
+
+def test_what_a_change_that_died_has_left_goes(home):
+    """Of an account that was put again since: nothing takes its place any more."""
+    left = Path(home.vault.location, digest(MAILBOXES[0]) + PUBLISHED + ".new")
+    left.write_bytes(b"sealed anew")
+    home.keys.renew()
+    home.put(*map(account, MAILBOXES))
+    rekey(home.vault, home.keys)
+    assert not left.exists()
+    home.check()
 
 
 def test_a_change_that_is_published_meanwhile_needs_its_key(tmp_path, home, monkeypatch):

@@ -503,6 +503,21 @@ def test_a_forked_child_neither_publishes_nor_discards(vault):
     assert sorted(each.mailbox for each in vault.accounts()) == ["*", "alice@example.org"]
 
 
+def test_an_account_that_is_put_while_it_is_read(tmp_path, vault, monkeypatch):
+    """Its file was read, and its register is that of the next file."""
+    put(vault, account(username="one"))
+    real, changed = vault._open, []
+
+    def open_late(*arguments):
+        if not changed:
+            changed.append(1)
+            put(make(tmp_path), account(username="two"))
+        return real(*arguments)
+
+    monkeypatch.setattr(vault, "_open", open_late)
+    assert vault.get("alice@example.org").username == "two"
+
+
 def test_concurrent_changes(tmp_path):
     """Readers see whole accounts only, whoever writes."""
     vaults = [make(tmp_path, given=b"\x01" * 32) for _ in range(4)]
