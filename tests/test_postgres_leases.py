@@ -241,7 +241,7 @@ def test_a_claim_does_not_wait_for_the_disk(make):
         assert connection.execute("SHOW synchronous_commit").fetchone() == ("on",)
 
 
-def test_a_mail_and_its_job_are_claimed_for_as_long(make):
+def test_a_mail_its_job_and_its_lane_are_ours_for_as_long(make):
     spool = make(lease=17.0)
     queue(spool)
     _, watch = watch_of(spool)
@@ -249,6 +249,8 @@ def test_a_mail_and_its_job_are_claimed_for_as_long(make):
     with spool.connections.use("look") as connection:
         query = f"SELECT extract(epoch FROM leased_until - heartbeat) FROM {MAILS}, {JOBS}"
         assert connection.execute(query).fetchall() == [(17,)]
+        query = "SELECT until <= clock_timestamp() + interval '17 s' FROM cpsmail.lanes"
+        assert connection.execute(query).fetchall() == [(True,)]
     watch.close()
 
 
@@ -424,7 +426,17 @@ def test_what_is_leased_ahead_for_too_long_is_not_sent(make, monkeypatch):
         if lease.token != other.token:
             lease.taken_at -= 31.0
     assert feed.claim(entry) is None
+    assert feed.held().total() == 0
     other.release()
+    watch.close()
+
+
+def test_what_is_leased_ahead_is_claimed_as_it_is(make):
+    spool = make()
+    entry = queue(spool)
+    feed, watch = watch_of(spool)
+    assert told(watch) == [entry]
+    assert feed.claim(entry._replace(attempts=1)) is None
     watch.close()
 
 
