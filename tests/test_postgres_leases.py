@@ -521,6 +521,63 @@ def test_higher_priority_first(make):
     watch.close()
 
 
+def test_who_was_silent_does_not_leave_what_is_another_s(make, monkeypatch):
+    monkeypatch.setattr(feed_watch, "_START", 3600.0)  # the thread seeks nothing here
+    spool, other = make(), uuid.uuid4()
+    lane = queue(spool).lane
+    _, watch = watch_of(spool)
+    with spool.connections.use("meddle") as connection:
+        query = "SELECT count(*) FROM cpsmail.workers"
+        wait_for(lambda: connection.execute(query).fetchone() == (1,))
+        values = {"worker": other, "lease": 30.0, "looked": None, "lanes": [lane]}
+        connection.execute(TAKE, values)
+        sharing = watch._sharing
+        sharing._lanes[lane] = sharing._begun[lane] = 0.0
+        sharing._leave(connection, [lane])
+        query = "SELECT worker FROM cpsmail.lanes WHERE lane = %s"
+        assert connection.execute(query, [lane]).fetchone() == (other,)
+    watch.close()
+
+
+def test_a_mail_of_another_s_lane_is_not_claimed(make):
+    spool = make()
+    entry, feed = queue(spool), Feed(spool)
+    assert feed.claim(entry) is None
+    feed.lanes = frozenset({entry.lane})
+    assert feed.claim(entry).settle(Settlement(State.ACCEPTED)) is None
+
+
+def test_what_another_has_by_now_is_not_given_back(make):
+    spool = make()
+    entry = queue(spool)
+    _, watch = watch_of(spool)
+    assert told(watch) == [entry]
+    expire(spool)
+    other = make().claim(entry)
+    assert other is not None
+    watch.close()
+    assert make().leased(entry)
+    assert other.settle(Settlement(State.ACCEPTED)) is None
+
+
+def test_what_is_leased_is_told_whatever_goes_wrong(make):
+    def read_ahead(mailboxes):
+        raise LookupError("a fault of ours")
+
+    spool = make()
+    entry = queue(spool)
+    watch = Feed(spool, read_ahead).watch()
+    assert told(watch) == [entry]
+    watch.close()
+
+
+def test_the_pace_of_a_lane_goes_with_it(make):
+    feed = Feed(make())
+    feed.paces = {"left": 1.0, "kept": 2.0}
+    feed.left(["left"])
+    assert feed.paces == {"kept": 2.0}
+
+
 def test_of_two_that_seek_at_once_one_gets_the_lane(make):
     spool = make()
     values = {"lanes": ["0123456789abcdef"], "lease": 30.0, "looked": None}
