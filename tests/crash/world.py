@@ -400,7 +400,12 @@ def _observe_mails(spool: Maildir, found: Observation) -> None:
 
 def _observe_keys(spool: Maildir, truth: Truth, found: Observation) -> None:
     for key in truth.holders:
-        holder = found.holders[key] = spool.key_holder(key)
+        try:
+            holder = spool.key_holder(key)
+        except KeyTaken:  # a witness decides whether its mail stays
+            note = spool._keys.holder(key)
+            holder = note.message_id if note is not None else None
+        found.holders[key] = holder
         if holder is not None:
             path = Path(spool.location, "keys", keys.digest_of(key))
             found.kept[key] = os.stat(path).st_mtime
