@@ -38,7 +38,7 @@ from cpsmailaccess_delivery.pg.connections import (
 from cpsmailaccess_delivery.pg.engine import JOBS
 from cpsmailaccess_delivery.pg.feed import Feed
 from cpsmailaccess_delivery.pg.feed_watch import FeedWatch
-from cpsmailaccess_delivery.pg.lane_sharing import TAKE
+from cpsmailaccess_delivery.pg.lane_sharing import TAKE, LaneSharing
 from cpsmailaccess_delivery.pg.mails import MAILS, SLICE, Mails
 from cpsmailaccess_delivery.spool.outcomes import Side
 from cpsmailaccess_delivery.spool.postgres import PostgresSpool
@@ -57,8 +57,13 @@ def make(database: str) -> Iterator[Make]:
         return made[-1]
 
     yield make
+    while _watches:
+        _watches.pop().close()  # also of a test that has failed: it would take lanes from the next
     for spool in made:
         spool.close()
+
+
+_watches: list[Any] = []
 
 
 def jobs(spool: PostgresSpool) -> list[tuple[str, str]]:
@@ -195,7 +200,8 @@ def test_hold_takes_the_job_and_requeue_gives_one(make):
 
 def watch_of(spool: PostgresSpool):
     feed = Feed(spool)
-    return feed, feed.watch()
+    _watches.append(feed.watch())
+    return feed, _watches[-1]
 
 
 def test_the_feed_tells_what_it_has_leased(make):
@@ -521,22 +527,17 @@ def test_higher_priority_first(make):
     watch.close()
 
 
-def test_who_was_silent_does_not_leave_what_is_another_s(make, monkeypatch):
-    monkeypatch.setattr(feed_watch, "_START", 3600.0)  # the thread seeks nothing here
+def test_who_was_silent_does_not_leave_what_is_another_s(make):
     spool, other = make(), uuid.uuid4()
     lane = queue(spool).lane
-    _, watch = watch_of(spool)
+    sharing = LaneSharing(Feed(spool), spool)
     with spool.connections.use("meddle") as connection:
-        query = "SELECT count(*) FROM cpsmail.workers"
-        wait_for(lambda: connection.execute(query).fetchone() == (1,))
         values = {"worker": other, "lease": 30.0, "looked": None, "lanes": [lane]}
         connection.execute(TAKE, values)
-        sharing = watch._sharing
         sharing._lanes[lane] = sharing._begun[lane] = 0.0
         sharing._leave(connection, [lane])
         query = "SELECT worker FROM cpsmail.lanes WHERE lane = %s"
         assert connection.execute(query, [lane]).fetchone() == (other,)
-    watch.close()
 
 
 def test_a_mail_of_another_s_lane_is_not_claimed(make):
@@ -567,6 +568,7 @@ def test_what_is_leased_is_told_whatever_goes_wrong(make):
     spool = make()
     entry = queue(spool)
     watch = Feed(spool, read_ahead).watch()
+    _watches.append(watch)
     assert told(watch) == [entry]
     watch.close()
 
