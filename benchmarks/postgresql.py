@@ -114,24 +114,25 @@ def commits(parent: Parent, place: str, size: int, count: int) -> dict[str, floa
     blocks = 10
     number = 0
     with ours._outbox(place) as outbox, outbox.spool.connections.use("measure") as connection:
-        connection.execute("CREATE TABLE raw (id bigint PRIMARY KEY, state text, message bytea)")
-        connection.execute("ALTER TABLE raw ALTER message SET STORAGE EXTERNAL")
-        for _ in range(blocks):
-            for kind in seconds:
-                batch, times = 1, count // blocks
-                if kind.endswith("hundred"):
-                    batch, times = _HUNDRED, max(1, times // 20)
+        connection.execute(
+            "CREATE TABLE cpsmail.raw (id bigint PRIMARY KEY, state text, message bytea)"
+        )
+        connection.execute("ALTER TABLE cpsmail.raw ALTER message SET STORAGE EXTERNAL")
+        for batch in (1, _HUNDRED):
+            name = "one" if batch == 1 else "hundred"
+            times = max(1, count // blocks if batch == 1 else count // blocks // 20)
+            for kind in (name, f"raw_{name}") * blocks:
                 begun = time.perf_counter()
                 for _ in range(times):
-                    if kind.startswith("raw"):
-                        _raw(connection, batch, number, size)
-                    else:
+                    if kind == name:
                         ours_of(batch, number)
+                    else:
+                        _raw(connection, batch, number, size)
                     number += batch
                 seconds[kind] += time.perf_counter() - begun
                 mails[kind] += batch * times
         there = sum(1 for _ in outbox.spool.scan())
-        (raw,) = connection.execute("SELECT count(*) FROM raw").fetchone()
+        (raw,) = connection.execute("SELECT count(*) FROM cpsmail.raw").fetchone()
     rates = {kind: mails[kind] / seconds[kind] for kind in seconds}
     return {**rates, "missing": number - raw - there}
 
@@ -139,17 +140,17 @@ def commits(parent: Parent, place: str, size: int, count: int) -> dict[str, floa
 def _raw(connection: Any, batch: int, first: int, size: int) -> None:
     rows = [(number, ours.message(number, 0, size)) for number in range(first, first + batch)]
     if batch == 1:
-        connection.execute("INSERT INTO raw VALUES (%s, 'staged', %s)", rows[0])
+        connection.execute("INSERT INTO cpsmail.raw VALUES (%s, 'staged', %s)", rows[0])
     else:
         with (
             connection.cursor() as cursor,
-            cursor.copy("COPY raw (id, message) FROM STDIN (FORMAT BINARY)") as copy,
+            cursor.copy("COPY cpsmail.raw (id, message) FROM STDIN (FORMAT BINARY)") as copy,
         ):
             copy.set_types(["int8", "bytea"])
             for row in rows:
                 copy.write_row(row)
     ids = [number for number, _ in rows]
-    connection.execute("UPDATE raw SET state = 'queued' WHERE id = ANY(%s)", [ids])
+    connection.execute("UPDATE cpsmail.raw SET state = 'queued' WHERE id = ANY(%s)", [ids])
 
 
 def claims(
