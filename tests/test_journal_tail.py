@@ -227,6 +227,18 @@ def test_a_journal_does_without(path, journal, monkeypatch, caplog):
     assert caplog.text.count("its last events are lost") == 1
 
 
+def test_a_line_that_was_cut_spoils_no_other(path, journal):
+    code = (
+        "    write, sizes = os.write, [20]\n"
+        "    os.write = lambda fd, data: write(fd, data[: sizes.pop() if sizes else None])\n"
+        "    record(1); record(2)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert run(code, path) == -signal.SIGKILL
+    assert journal.recover() == 1
+    assert times(journal, 1, 2) == [2.0]
+
+
 @pytest.mark.parametrize("who", ["its sender asks", "a processor starts"])
 def test_the_fate_of_a_mail_whose_processor_was_killed(tmp_path, who):
     """Killed in the moment after the mail has left the spool; its sender is told all the same."""

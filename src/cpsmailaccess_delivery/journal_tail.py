@@ -50,7 +50,8 @@ class JournalTail:
             if not self._fds:
                 self._open()
             self._used[self._now] = True
-            os.write(self._fds[self._now], _encode(event).encode() + b"\n")
+            # The line end first: a line that a full disk has cut does not spoil the next.
+            os.write(self._fds[self._now], b"\n" + _encode(event).encode())
         except (OSError, TypeError, ValueError) as error:
             if not self._failed:
                 log.warning(
