@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -225,6 +226,24 @@ def test_a_journal_does_without(path, journal, monkeypatch, caplog):
             journal.record(event(number))
     assert times(journal, 0, 1, 2) == [0.0, 1.0, 2.0]
     assert caplog.text.count("its last events are lost") == 1
+
+
+def test_one_that_is_taken_over_before_it_is_locked(path, journal, monkeypatch):
+    """By who looks for the dead in that moment: then it begins anew with the next event."""
+    monkeypatch.setattr(journal_module, "_DELAY", 3600.0)
+    real, looks = fcntl.flock, [True]
+
+    def flock(fd: int, how: int) -> None:
+        if looks:
+            looks.pop()
+            assert Journal(path).recover() == 0
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    journal.record(event(1))
+    assert tails(path) == []
+    journal.record(event(2))
+    assert len(tails(path)) == 2
 
 
 def test_a_line_that_was_cut_spoils_no_other(path, journal):

@@ -11,6 +11,7 @@ while it lives.  What one leaves that was killed, the next one reads: see `left_
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -80,6 +81,8 @@ class JournalTail:
         for number in range(len(self._fds)):
             try:
                 os.unlink(f"{self._base}.{number}")
+            except FileNotFoundError:
+                pass  # see `_open`
             except OSError as error:
                 log.warning("%s.%d cannot be removed: %s", self._base, number, error.strerror)
         self.leave()
@@ -97,6 +100,8 @@ class JournalTail:
                 fd = os.open(f"{self._base}.{number}", _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
                 self._fds.append(fd)
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.fstat(fd).st_nlink:
+                    raise OSError(errno.ESTALE, "taken for a dead process's before it was locked")
         except OSError:
             self.close()
             raise
